@@ -1,0 +1,1 @@
+"""One config a recipe; its docstring says how to run it and what comes out."""

@@ -1,0 +1,46 @@
+"""`llamagen <verb>`: one table from verbs to the modules that do the work."""
+
+import importlib
+import sys
+
+from llamagen_jax.errors import RunFailed, UserError
+
+# verb: (module with a `main(argv)`, what it does)
+VERBS = {
+  "quickstart": ("quickstart", "the whole pipeline on real handwritten digits"),
+  "train-tokenizer": ("tokenizer.train", "train a VQ tokenizer on pictures"),
+  "extract-codes": ("tokenizer.extract", "pictures to code shards"),
+  "train-gpt": ("gpt.train", "train a transformer on code shards"),
+  "sample": ("sampling.run", "draw pictures"),
+}
+
+
+def main() -> None:
+  sys.exit(run(sys.argv[1:]))
+
+
+def run(argv: list[str]) -> int:
+  """Runs a verb; returns the exit code."""
+  if not argv or argv[0] in ("-h", "--help"):
+    print(_usage())
+    return 0 if argv else 2
+  verb, *rest = argv
+  if verb not in VERBS:
+    print(
+      f"llamagen: no verb {verb!r}; expected one of {', '.join(VERBS)}", file=sys.stderr
+    )
+    return 2
+  try:
+    importlib.import_module(f"llamagen_jax.{VERBS[verb][0]}").main(rest)
+  except UserError as error:
+    print(f"llamagen {verb}: {error}", file=sys.stderr)
+    return 2
+  except RunFailed as error:
+    print(f"llamagen {verb}: {error}", file=sys.stderr)
+    return 1
+  return 0
+
+
+def _usage() -> str:
+  rows = [f"  {verb:16} {what}" for verb, (_, what) in VERBS.items()]
+  return "\n".join(["usage: llamagen VERB ..., with --help for its flags", "", *rows])

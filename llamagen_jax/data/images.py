@@ -1,0 +1,229 @@
+"""Pictures: where they come from and how they are cut to size.
+
+A source is a random-access sequence of samples, read by Grain's workers.
+"""
+
+import dataclasses
+import io
+import math
+import os
+import pathlib
+from typing import Protocol
+
+from absl import logging
+import numpy as np
+from PIL import Image
+
+from llamagen_jax.errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+NO_LABEL = -1
+MOST_REPLACEMENTS = 20  # bad pictures in a row that end a run
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """An encoded picture as it lies in its source."""
+
+  key: str  # names the sample in logs and in code shards
+  picture: bytes
+  label: int = NO_LABEL
+
+
+class Source(Protocol):
+  """What Grain reads; `class_names` is empty for unlabelled pictures."""
+
+  class_names: tuple[str, ...]
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> Sample: ...
+
+
+class BadPicture(Exception):
+  """A picture that cannot be used; the message says why."""
+
+
+def open_source(spec: str) -> Source:
+  """Opens `kind:place`, for example `folder:/data/imagenet/train`."""
+  kind, _, place = spec.partition(":")
+  if kind != "folder" or not place:
+    raise UserError(f"data source {spec!r}: expected folder:PATH")
+  return FolderSource(place)
+
+
+class FolderSource:
+  """A folder of folders of pictures; a class is a folder, in sorted order.
+
+  A folder that holds pictures itself is a source without labels.
+  """
+
+  def __init__(self, root: str):
+    self.root = root
+    if not os.path.isdir(root):
+      raise UserError(f"data source folder:{root}: no such folder")
+    folders = sorted(e.name for e in os.scandir(root) if e.is_dir())
+    self.class_names = tuple(folders)
+    self._files: list[tuple[str, int]] = [
+      (f"{folder}/{name}", label)
+      for label, folder in enumerate(folders)
+      for name in _pictures_in(os.path.join(root, folder))
+    ]
+    if not folders:
+      self._files = [(name, NO_LABEL) for name in _pictures_in(root)]
+    if not self._files:
+      raise UserError(
+        f"data source folder:{root}: no pictures ({', '.join(SUFFIXES)}) in it or"
+        " in its folders"
+      )
+
+  def __len__(self) -> int:
+    return len(self._files)
+
+  def __getitem__(self, index: int) -> Sample:
+    key, label = self._files[index]
+    return Sample(key, pathlib.Path(self.root, key).read_bytes(), label)
+
+
+def _pictures_in(folder: str) -> list[str]:
+  return sorted(
+    entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(SUFFIXES)
+  )
+
+
+def decode(sample: Sample, min_side: int) -> Image.Image:
+  """Decodes a sample to RGB; raises BadPicture for a broken or tiny one."""
+  try:
+    with Image.open(io.BytesIO(sample.picture)) as picture:
+      picture = picture.convert("RGB")
+  except Exception as error:  # Pillow's decoders raise nearly anything
+    raise BadPicture(f"{sample.key}: cannot be decoded ({error})") from error
+  if min(picture.size) < min_side:
+    width, height = picture.size
+    raise BadPicture(f"{sample.key}: {width}x{height}, smaller than {min_side}")
+  return picture
+
+
+def resize_shorter_side(picture: Image.Image, side: int) -> Image.Image:
+  """ADM's resize: box-halved while at least twice too large, then bicubic."""
+  while min(picture.size) >= 2 * side:
+    half = tuple(s // 2 for s in picture.size)
+    picture = picture.resize(half, Image.Resampling.BOX)
+  scale = side / min(picture.size)
+  size = tuple(round(s * scale) for s in picture.size)
+  return picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def center_crop(picture: Image.Image, side: int) -> np.ndarray:
+  """ADM's centre crop: uint8 [side, side, 3]."""
+  pixels = np.asarray(resize_shorter_side(picture, side))
+  y, x = ((size - side) // 2 for size in pixels.shape[:2])
+  return pixels[y : y + side, x : x + side]
+
+
+def random_crop(
+  picture: Image.Image, side: int, largest: float, rng: np.random.Generator
+) -> np.ndarray:
+  """A random square of `side` pixels, uint8 [side, side, 3].
+
+  The picture's shorter side is first resized to a uniform integer in
+  [side, ceil(side * largest)]; the published recipe has largest = 1 / 0.8.
+  """
+  resized = int(rng.integers(side, math.ceil(side * largest) + 1))
+  pixels = np.asarray(resize_shorter_side(picture, resized))
+  y, x = (int(rng.integers(0, size - side + 1)) for size in pixels.shape[:2])
+  return pixels[y : y + side, x : x + side]
+
+
+@dataclasses.dataclass(frozen=True)
+class CropSet:
+  """The crops that code extraction takes of every picture, in order.
+
+  For every range r the picture is centre-cropped to int(side * r), and of that
+  `kind` takes: "center" the centre; "five" top-left, top-right, bottom-left,
+  bottom-right and centre. With `mirror` the same follow of the mirrored picture.
+  """
+
+  side: int
+  kind: str  # center | five
+  ranges: tuple[float, ...]
+  mirror: bool
+
+  def __post_init__(self):
+    if self.kind not in ("center", "five"):
+      raise UserError(f"crops {self.kind!r}: expected center or five")
+    if not self.ranges or min(self.ranges) < 1:
+      raise UserError(f"crop ranges {self.ranges}: expected numbers of at least 1")
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    corners = ("top-left", "top-right", "bottom-left", "bottom-right")
+    places = (*corners, "center") if self.kind == "five" else ("center",)
+    sides = ("", "/mirrored") if self.mirror else ("",)
+    return tuple(
+      f"{r:g}/{place}{side}" for r in self.ranges for side in sides for place in places
+    )
+
+  def __call__(self, picture: Image.Image) -> np.ndarray:
+    """uint8 [crops, side, side, 3], in the order of `names`."""
+    crops = []
+    for r in self.ranges:
+      whole = center_crop(picture, int(self.side * r))
+      for pixels in (whole, whole[:, ::-1]) if self.mirror else (whole,):
+        end = len(pixels) - self.side
+        middle = round(end / 2)  # halves to even, as the original's
+        corners = [(0, 0), (0, end), (end, 0), (end, end)]
+        if self.kind == "center":
+          corners = []
+        for y, x in (*corners, (middle, middle)):
+          crops.append(pixels[y : y + self.side, x : x + self.side])
+    return np.stack(crops)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingPicture:
+  """Grain transform: sample -> a random crop for training the tokenizer.
+
+  The place of a bad picture is taken by another one, drawn by the same random
+  numbers; `replaced` counts how often, and the log names the picture.
+  """
+
+  source: Source
+  side: int
+  largest: float  # of the resized shorter side, relative to `side`
+  mirror: bool
+  min_side: int
+
+  def __call__(self, sample: Sample, rng: np.random.Generator) -> dict:
+    replaced = 0
+    while True:
+      try:
+        picture = decode(sample, self.min_side)
+        break
+      except BadPicture as problem:
+        logging.warning("bad picture %s", problem)
+        replaced += 1
+        if replaced == MOST_REPLACEMENTS:
+          raise UserError(f"{replaced} bad pictures in a row, last {problem}") from None
+        sample = self.source[int(rng.integers(len(self.source)))]
+    pixels = random_crop(picture, self.side, self.largest, rng)
+    if self.mirror and rng.integers(2):
+      pixels = pixels[:, ::-1]
+    return {"image": np.ascontiguousarray(pixels), "replaced": np.int32(replaced)}
+
+
+@dataclasses.dataclass(frozen=True)
+class CenterPicture:
+  """Sample -> its centre crop, for evaluation; a bad one is grey, with weight 0."""
+
+  side: int
+  min_side: int
+
+  def __call__(self, sample: Sample) -> dict:
+    try:
+      pixels = center_crop(decode(sample, self.min_side), self.side)
+      return {"image": pixels, "weight": np.float32(1)}
+    except BadPicture as problem:
+      logging.warning("bad picture %s", problem)
+      grey = np.full((self.side, self.side, 3), 128, np.uint8)
+      return {"image": grey, "weight": np.float32(0)}

@@ -1,0 +1,152 @@
+"""From a source to global arrays on the mesh.
+
+The stream of batches is a pure function of (seed, step): shuffle, repeat, random
+transform seeded by the position, batch. Its position is therefore the step, and
+a run continues with the same data on any number of hosts and workers.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+from typing import Any
+
+from absl import flags
+import grain
+import jax
+from jax.sharding import Mesh
+import numpy as np
+
+from llamagen_jax.errors import UserError
+from llamagen_jax.training.mesh import batch_sharding
+
+HostBatch = dict[str, np.ndarray]
+Batch = dict[str, jax.Array]
+
+READ_THREADS = 4  # of a process; records are small and local
+BUFFERED_BATCHES = 2  # a worker, or the host where there are no workers
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+  """An endless, shuffled stream of training batches.
+
+  `transform(element, rng)` makes a dict of fixed-shape arrays. Its entry
+  `replaced`, if there is one, counts elements that could not be used; the stream
+  ends with an error once they exceed `max_bad_share` of the source.
+  """
+
+  source: Any  # random access: len() and []
+  transform: Callable[[Any, np.random.Generator], HostBatch]
+  batch_size: int  # over all hosts
+  seed: int
+  workers: int = 0  # processes that read and transform; 0 = threads of this one
+  max_bad_share: float = 0.0
+
+  def host_batches(self, start: int) -> Iterator[HostBatch]:
+    """This host's rows of the batches from step `start` on."""
+    hosts = jax.process_count()
+    local = self.batch_size // hosts
+    dataset = (
+      grain.MapDataset.source(self.source)
+      .seed(self.seed)
+      .shuffle()
+      .repeat()
+      .random_map(self.transform)
+      .batch(local, drop_remainder=True)
+    )
+    # Host h reads the h-th block of rows of every global batch, so the rows and
+    # their order in the batch are the same for any number of hosts.
+    dataset = dataset[jax.process_index() :: hosts][start:]
+    threads = 0 if self.workers else READ_THREADS
+    options = grain.ReadOptions(
+      num_threads=threads, prefetch_buffer_size=max(threads, BUFFERED_BATCHES)
+    )
+    batches = dataset.to_iter_dataset(options)
+    if self.workers:
+      if not flags.FLAGS.is_parsed():  # Grain reads its own flags in the workers
+        flags.FLAGS.mark_as_parsed()
+      workers = grain.MultiprocessingOptions(self.workers, BUFFERED_BATCHES)
+      batches = batches.mp_prefetch(workers)
+    return self._checked(iter(batches))
+
+  def batches(self, mesh: Mesh, start: int) -> Iterator[Batch]:
+    """Global arrays, the batch axis over the mesh's data and fsdp axes."""
+    if self.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
+      raise UserError(
+        f"data.batch_size={self.batch_size} is not a multiple of the mesh's"
+        f" data * fsdp = {mesh.shape['data'] * mesh.shape['fsdp']} chips"
+      )
+    for batch in self.host_batches(start):
+      yield to_global(batch, mesh)
+
+  def position(self, step: int) -> dict[str, int]:
+    """What a checkpoint stores, and what a resumed stream must agree with."""
+    return {
+      "next_step": step,
+      "seed": self.seed,
+      "batch_size": self.batch_size,
+      "records": len(self.source),
+    }
+
+  def check_position(self, position: dict[str, int]) -> None:
+    """Refuses to continue a stream over other data."""
+    for name, expected in self.position(position["next_step"]).items():
+      if position[name] != expected:
+        raise UserError(
+          f"the checkpoint's data stream has {name}={position[name]}, this run"
+          f" has {expected}: the order of the data would change"
+        )
+
+  def _checked(self, batches: Iterator[HostBatch]) -> Iterator[HostBatch]:
+    seen = bad = 0
+    for batch in batches:
+      seen += len(next(iter(batch.values())))
+      bad += int(np.sum(batch.pop("replaced", 0)))
+      epochs = -(-seen // len(self.source))
+      if bad > self.max_bad_share * epochs * len(self.source):
+        raise UserError(
+          f"{bad} bad pictures among {seen} read (the log names them): more than"
+          f" data.max_bad_share={self.max_bad_share} of the {len(self.source)} in"
+          " the source"
+        )
+      yield batch
+
+
+def epoch_batches(
+  source: Any,
+  transform: Callable[[Any], HostBatch],
+  batch_size: int,
+  mesh: Mesh,
+  *,
+  shuffle: bool = False,
+) -> Iterator[Batch]:
+  """One pass, for evaluation; shuffled, its first batch is one of all classes.
+
+  Every element has a `weight`, which is 0 for what fills up the last batch.
+  """
+  dataset = grain.MapDataset.source(source)
+  if shuffle:
+    dataset = dataset.shuffle(seed=0)
+  count, hosts = len(source), jax.process_count()
+
+  def row(index: int) -> HostBatch:
+    element = transform(dataset[min(index, count - 1)])
+    weight = np.float32(element.get("weight", 1) * (index < count))
+    return element | {"weight": weight}
+
+  rows = (
+    grain.MapDataset.range(-(-count // batch_size) * batch_size)
+    .map(row)
+    .batch(batch_size // hosts)[jax.process_index() :: hosts]
+    .to_iter_dataset(grain.ReadOptions(READ_THREADS, READ_THREADS))
+  )
+  for batch in rows:
+    yield to_global(batch, mesh)
+
+
+def to_global(batch: HostBatch, mesh: Mesh) -> Batch:
+  """Every host's rows -> arrays over all chips, rows in the order of the hosts."""
+  sharding = batch_sharding(mesh)
+  return {
+    name: jax.make_array_from_process_local_data(sharding, value)
+    for name, value in batch.items()
+  }

@@ -1,0 +1,13 @@
+"""The exceptions that end a command with one line instead of a traceback."""
+
+
+class UserError(Exception):
+  """A mistake in a flag, a config, a file or a shard. Exit code 2.
+
+  The message is one line that names the thing, what was found and what was
+  expected.
+  """
+
+
+class RunFailed(Exception):
+  """A run that went wrong by itself, such as a loss that is not finite. Exit code 1."""

@@ -1,0 +1,76 @@
+"""What the sequence starts with: one class token, or the tokens of a caption.
+
+Both embedders take `drop_B`: rows where it is True get the unconditional
+embedding instead, in training for guidance's sake and in sampling for the
+unconditional half of the batch.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llamagen_jax.gpt.config import GPTConfig
+from llamagen_jax.gpt.layers import INIT
+
+
+class ClassEmbedding(nn.Module):
+  """Integer labels [B] -> [B, 1, D]; the last row of the table is "no class"."""
+
+  config: GPTConfig
+
+  @nn.compact
+  def __call__(self, label_B, drop_B):
+    c = self.config
+    init = nn.with_logical_partitioning(INIT, (None, "embed"))
+    table = self.param("table", init, (c.num_classes + 1, c.dim))
+    label_B = jnp.where(drop_B, c.num_classes, label_B)
+    return jnp.take(table, label_B, axis=0)[:, None].astype(c.dtype)
+
+
+class CaptionEmbedding(nn.Module):
+  """Caption features [B, P, C] -> [B, P, D] by a two-layer perceptron.
+
+  `unconditional` is a fixed random buffer: it is stored with the weights, and
+  never trained.
+  """
+
+  config: GPTConfig
+
+  @nn.compact
+  def __call__(self, features_BPC, drop_B):
+    c = self.config
+    fixed_init = nn.initializers.normal(stddev=c.caption_dim**-0.5)
+    in_init = nn.with_logical_partitioning(INIT, (None, "embed"))
+    out_init = nn.with_logical_partitioning(INIT, ("embed", None))
+    fixed = self.param("unconditional", fixed_init, (c.caption_tokens, c.caption_dim))
+    in_CD = self.param("in", in_init, (c.caption_dim, c.dim)).astype(c.dtype)
+    out_DD = self.param("out", out_init, (c.dim, c.dim)).astype(c.dtype)
+    fixed_PC = jax.lax.stop_gradient(fixed)
+    x_BPC = jnp.where(drop_B[:, None, None], fixed_PC, features_BPC).astype(c.dtype)
+    return nn.gelu(x_BPC @ in_CD, approximate=True) @ out_DD
+
+
+def embed_condition(config: GPTConfig, **kwargs) -> nn.Module:
+  """The embedder that the config asks for."""
+  kind = ClassEmbedding if config.condition == "class" else CaptionEmbedding
+  return kind(config, **kwargs)
+
+
+def attention_mask(
+  config: GPTConfig, condition_mask_BP: jax.Array | None, position_T: jax.Array
+) -> jax.Array:
+  """Which keys the tokens at `position_T` see, bool [B or 1, T, length].
+
+  Causal; the padding of a caption is hidden from every position but itself
+  (a row without any visible key would have no softmax).
+  """
+  query_T1, key_S = position_T[:, None], jnp.arange(config.length)
+  causal_TS = key_S <= query_T1
+  if condition_mask_BP is None:
+    return causal_TS[None]
+  visible_BS = jnp.pad(
+    condition_mask_BP.astype(bool),
+    ((0, 0), (0, config.length - config.prefix_tokens)),
+    constant_values=True,
+  )
+  return (causal_TS & visible_BS[:, None, :]) | (key_S == query_T1)

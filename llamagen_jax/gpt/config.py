@@ -1,0 +1,115 @@
+"""Shape of the transformer: one frozen dataclass and the published presets."""
+
+import dataclasses
+
+from llamagen_jax.errors import UserError
+
+# name: (layers, heads, dim), LlamaGen (arXiv 2406.06525), tables 1 and 5.
+PRESETS = {
+  "B": (12, 12, 768),
+  "L": (24, 16, 1024),
+  "XL": (36, 20, 1280),
+  "XXL": (48, 24, 1536),
+  "XXXL": (48, 40, 2560),
+  "1B": (22, 32, 2048),
+  "3B": (24, 32, 3200),
+  "7B": (32, 32, 4096),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+  """Everything that decides the function a `GPT` computes.
+
+  The sequence is [condition tokens, code_0 .. code_{T-1}] with T = grid**2
+  codes in raster order. The last code is never an input, so the model sees
+  `length` = prefix + T - 1 positions.
+  """
+
+  layers: int
+  heads: int
+  dim: int
+  grid: int  # codes along one side of the picture
+  kv_heads: int = 0  # 0 = one per query head
+  vocab_size: int = 16384
+  ffn_multiple: int = 256  # the hidden width is rounded up to this
+  condition: str = "class"  # "class" | "caption"
+  num_classes: int = 1000
+  caption_tokens: int = 120
+  caption_dim: int = 2048
+  norm_eps: float = 1e-5
+  rope_base: float = 10000.0
+  # Released weights were trained with cos = sin = 0 on condition positions
+  # ("zero"); "identity" leaves queries and keys there as they are.
+  prefix_rope: str = "zero"
+  embedding_dropout: float = 0.1
+  residual_dropout: float = 0.1  # output of attention and of the FFN
+  attention_dropout: float = 0.0
+  drop_path: float = 0.0  # stochastic depth, of the last layer; linear in depth
+  condition_dropout: float = 0.1  # share of samples trained without condition
+  dtype: str = "float32"  # of activations and matmul inputs: float32 | bfloat16
+  remat: str = "none"  # none | dots | full
+
+  def __post_init__(self):
+    _one_of("condition", self.condition, ("class", "caption"))
+    _one_of("prefix_rope", self.prefix_rope, ("zero", "identity"))
+    _one_of("dtype", self.dtype, ("float32", "bfloat16"))
+    _one_of("remat", self.remat, ("none", "dots", "full"))
+    if self.dim % self.heads or self.head_dim % 4:
+      raise UserError(
+        f"model.dim={self.dim} with model.heads={self.heads}: 2-D RoPE needs"
+        " dim / heads to be a multiple of 4"
+      )
+    if self.heads % self.num_kv_heads:
+      raise UserError(
+        f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}"
+      )
+
+  @classmethod
+  def preset(
+    cls, name: str, *, image_size: int, downsample: int = 16, **changes
+  ) -> "GPTConfig":
+    """A published size for pictures of `image_size` pixels a side."""
+    if name not in PRESETS:
+      raise UserError(
+        f"unknown GPT preset {name!r}: expected one of {', '.join(PRESETS)}"
+      )
+    if image_size % downsample:
+      raise UserError(
+        f"image_size={image_size} is not a multiple of the tokenizer's"
+        f" downsampling {downsample}"
+      )
+    layers, heads, dim = PRESETS[name]
+    return cls(layers, heads, dim, grid=image_size // downsample, **changes)
+
+  @property
+  def head_dim(self) -> int:
+    return self.dim // self.heads
+
+  @property
+  def num_kv_heads(self) -> int:
+    return self.kv_heads or self.heads
+
+  @property
+  def ffn_dim(self) -> int:
+    """SwiGLU width: 2/3 of 4 * dim, rounded up (Llama, arXiv 2302.13971)."""
+    hidden = int(2 * 4 * self.dim / 3)
+    return -(-hidden // self.ffn_multiple) * self.ffn_multiple
+
+  @property
+  def image_tokens(self) -> int:
+    return self.grid**2
+
+  @property
+  def prefix_tokens(self) -> int:
+    return 1 if self.condition == "class" else self.caption_tokens
+
+  @property
+  def length(self) -> int:
+    """Positions the model sees, and the length of its KV cache."""
+    return self.prefix_tokens + self.image_tokens - 1
+
+
+def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+  if value not in allowed:
+    raise UserError(f"model.{field}={value!r}: expected one of {', '.join(allowed)}")

@@ -1,0 +1,138 @@
+"""A Llama block: the maths as free functions, the parameters as two modules.
+
+Axes: B batch, T tokens, S keys (cache length), D model, K kv heads, G query
+heads per kv head, H head dim, F ffn.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llamagen_jax.gpt.config import GPTConfig
+from llamagen_jax.gpt.rope import apply_rope
+from llamagen_jax.training.mesh import constrain
+
+Cache = tuple[jax.Array, jax.Array]  # keys and values, [B, K, S, H] each
+
+INIT = nn.initializers.normal(stddev=0.02)
+
+
+def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+  """RMSNorm (arXiv 1910.07467): float32 inside, then cast, then scaled."""
+  x = x_BTD.astype(jnp.float32)
+  normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+  return normed.astype(x_BTD.dtype) * scale_D.astype(x_BTD.dtype)
+
+
+def attention_weights(
+  q_BTKGH: jax.Array, k_BKSH: jax.Array, mask_BTS: jax.Array
+) -> jax.Array:
+  """Softmax of scaled scores, float32 [B, K, G, T, S]; mask True = visible."""
+  scores = jnp.einsum(
+    "BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32
+  )
+  scores *= q_BTKGH.shape[-1] ** -0.5
+  scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+  return jax.nn.softmax(scores, axis=-1)
+
+
+def drop_path(x_BTD: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:
+  """Stochastic depth (arXiv 1603.09382): drops a sample's whole branch."""
+  keep_B = jax.random.bernoulli(key, 1.0 - rate, (x_BTD.shape[0],))
+  return x_BTD * (keep_B / (1.0 - rate)).astype(x_BTD.dtype)[:, None, None]
+
+
+class Attention(nn.Module):
+  """Grouped-query self-attention without biases.
+
+  The projection keeps a kv head together with its G query heads, its key and
+  its value ([D, K, G + 2, H]): one matmul, and tensor parallelism cuts along K.
+  """
+
+  config: GPTConfig
+  training: bool = False
+
+  @nn.compact
+  def __call__(self, x_BTD, rope, mask_BTS, cache=None, position=0):
+    c = self.config
+    K, G, H = c.num_kv_heads, c.heads // c.num_kv_heads, c.head_dim
+    qkv_init = nn.with_logical_partitioning(INIT, ("embed", "kv_heads", None, None))
+    out_init = nn.with_logical_partitioning(INIT, ("kv_heads", None, None, "embed"))
+    qkv_DKCH = self.param("qkv", qkv_init, (c.dim, K, G + 2, H))
+    out_KGHD = self.param("out", out_init, (K, G, H, c.dim))
+
+    qkv_BTKCH = jnp.einsum("BTD,DKCH->BTKCH", x_BTD, qkv_DKCH.astype(x_BTD.dtype))
+    B, T = x_BTD.shape[:2]
+    q_BTNH = qkv_BTKCH[..., :G, :].reshape(B, T, K * G, H)
+    q_BTKGH = apply_rope(q_BTNH, *rope).reshape(B, T, K, G, H)
+    k_BKTH = apply_rope(qkv_BTKCH[..., G, :], *rope).swapaxes(1, 2)
+    v_BKTH = qkv_BTKCH[..., G + 1, :].swapaxes(1, 2)
+    if cache is None:
+      k_BKSH, v_BKSH = k_BKTH, v_BKTH
+    else:
+      k_BKSH, v_BKSH = cache = tuple(
+        jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), position, 2)
+        for old, new in zip(cache, (k_BKTH, v_BKTH), strict=True)
+      )
+
+    weights_BKGTS = attention_weights(q_BTKGH, k_BKSH, mask_BTS)
+    drop = nn.Dropout(c.attention_dropout, deterministic=not self.training)
+    weights_BKGTS = drop(weights_BKGTS).astype(x_BTD.dtype)
+    mixed_BTKGH = jnp.einsum("BKGTS,BKSH->BTKGH", weights_BKGTS, v_BKSH)
+    out_BTD = jnp.einsum("BTKGH,KGHD->BTD", mixed_BTKGH, out_KGHD.astype(x_BTD.dtype))
+    return out_BTD, cache
+
+
+class SwiGLU(nn.Module):
+  """w2(silu(w1 x) * w3 x) (arXiv 2002.05202); w1 and w3 are one parameter."""
+
+  config: GPTConfig
+
+  @nn.compact
+  def __call__(self, x_BTD):
+    c = self.config
+    in_init = nn.with_logical_partitioning(INIT, ("embed", None, "ffn"))
+    out_init = nn.with_logical_partitioning(INIT, ("ffn", "embed"))
+    in_D2F = self.param("in", in_init, (c.dim, 2, c.ffn_dim)).astype(x_BTD.dtype)
+    out_FD = self.param("out", out_init, (c.ffn_dim, c.dim)).astype(x_BTD.dtype)
+    gate_up = jnp.einsum("BTD,DCF->BTCF", x_BTD, in_D2F)
+    hidden_BTF = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+    return jnp.einsum("BTF,FD->BTD", hidden_BTF, out_FD)
+
+
+class Block(nn.Module):
+  """x + attention(norm(x)), then x + ffn(norm(x)).
+
+  With a `cache` the T tokens are written at `position` and attention runs over
+  the cache; the updated cache is the second result.
+  """
+
+  config: GPTConfig
+  training: bool = False
+
+  @nn.compact
+  def __call__(
+    self, x_BTD, drop_path_rate, rope, mask_BTS, cache=None, position=0
+  ) -> tuple[jax.Array, Cache | None]:
+    c = self.config
+    attention = Attention(c, self.training, name="attention")
+    mixed, cache = attention(
+      self._norm("attention_norm", x_BTD), rope, mask_BTS, cache, position
+    )
+    x_BTD = x_BTD + self._branch(mixed, drop_path_rate)
+    hidden = SwiGLU(c, name="ffn")(self._norm("ffn_norm", x_BTD))
+    x_BTD = x_BTD + self._branch(hidden, drop_path_rate)
+    return constrain(x_BTD, "batch", None, None), cache
+
+  def _norm(self, name, x_BTD):
+    init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+    scale_D = self.param(name, init, (self.config.dim,))
+    return rms_norm(x_BTD, scale_D, self.config.norm_eps)
+
+  def _branch(self, x_BTD, drop_path_rate):
+    if not self.training:
+      return x_BTD
+    x_BTD = nn.Dropout(self.config.residual_dropout, deterministic=False)(x_BTD)
+    if self.config.drop_path:
+      x_BTD = drop_path(x_BTD, drop_path_rate, self.make_rng("dropout"))
+    return x_BTD

@@ -1,0 +1,62 @@
+"""Shape of the image tokenizer: one frozen dataclass and the published presets."""
+
+import dataclasses
+
+from llamagen_jax.errors import UserError
+
+# Channel multipliers per level, LlamaGen (arXiv 2406.06525), section 2.1.
+PRESETS = {
+  "VQ-16": (1, 1, 2, 2, 4),
+  "VQ-8": (1, 2, 2, 4),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+  """Everything that decides the functions a `VQModel` computes."""
+
+  channel_multipliers: tuple[int, ...]  # one a level; downsample = 2**(levels - 1)
+  width: int = 128  # channels of the first level
+  res_blocks: int = 2  # residual blocks a level (the decoder has one more)
+  latent_width: int = 256  # channels between encoder and quantizer
+  codebook_size: int = 16384
+  codebook_dim: int = 8
+  l2_norm: bool = True  # codes and latents live on the unit sphere
+  norm_groups: int = 32  # of GroupNorm; divides every level's channels
+  dropout: float = 0.0  # inside residual blocks
+  commitment: float = 0.25  # weight of the commitment loss
+  entropy_ratio: float = 0.0  # weight of the entropy loss; 0 = not computed
+  dtype: str = "float32"  # of activations: float32 | bfloat16
+
+  def __post_init__(self):
+    object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
+    if self.dtype not in ("float32", "bfloat16"):
+      raise UserError(f"model.dtype={self.dtype!r}: expected float32 or bfloat16")
+    if not 1 < self.codebook_size <= 2**16:
+      raise UserError(
+        f"model.codebook_size={self.codebook_size}: expected 2 .. 65536, codes are"
+        " stored as uint16"
+      )
+    for channels in self.channels:
+      if channels % self.norm_groups:
+        raise UserError(
+          f"model.norm_groups={self.norm_groups} does not divide a level's"
+          f" {channels} channels"
+        )
+
+  @classmethod
+  def preset(cls, name: str, **changes) -> "TokenizerConfig":
+    """A published tokenizer: VQ-16 or VQ-8."""
+    if name not in PRESETS:
+      raise UserError(
+        f"unknown tokenizer preset {name!r}: expected one of {', '.join(PRESETS)}"
+      )
+    return cls(PRESETS[name], **changes)
+
+  @property
+  def channels(self) -> tuple[int, ...]:
+    return tuple(self.width * m for m in self.channel_multipliers)
+
+  @property
+  def downsample(self) -> int:
+    return 2 ** (len(self.channel_multipliers) - 1)

@@ -1,0 +1,46 @@
+import pathlib
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+# Lower bounds are versions that the test suite was run with.
+CORE = [
+  "absl-py>=2.3",
+  "array_record>=0.8",
+  "clu>=0.0.12",
+  "etils[epath]>=1.12",
+  "flax>=0.12.8",
+  "grain>=0.2.18",
+  "jax>=0.10.2",
+  "matplotlib>=3.9",
+  "ml_collections>=1.1",
+  "numpy>=2.0",
+  "optax>=0.2.8",
+  "orbax-checkpoint>=0.12.8",
+  "pillow>=11",
+  "tensorboardX>=2.6.4",
+  "tensorflow-datasets>=4.9.9",
+  "tqdm>=4.66",
+]
+QUICKSTART = ["mlxtend>=0.23"]
+EXTRAS = {
+  "tpu": ["jax[tpu]>=0.10.2"],
+  "quickstart": QUICKSTART,
+  "test": [*QUICKSTART, "pytest==9.2.0", "ruff==0.17.6"],
+}
+
+setup(
+  name="llamagen_jax",
+  version="0.1.0",
+  description="LlamaGen in JAX: autoregressive image generation with a plain Llama",
+  long_description=(HERE / "README.md").read_text(),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=[*find_packages(include=["llamagen_jax*"]), "llamagen_jax.configs"],
+  # The recipes stay in sight at the top level and still ship in the wheel.
+  package_dir={"llamagen_jax.configs": "configs"},
+  install_requires=CORE,
+  extras_require=EXTRAS,
+  entry_points={"console_scripts": ["llamagen = llamagen_jax.cli:main"]},
+)

@@ -1,0 +1,52 @@
+"""Every config builds its recipe, in every variant it names."""
+
+import importlib
+
+import pytest
+
+from llamagen_jax import UserError
+from llamagen_jax.gpt.train import GPTRecipe
+from llamagen_jax.tokenizer.train import TokenizerRecipe
+from llamagen_jax.training.recipe import build
+
+TOKENIZERS = {
+  "vq_digits": ["", "fast"],
+  "vq_imagenet": ["", "VQ-8", "VQ-16,runlocal"],
+}
+TRANSFORMERS = {
+  "c2i_digits": ["", "fast"],
+  "c2i_imagenet": ["", "L,image_size=384", "3B,image_size=384,epochs=50", "runlocal"],
+}
+
+
+def cases(table):
+  return [(name, arg) for name, args in table.items() for arg in args]
+
+
+def get_config(name, arg):
+  return importlib.import_module(f"llamagen_jax.configs.{name}").get_config(arg)
+
+
+@pytest.mark.parametrize("name, arg", cases(TOKENIZERS))
+def test_tokenizers(name, arg):
+  recipe = build(TokenizerRecipe, get_config(name, arg))
+  assert recipe.data.image_size % recipe.model.downsample == 0
+
+
+@pytest.mark.parametrize("name, arg", cases(TRANSFORMERS))
+def test_transformers(name, arg):
+  recipe = build(GPTRecipe, get_config(name, arg))
+  assert recipe.sampling.guidance_scale > 1
+  assert recipe.run.steps > 0
+
+
+def test_published_sizes_and_lengths():
+  recipe = build(GPTRecipe, get_config("c2i_imagenet", "L,image_size=384,epochs=50"))
+  assert (recipe.model.layers, recipe.model.grid) == (24, 24)
+  assert recipe.run.steps == 50 * 1_281_167 // 256
+  assert recipe.sampling.guidance_scale == 2.0
+
+
+def test_an_unknown_preset_is_named():
+  with pytest.raises(UserError, match="unknown GPT preset 'Q'"):
+    get_config("c2i_imagenet", "Q")

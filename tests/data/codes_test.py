@@ -1,0 +1,128 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from llamagen_jax import GPTConfig, UserError
+from llamagen_jax.data.codes import (
+  CodePlan,
+  CodeRecord,
+  CodeSource,
+  CodeWriter,
+  perplexity,
+  verify,
+)
+
+PLAN = CodePlan(
+  tokenizer="abc",
+  tokenizer_config={"width": 8, "channel_multipliers": (1, 2)},
+  image_size=8,
+  grid=4,
+  codebook_size=300,
+  crops=("a", "b"),
+  class_names=("cat", "dog", "owl"),
+  source="folder:somewhere",
+  samples=10,
+  shards=3,
+)
+MODEL = GPTConfig(1, 1, 8, grid=4, vocab_size=300, num_classes=3)
+
+
+def record(i: int) -> CodeRecord:
+  codes = np.random.default_rng(i).integers(0, 300, (2, 16))
+  return CodeRecord(f"dir/{i}.png", i % 3, codes)
+
+
+def write(folder, plan=PLAN, shards=None):
+  writer = CodeWriter(folder, plan)
+  for i in range(plan.shards) if shards is None else shards:
+    if not writer.is_done(i):
+      writer.write_shard(i, map(record, plan.shard_range(i)), [])
+  return writer
+
+
+def test_records_come_back_in_the_order_of_the_source(tmp_path):
+  manifest = write(tmp_path).finish()
+  source = CodeSource(tmp_path)
+  assert len(source) == manifest["records"] == 10
+  for i in range(10):
+    expected, found = record(i), source[i]
+    assert (found.key, found.label) == (expected.key, expected.label)
+    np.testing.assert_array_equal(found.codes, expected.codes)
+  assert manifest["label_counts"] == {"0": 4, "1": 3, "2": 3}
+  used = {c for i in range(10) for c in record(i).codes.ravel()}
+  assert manifest["codes_used"] == len(used)
+  source.check_model(MODEL)
+  verify(tmp_path)
+
+
+def test_unfinished_work_is_resumed_by_shard_and_looks_unfinished(tmp_path):
+  whole, cut = tmp_path / "whole", tmp_path / "cut"
+  write(whole).finish()
+  write(cut, shards=[0, 2])
+  before = (cut / PLAN.shard_name(0)).stat().st_mtime_ns
+  with pytest.raises(UserError, match="no manifest.json .extraction is not finished"):
+    CodeSource(cut)
+
+  def dies():
+    yield record(0)
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    CodeWriter(cut, PLAN).write_shard(1, dies(), [])
+  assert not CodeWriter(cut, PLAN).is_done(1)
+  write(cut).finish()
+  assert (cut / PLAN.shard_name(0)).stat().st_mtime_ns == before
+  for i in range(3):
+    name = PLAN.shard_name(i)
+    assert (cut / name).read_bytes() == (whole / name).read_bytes()
+  manifests = [json.loads((f / "manifest.json").read_text()) for f in (whole, cut)]
+  assert manifests[0] == manifests[1]
+
+
+def test_a_folder_of_other_settings_is_not_written_over(tmp_path):
+  write(tmp_path, shards=[0])
+  other = dataclasses.replace(PLAN, image_size=16)
+  with pytest.raises(UserError, match="image_size is 8 there, 16 here"):
+    CodeWriter(tmp_path, other)
+
+
+def test_damage_is_named(tmp_path):
+  write(tmp_path).finish()
+  shard = tmp_path / PLAN.shard_name(1)
+  content = shard.read_bytes()
+  shard.write_bytes(content[: len(content) // 2])
+  with pytest.raises(
+    UserError, match=f"{shard.name}: .* bytes, expected {len(content)}"
+  ):
+    CodeSource(tmp_path)
+  shard.unlink()
+  with pytest.raises(UserError, match=f"{shard.name}: missing, expected"):
+    CodeSource(tmp_path)
+  middle = len(content) // 2
+  shard.write_bytes(content[:middle] + b"?" + content[middle + 1 :])
+  with pytest.raises(UserError, match=f"{shard.name}: sha256"):
+    verify(tmp_path)
+  with pytest.raises(UserError, match="no manifest.json .not found"):
+    CodeSource(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"grid": 5}, ["4x4", "5x5"]),
+    ({"vocab_size": 200}, ["300", "200"]),
+    ({"num_classes": 2}, ["label 2", "0 .. 1"]),
+  ],
+)
+def test_codes_that_do_not_fit_the_model_are_refused(tmp_path, changes, words):
+  write(tmp_path).finish()
+  with pytest.raises(UserError) as error:
+    CodeSource(tmp_path).check_model(dataclasses.replace(MODEL, **changes))
+  assert all(word in str(error.value) for word in (*words, str(tmp_path)))
+
+
+def test_perplexity():
+  assert perplexity(np.array([5, 5, 5, 0])) == pytest.approx(3)
+  assert perplexity(np.array([7, 0])) == pytest.approx(1)

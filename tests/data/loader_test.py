@@ -1,0 +1,109 @@
+import jax
+import numpy as np
+import pytest
+
+from llamagen_jax import UserError
+from llamagen_jax.data import loader
+from llamagen_jax.data.loader import Stream, epoch_batches
+from llamagen_jax.training.mesh import make_mesh
+
+RECORDS = 12
+
+
+def transform(element, rng):
+  return {"id": np.int32(element), "noise": rng.random(2, np.float32)}
+
+
+def stream(**changes) -> Stream:
+  fields = {
+    "source": range(RECORDS),
+    "transform": transform,
+    "batch_size": 4,
+    "seed": 3,
+  }
+  return Stream(**(fields | changes))
+
+
+def take(batches, count: int):
+  return [next(batches) for _ in range(count)]
+
+
+def assert_equal(batches, others):
+  for a, b in zip(batches, others, strict=True):
+    assert a.keys() == b.keys()
+    for name in a:
+      np.testing.assert_array_equal(a[name], b[name])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_stream_is_a_function_of_seed_and_step(workers):
+  whole = take(stream().host_batches(0), 9)
+  assert_equal(whole[5:], take(stream(workers=workers).host_batches(5), 4))
+  other = take(stream(seed=4).host_batches(0), 9)
+  assert any((a["id"] != b["id"]).any() for a, b in zip(whole, other, strict=True))
+
+
+def test_every_epoch_has_every_record_in_a_new_order():
+  ids = np.concatenate([b["id"] for b in take(stream().host_batches(0), 9)])
+  epochs = ids.reshape(3, RECORDS)
+  for epoch in epochs:
+    assert sorted(epoch) == list(range(RECORDS))
+  assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_read_disjoint_rows_of_the_same_global_batches(monkeypatch, hosts):
+  whole = take(stream().host_batches(0), 6)
+  parts = []
+  for host in range(hosts):
+    monkeypatch.setattr(loader.jax, "process_count", lambda: hosts)
+    monkeypatch.setattr(loader.jax, "process_index", lambda host=host: host)
+    parts.append(take(stream().host_batches(0), 6))
+  joined = [
+    {name: np.concatenate([b[name] for b in rows]) for name in rows[0]}
+    for rows in zip(*parts, strict=True)
+  ]
+  assert_equal(whole, joined)
+
+
+def test_bad_elements_are_counted_over_the_source_not_the_batch():
+  def bad(element, rng):
+    return {"id": np.int32(element), "replaced": np.int32(element == 5)}
+
+  batches = stream(transform=bad, max_bad_share=1 / RECORDS).host_batches(0)
+  for batch in take(batches, 3):
+    assert "replaced" not in batch
+  assert len(take(batches, 6)) == 6  # once an epoch is still one in twelve
+  with pytest.raises(UserError, match="1 bad pictures among .* 12 in"):
+    take(stream(transform=bad).host_batches(0), 3)
+
+
+def test_batches_lie_on_the_mesh():
+  mesh = make_mesh()
+  batch = next(stream(batch_size=8).batches(mesh, 0))
+  assert batch["id"].shape == (8,)
+  assert batch["id"].sharding.mesh.shape == mesh.shape
+
+
+def test_a_resumed_stream_must_be_the_same_data():
+  position = stream().position(7)
+  stream().check_position(position)
+  for changes, word in (
+    ({"batch_size": 8}, "batch_size=4"),
+    ({"seed": 9}, "seed=3"),
+    ({"source": range(11)}, "records=12"),
+  ):
+    with pytest.raises(UserError, match=word):
+      stream(**changes).check_position(position)
+
+
+def test_an_epoch_is_in_order_and_its_filling_weighs_nothing():
+  batches = list(
+    epoch_batches(range(10), lambda i: {"id": np.int32(i)}, 4, make_mesh())
+  )
+  ids, weights = (
+    np.concatenate([np.asarray(b[name]) for b in batches]) for name in ("id", "weight")
+  )
+  np.testing.assert_array_equal(ids[weights == 1], range(10))
+  assert len(ids) == 12
+  assert jax.device_count() >= 1

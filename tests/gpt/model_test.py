@@ -1,0 +1,185 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llamagen_jax import GPT, GPTConfig, interop
+from llamagen_jax.gpt.conditioning import attention_mask, embed_condition
+from llamagen_jax.gpt.model import (
+  cached_forward,
+  embed_codes,
+  init_cache,
+  init_gpt,
+  unstack_layers,
+)
+from llamagen_jax.gpt.train import cross_entropy
+from llamagen_jax.training.mesh import unbox
+from tests import parity
+
+TINY = GPTConfig(2, 4, 32, grid=3, vocab_size=50, num_classes=7, ffn_multiple=16)
+TINY_CAPTION = dataclasses.replace(
+  TINY, condition="caption", caption_tokens=6, caption_dim=10
+)
+
+
+def random_params(config: GPTConfig):
+  """Parameters with a head and norms that are not trivial."""
+  params = unbox(init_gpt(config, jax.random.key(0)))
+  keys = iter(jax.random.split(jax.random.key(1), 100))
+  return jax.tree.map(
+    lambda p: p + 0.2 * jax.random.normal(next(keys), p.shape), params
+  )
+
+
+def inputs(config: GPTConfig, batch: int = 3):
+  codes = parity.randint("codes", config.vocab_size, (batch, config.image_tokens))
+  if config.condition == "class":
+    return codes, parity.randint("labels", config.num_classes, (batch,)), None
+  width = config.caption_tokens
+  mask = np.arange(width) >= width - np.array([1, 4, width])[:batch, None]
+  features = parity.randn("caption", (batch, width, config.caption_dim))
+  return codes, features * mask[..., None], mask
+
+
+@pytest.mark.parametrize("name, out", [("c2i", "c2i"), ("gqa", "gqa")])
+def test_class_logits_equal_the_original(name, out):
+  golden = parity.golden()
+  config, params = interop.gpt_from_torch(
+    parity.state_dict(f"gpt_tiny_{name}"), num_heads=4, image_tokens=16
+  )
+  logits = GPT(config).apply(
+    {"params": params}, golden["c2i_codes"], golden["c2i_labels"]
+  )
+  np.testing.assert_allclose(logits, golden[f"{out}_logits"], atol=2e-4)
+  if name == "c2i":
+    loss = jnp.mean(cross_entropy(logits, golden["c2i_codes"]))
+    np.testing.assert_allclose(loss, golden["c2i_loss"], rtol=1e-6)
+
+
+def test_caption_logits_equal_the_original():
+  golden = parity.golden()
+  config, params = interop.gpt_from_torch(
+    parity.state_dict("gpt_tiny_t2i"), num_heads=4, image_tokens=16
+  )
+  logits = GPT(config).apply(
+    {"params": params}, golden["c2i_codes"], golden["t2i_caption"], golden["t2i_mask"]
+  )
+  np.testing.assert_allclose(logits, golden["t2i_logits"], atol=2e-4)
+
+
+def test_base_model_equals_the_original():
+  golden = parity.golden()
+  state_dict = parity.state_dict("GPT-B_256_c2i")
+  config, params = interop.gpt_from_torch(state_dict, image_tokens=256)
+  assert config == GPTConfig.preset("B", image_size=256)
+  codes = parity.randint("gptb/codes", 16384, (1, 256))
+  labels = parity.randint("gptb/labels", 1000, (1,))
+  logits = jax.jit(GPT(config).apply)({"params": params}, codes, labels)
+  np.testing.assert_allclose(
+    logits[:, ::16, ::512], golden["gptb_logits_slice"], atol=2e-4
+  )
+  loss = jnp.mean(cross_entropy(logits, codes))
+  np.testing.assert_allclose(loss, golden["gptb_loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_CAPTION], ids=["class", "caption"])
+def test_causality_by_gradient(config):
+  """Logits at t depend on the codes before t, all of them, and on no other."""
+  params = random_params(config)
+  codes, condition, mask = inputs(config, batch=1)
+  table = params["code_embedding"]
+  # Give every position an embedding row of its own, to differentiate by.
+  own = jnp.arange(config.image_tokens)[None]
+  rows = embed_codes(table, codes, "float32")[0]
+
+  def logits_at(rows, t):
+    changed = params | {"code_embedding": table.at[: len(rows)].set(rows)}
+    return GPT(config).apply({"params": changed}, own, condition, mask)[0, t].sum()
+
+  for t in range(config.image_tokens):
+    influence = jnp.abs(jax.grad(logits_at)(rows, t)).sum(axis=1)
+    assert (influence[:t] > 0).all()
+    assert (influence[t:] == 0).all()
+
+
+@pytest.mark.parametrize("kv_heads", [0, 2])
+@pytest.mark.parametrize("config", [TINY, TINY_CAPTION], ids=["class", "caption"])
+def test_cached_decoding_equals_the_full_forward(config, kv_heads):
+  config = dataclasses.replace(config, kv_heads=kv_heads)
+  params = random_params(config)
+  codes, condition, condition_mask = inputs(config)
+  batch = len(codes)
+  # Conditional and unconditional rows, as guidance runs them.
+  drop = jnp.arange(batch) == 1
+  full = GPT(config).apply({"params": params}, codes, condition, condition_mask, drop)
+
+  flat = unstack_layers(params)
+  prefix = embed_condition(config).apply(
+    {"params": params["condition"]}, condition, drop
+  )
+  cache = init_cache(config, batch)
+  mask = attention_mask(config, condition_mask, jnp.arange(config.prefix_tokens))
+  logits, cache = cached_forward(config, flat, prefix, cache, 0, mask)
+  np.testing.assert_allclose(logits, full[:, 0], atol=1e-5)
+  for t in range(1, config.image_tokens):
+    position = config.prefix_tokens + t - 1
+    x = embed_codes(params["code_embedding"], codes[:, t - 1 : t], config.dtype)
+    mask = attention_mask(config, condition_mask, jnp.array([position]))
+    logits, cache = cached_forward(config, flat, x, cache, position, mask)
+    np.testing.assert_allclose(logits, full[:, t], atol=1e-5)
+
+
+def test_padding_of_captions_changes_nothing():
+  config, params = TINY_CAPTION, random_params(TINY_CAPTION)
+  codes, features, mask = inputs(config)
+  model = GPT(config)
+  logits = model.apply({"params": params}, codes, features, mask)
+  noise = jnp.where(mask[..., None], features, 100.0)
+  noisy = model.apply({"params": params}, codes, noise, mask)
+  np.testing.assert_allclose(noisy, logits, atol=1e-5)
+
+
+def test_unconditional_buffer_gets_no_gradient():
+  params = random_params(TINY_CAPTION)
+  codes, features, mask = inputs(TINY_CAPTION)
+  drop = jnp.ones(len(codes), bool)
+
+  def loss(params):
+    logits = GPT(TINY_CAPTION).apply({"params": params}, codes, features, mask, drop)
+    return jnp.mean(cross_entropy(logits, codes))
+
+  grads = jax.grad(loss)(params)["condition"]
+  assert (grads["unconditional"] == 0).all()
+  assert (grads["in"] != 0).any()
+
+
+def test_first_loss_is_the_entropy_of_the_vocabulary():
+  params = unbox(init_gpt(TINY, jax.random.key(0)))
+  codes, labels, _ = inputs(TINY)
+  logits = GPT(TINY).apply({"params": params}, codes, labels)
+  np.testing.assert_allclose(
+    jnp.mean(cross_entropy(logits, codes)), np.log(50), rtol=1e-6
+  )
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_gradient(remat):
+  """With dropout and stochastic depth on, so that random numbers are redrawn alike."""
+  config = dataclasses.replace(TINY, drop_path=0.3)
+  params = random_params(config)
+  codes, labels, _ = inputs(config)
+
+  def grads(config):
+    def loss(params):
+      model = GPT(config, training=True)
+      rngs = {"dropout": jax.random.key(3)}
+      logits = model.apply({"params": params}, codes, labels, rngs=rngs)
+      return jnp.mean(cross_entropy(logits, codes))
+
+    return jax.jit(jax.grad(loss))(params)
+
+  plain, remat = grads(config), grads(dataclasses.replace(config, remat=remat))
+  assert any((np.asarray(g) != 0).any() for g in jax.tree.leaves(plain))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), plain, remat)

@@ -1,0 +1,92 @@
+"""Training on eight fake devices equals training on one."""
+
+import jax
+import numpy as np
+import pytest
+
+from llamagen_jax.gpt import train as gpt_train
+from llamagen_jax.tokenizer import train as tokenizer_train
+from llamagen_jax.training import loop
+from llamagen_jax.training.mesh import make_mesh
+from llamagen_jax.training.metrics import read_rows
+from tests import tiny
+
+MESHES = {
+  "data": {"data": 8, "fsdp": 1, "tensor": 1},
+  "fsdp": {"data": 1, "fsdp": 8, "tensor": 1},
+  "tensor": {"data": 2, "fsdp": 1, "tensor": 4},
+  "mixed": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+
+
+def losses(module, config, workdir, mesh=None, monkeypatch=None):
+  config.unlock()
+  config.mesh = mesh or {"data": 1}
+  if mesh is None:  # a mesh of the first device alone
+
+    def one_device(**sizes):
+      return jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"),
+                           axis_types=(jax.sharding.AxisType.Auto,) * 3,
+                           devices=jax.devices()[:1])  # fmt: skip
+
+    monkeypatch.setattr(loop, "make_mesh", one_device)
+  module.train(config, workdir)
+  return [row["loss"] for row in read_rows(workdir / "metrics.jsonl") if "loss" in row]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_transformer(tmp_path, mesh):
+  assert jax.device_count() == 8
+  codes = tiny.write_codes(tmp_path / "codes")
+  found = losses(gpt_train, tiny.gpt_config(codes, 5), tmp_path / "run", MESHES[mesh])
+  with pytest.MonkeyPatch.context() as patch:
+    config = tiny.gpt_config(codes, 5)
+    expected = losses(gpt_train, config, tmp_path / "one", None, patch)
+  assert len(expected) == 5
+  np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("mesh", ["data", "fsdp"])
+def test_tokenizer(tmp_path, mesh):
+  pictures = tiny.write_pictures(tmp_path / "pictures")
+  config = tiny.tokenizer_config(pictures, 5, batch_size=8)
+  found = losses(tokenizer_train, config, tmp_path / "run", MESHES[mesh])
+  with pytest.MonkeyPatch.context() as patch:
+    config = tiny.tokenizer_config(pictures, 5, batch_size=8)
+    expected = losses(tokenizer_train, config, tmp_path / "one", None, patch)
+  np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_state_is_sharded_by_the_table(tmp_path):
+  codes = tiny.write_codes(tmp_path / "codes")
+  recipe = loop_recipe(codes)
+  mesh = make_mesh(data=2, fsdp=2, tensor=2)
+  task = gpt_train.make_task(recipe)
+  state = loop.abstract_state(task.init, mesh)
+
+  def placed(leaf):
+    return tuple(leaf.sharding.spec)
+
+  for tree in (state.params, state.ema, state.opt_state[1].mu, state.opt_state[1].nu):
+    assert placed(tree["code_embedding"]) == ("tensor", "fsdp")
+    assert placed(tree["layers"]["attention"]["qkv"])[1:3] == ("fsdp", "tensor")
+    assert placed(tree["layers"]["ffn"]["out"])[1:] == ("tensor", "fsdp")
+
+
+def loop_recipe(codes):
+  from llamagen_jax.training.recipe import build
+
+  return build(gpt_train.GPTRecipe, tiny.gpt_config(codes, 1))
+
+
+def test_an_axis_that_does_not_divide_is_replicated_and_logged(tmp_path, caplog):
+  codes = tiny.write_codes(tmp_path / "codes")
+  task = gpt_train.make_task(loop_recipe(codes))
+  with caplog.at_level("WARNING"):
+    state = loop.abstract_state(task.init, make_mesh(data=1, fsdp=1, tensor=8))
+  # 4 kv heads do not divide by 8; neither does a vocabulary of 50.
+  assert tuple(state.params["layers"]["attention"]["qkv"].sharding.spec) == (None,) * 5
+  text = caplog.text
+  assert "'kv_heads' (4)" in text
+  assert "'vocab' (50)" in text
+  assert "tensor has 8 parts" in text

@@ -1,0 +1,79 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llamagen_jax import GPT, SamplingConfig, generate, interop
+from llamagen_jax.gpt.model import unstack_layers
+from tests import parity
+from tests.gpt.model_test import TINY, TINY_CAPTION, inputs, random_params
+
+GREEDY = {
+  "nocfg": SamplingConfig(greedy=True),
+  "cfg": SamplingConfig(guidance_scale=3.0, greedy=True),
+  "interval": SamplingConfig(guidance_scale=3.0, guidance_stop=5, greedy=True),
+}
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_greedy_classes_equal_the_original(name):
+  golden = parity.golden()
+  config, params = interop.gpt_from_torch(
+    parity.state_dict("gpt_tiny_c2i"), num_heads=4, image_tokens=16
+  )
+  key = jax.random.key(0)
+  codes = generate(config, params, golden["c2i_labels"], key, sampling=GREEDY[name])
+  np.testing.assert_array_equal(codes, golden[f"c2i_greedy_{name}"])
+
+
+@pytest.mark.parametrize("name", ["nocfg", "cfg"])
+def test_greedy_captions_equal_the_original(name):
+  golden = parity.golden()
+  config, params = interop.gpt_from_torch(
+    parity.state_dict("gpt_tiny_t2i"), num_heads=4, image_tokens=16
+  )
+  codes = generate(
+    config,
+    params,
+    golden["t2i_caption"],
+    jax.random.key(0),
+    golden["t2i_mask"],
+    GREEDY[name],
+  )
+  np.testing.assert_array_equal(codes, golden[f"t2i_greedy_{name}"])
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_CAPTION], ids=["class", "caption"])
+def test_greedy_codes_are_those_of_the_full_forward(config):
+  """Every drawn code is the best one after the codes before it, guidance included."""
+  params, (_, condition, mask) = random_params(config), inputs(config)
+  sampling = SamplingConfig(guidance_scale=2.5, greedy=True)
+  codes = generate(config, params, condition, jax.random.key(0), mask, sampling)
+  drop = jnp.ones(len(codes), bool)
+  model = GPT(config)
+  cond = model.apply({"params": params}, codes, condition, mask)
+  uncond = model.apply({"params": params}, codes, condition, mask, drop)
+  guided = uncond + 2.5 * (cond - uncond)
+  np.testing.assert_array_equal(codes, jnp.argmax(guided, axis=-1))
+
+
+def test_a_picture_depends_on_its_key_and_not_on_its_neighbours():
+  params = unstack_layers(random_params(TINY))
+  sampling = SamplingConfig(guidance_scale=2.0, top_k=20, top_p=0.95)
+  labels = np.array([1, 5, 2, 6])
+  keys = jax.random.split(jax.random.key(7), 4)
+  together = generate(TINY, params, labels, keys, sampling=sampling)
+  rows = np.array([3, 1])
+  apart = generate(TINY, params, labels[rows], keys[rows], sampling=sampling)
+  np.testing.assert_array_equal(apart, together[rows])
+  other = generate(TINY, params, labels, keys[::-1], sampling=sampling)
+  assert (np.asarray(other) != np.asarray(together)).any()
+
+
+def test_stacked_and_unstacked_parameters_draw_the_same():
+  params, (_, labels, _) = random_params(TINY), inputs(TINY)
+  key = jax.random.key(0)
+  np.testing.assert_array_equal(
+    generate(TINY, params, labels, key),
+    generate(TINY, unstack_layers(params), labels, key),
+  )

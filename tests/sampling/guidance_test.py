@@ -1,0 +1,40 @@
+import jax.numpy as jnp
+import numpy as np
+
+from llamagen_jax import SamplingConfig
+from llamagen_jax.sampling.guidance import guide, scale_at
+
+TOKENS = 16
+
+
+def scales(**fields):
+  rows = SamplingConfig(**fields).rows(1)
+  return np.array(
+    [float(scale_at(rows, jnp.int32(t), TOKENS)[0]) for t in range(TOKENS)]
+  )
+
+
+def test_constant_schedule_and_its_stop():
+  np.testing.assert_array_equal(scales(guidance_scale=3.0), np.full(TOKENS, 3.0))
+  # Step 5 after the prefill draws code 6, the last one that is guided.
+  stopped = scales(guidance_scale=3.0, guidance_stop=5)
+  np.testing.assert_array_equal(stopped, [3.0] * 7 + [1.0] * 9)
+
+
+def test_growing_schedules():
+  t = np.arange(TOKENS) / TOKENS
+  linear = scales(guidance_scale=5.0, guidance_schedule="linear")
+  np.testing.assert_allclose(linear, 1 + 4 * t, rtol=1e-6)
+  cosine = scales(
+    guidance_scale=16.0, guidance_schedule="power-cosine", guidance_power=2.75
+  )
+  expected = 1 + 15 * (1 - np.cos(np.pi * t**2.75)) / 2
+  np.testing.assert_allclose(cosine, expected, rtol=1e-5)
+
+
+def test_scale_one_is_the_condition_to_the_bit():
+  cond = jnp.array([[0.1, 0.2], [0.3, 0.7]])
+  uncond = jnp.array([[0.9, -0.4], [0.25, 0.1]])
+  guided = guide(cond, uncond, jnp.array([1.0, 3.0]))
+  np.testing.assert_array_equal(guided[0], cond[0])
+  np.testing.assert_allclose(guided[1], uncond[1] + 3 * (cond[1] - uncond[1]))
