@@ -11,14 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llamagen_jax.gpt.cached import cached_forward, init_cache, unstack_layers
 from llamagen_jax.gpt.conditioning import attention_mask, embed_condition
 from llamagen_jax.gpt.config import GPTConfig
-from llamagen_jax.gpt.model import (
-  cached_forward,
-  embed_codes,
-  init_cache,
-  unstack_layers,
-)
+from llamagen_jax.gpt.model import embed_codes
 from llamagen_jax.sampling.config import Rows, SamplingConfig, Stages
 from llamagen_jax.sampling.guidance import guide, scale_at
 from llamagen_jax.sampling.logits import sample_codes

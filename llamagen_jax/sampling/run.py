@@ -12,7 +12,7 @@ import numpy as np
 
 from llamagen_jax import bundle, pictures
 from llamagen_jax.errors import UserError
-from llamagen_jax.gpt.model import unstack_layers
+from llamagen_jax.gpt.cached import unstack_layers
 from llamagen_jax.sampling.config import SamplingConfig
 from llamagen_jax.sampling.decode import generate
 

@@ -6,14 +6,9 @@ import numpy as np
 import pytest
 
 from llamagen_jax import GPT, GPTConfig, interop
+from llamagen_jax.gpt.cached import cached_forward, init_cache, unstack_layers
 from llamagen_jax.gpt.conditioning import attention_mask, embed_condition
-from llamagen_jax.gpt.model import (
-  cached_forward,
-  embed_codes,
-  init_cache,
-  init_gpt,
-  unstack_layers,
-)
+from llamagen_jax.gpt.model import embed_codes, init_gpt
 from llamagen_jax.gpt.train import cross_entropy
 from llamagen_jax.training.mesh import unbox
 from tests import parity

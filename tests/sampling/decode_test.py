@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llamagen_jax import GPT, SamplingConfig, generate, interop
-from llamagen_jax.gpt.model import unstack_layers
+from llamagen_jax.gpt.cached import unstack_layers
 from tests import parity
 from tests.gpt.model_test import TINY, TINY_CAPTION, inputs, random_params
 
