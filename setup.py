@@ -26,7 +26,7 @@ QUICKSTART = ["mlxtend>=0.23"]
 EXTRAS = {
   "tpu": ["jax[tpu]>=0.10.2"],
   "quickstart": QUICKSTART,
-  "test": [*QUICKSTART, "pytest==9.2.0", "ruff==0.17.6"],
+  "test": [*QUICKSTART, "pytest==9.2.0", "pytest-xdist==3.8.0", "ruff==0.17.6"],
 }
 
 setup(

@@ -1,11 +1,16 @@
-"""Set before JAX is imported: programs that several tests share are compiled once."""
+"""Set before JAX is imported: the suite's time is mostly compilation.
+
+Programs are compiled with little effort, and those that several tests share once.
+"""
 
 import os
 import pathlib
 import tempfile
 
-CACHE = (
-  pathlib.Path(tempfile.gettempdir()) / f"llamagen_jax_test_programs_{os.getuid()}"
-)
+CACHE = pathlib.Path(tempfile.gettempdir()) / f"llamagen_jax_tests_{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+QUICK = "--xla_backend_optimization_level=0"
+if QUICK not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()

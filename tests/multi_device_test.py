@@ -14,7 +14,16 @@ def test_on_eight_devices():
     "JAX_PLATFORMS": "cpu",
   }
   done = subprocess.run(
-    [sys.executable, "-m", "pytest", "-q", "-o", "python_files=*_check.py", FOLDER],
+    [
+      sys.executable,
+      "-m",
+      "pytest",
+      "-q",
+      "-n0",
+      "-o",
+      "python_files=*_check.py",
+      FOLDER,
+    ],
     env=environment,
     cwd=FOLDER.parents[1],
     capture_output=True,
