@@ -23,10 +23,15 @@ CORE = [
   "tqdm>=4.66",
 ]
 QUICKSTART = ["mlxtend>=0.23"]
+TEST = [*QUICKSTART, "pytest==9.2.0", "pytest-xdist==3.8.0", "ruff==0.17.6"]
 EXTRAS = {
   "tpu": ["jax[tpu]>=0.10.2"],
   "quickstart": QUICKSTART,
-  "test": [*QUICKSTART, "pytest==9.2.0", "pytest-xdist==3.8.0", "ruff==0.17.6"],
+  # Published PyTorch weights.
+  "convert": ["torch>=2.13", "safetensors>=0.8", "huggingface_hub>=1.0"],
+  "test": TEST,
+  # What the tests marked `extra` need on top; without it they are skipped.
+  "test-extra": ["torch==2.13.0", "libtpu", "safetensors>=0.8"],
 }
 
 setup(
