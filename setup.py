@@ -45,6 +45,7 @@ setup(
   packages=[*find_packages(include=["llamagen_jax*"]), "llamagen_jax.configs"],
   # The recipes stay in sight at the top level and still ship in the wheel.
   package_dir={"llamagen_jax.configs": "configs"},
+  package_data={"llamagen_jax.data": ["imagenet_classes.txt"]},
   install_requires=CORE,
   extras_require=EXTRAS,
   entry_points={"console_scripts": ["llamagen = llamagen_jax.cli:main"]},
