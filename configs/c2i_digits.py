@@ -45,14 +45,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "weight_decay": 0.05,
     "clip": 1.0,
   }
-  config.sampling = {"guidance_scale": 2.5, "top_p": 0.9}
+  config.sampling = {"guidance_scale": 2.5, "top_p": 0.8}
   config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
   config.run = {
-    "steps": 5 if fast else 800,
+    "steps": 5 if fast else 1000,
     "seed": 0,
     "log_every": 5,
-    "eval_every": 400,
-    "save_every": 300,
+    "eval_every": 500,
+    "save_every": 400,
     "keep_last": 1,
     "keep_every": 0,
   }
