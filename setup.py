@@ -23,15 +23,25 @@ CORE = [
   "tqdm>=4.66",
 ]
 QUICKSTART = ["mlxtend>=0.23"]
-TEST = [*QUICKSTART, "pytest==9.2.0", "pytest-xdist==3.8.0", "ruff==0.17.6"]
+# Captions: reading T5, its vocabularies, cleaning, files of data sets.
+TEXT = [
+  "beautifulsoup4>=4.13",
+  "ftfy>=6.3",
+  "pyarrow>=21",
+  "safetensors>=0.8",
+  "sentencepiece>=0.2.1",
+  "tokenizers>=0.22",
+]
+TEST = [*QUICKSTART, *TEXT, "pytest==9.2.0", "pytest-xdist==3.8.0", "ruff==0.17.6"]
 EXTRAS = {
   "tpu": ["jax[tpu]>=0.10.2"],
   "quickstart": QUICKSTART,
+  "text": TEXT,
   # Published PyTorch weights.
   "convert": ["torch>=2.13", "safetensors>=0.8", "huggingface_hub>=1.0"],
   "test": TEST,
   # What the tests marked `extra` need on top; without it they are skipped.
-  "test-extra": ["torch==2.13.0", "libtpu", "safetensors>=0.8"],
+  "test-extra": ["torch==2.13.0", "libtpu", "transformers>=5.0"],
 }
 
 setup(

@@ -1,14 +1,20 @@
 """Small data sets, configs and runs that several tests share."""
 
 import dataclasses
+import io
+import json
 import pathlib
 
 import ml_collections
 import numpy as np
 from PIL import Image
+from safetensors.numpy import save_file
+import sentencepiece
 
 from llamagen_jax import GPTConfig, TokenizerConfig
 from llamagen_jax.data.codes import CodePlan, CodeRecord, CodeWriter
+from llamagen_jax.interop.t5 import save_t5
+from llamagen_jax.text.t5 import T5Config
 
 GPT = GPTConfig(
   2, 4, 32, grid=3, vocab_size=50, num_classes=4, ffn_multiple=16, drop_path=0.1
@@ -78,3 +84,39 @@ def tokenizer_config(pictures: pathlib.Path, steps: int, batch_size: int = 4):
     "mesh": {"data": -1},
     "run": run_section(steps),
   })  # fmt: skip
+
+
+CAPTIONS = (
+  "a red fox on a green hill", "two blue birds", "a house by the sea at night",
+  "the yellow sun over a white mountain", "a cat", "an old man reads a small book",
+)  # fmt: skip
+
+
+def write_t5(folder: pathlib.Path, config: T5Config, params) -> pathlib.Path:
+  """A folder of T5 with a vocabulary of pieces of CAPTIONS."""
+  save_t5(folder, config, params)
+  return write_vocabulary(folder)
+
+
+def write_vocabulary(folder: pathlib.Path) -> pathlib.Path:
+  """spiece.model of pieces of CAPTIONS, with the special tokens of T5."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(CAPTIONS * 5), model_writer=model, vocab_size=60,
+    pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False,
+    minloglevel=2,
+  )  # fmt: skip
+  (folder / "spiece.model").write_bytes(model.getvalue())
+  return folder
+
+
+def write_sharded(folder: pathlib.Path, tensors: dict, files: int) -> None:
+  """Safetensors in several files and their index, as big models are published."""
+  places = {}
+  for i in range(files):
+    name = f"model-{i + 1:05d}-of-{files:05d}.safetensors"
+    part = {n: tensors[n] for n in sorted(tensors)[i::files]}
+    save_file(part, folder / name)
+    places |= dict.fromkeys(part, name)
+  index = {"metadata": {}, "weight_map": places}
+  (folder / "model.safetensors.index.json").write_text(json.dumps(index))
