@@ -41,7 +41,13 @@ EXTRAS = {
   "convert": ["torch>=2.13", "safetensors>=0.8", "huggingface_hub>=1.0"],
   "test": TEST,
   # What the tests marked `extra` need on top; without it they are skipped.
-  "test-extra": ["torch==2.13.0", "libtpu", "transformers>=5.0"],
+  "test-extra": [
+    "torch==2.13.0",
+    "libtpu",
+    "transformers>=5.0",
+    "safetensors>=0.8",
+    "huggingface_hub>=1.0",
+  ],
 }
 
 setup(

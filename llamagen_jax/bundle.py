@@ -3,13 +3,15 @@
 `config.json` is written last, so a folder without one is not a bundle.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import hashlib
 import json
-import pathlib
+import os
 from typing import Any
 
+from etils import epath
 import flax
 import jax
 from jax.experimental import multihost_utils
@@ -27,6 +29,8 @@ from llamagen_jax.training.mesh import shardings, unbox
 
 FORMAT_VERSION = 1
 CONFIG = "config.json"
+# Upper bound of a piece of a parameter that is written as one file.
+CHUNK_BYTES = 64 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +61,22 @@ class Transformer:
   class_names: tuple[str, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Deferred:
+  """A parameter that is read when it is written, so that no model is held whole."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  load: Callable[[], np.ndarray]
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _apply_tokenizer(config, method, params, x):
   return VQModel(config).apply({"params": params}, x, method=method)
 
 
 def save_tokenizer(
-  path: str | pathlib.Path, config: TokenizerConfig, params: Any
+  path: str | os.PathLike, config: TokenizerConfig, params: Any
 ) -> str:
   """Writes a tokenizer bundle and returns its identity."""
   identity = content_hash(config, params)
@@ -72,12 +85,12 @@ def save_tokenizer(
     "config": dataclasses.asdict(config),
     "identity": identity,
   }
-  _save(pathlib.Path(path), fields, params)
+  _save(epath.Path(path), fields, params)
   return identity
 
 
-def save_gpt(path: str | pathlib.Path, gpt: Transformer) -> None:
-  """Writes a transformer bundle."""
+def save_gpt(path: str | os.PathLike, gpt: Transformer) -> None:
+  """Writes a transformer bundle; parameters may be functions that give arrays."""
   fields = {
     "kind": "gpt",
     "config": dataclasses.asdict(gpt.config),
@@ -85,31 +98,52 @@ def save_gpt(path: str | pathlib.Path, gpt: Transformer) -> None:
     "tokenizer": gpt.tokenizer,
     "class_names": gpt.class_names,
   }
-  _save(pathlib.Path(path), fields, gpt.params)
+  params = gpt.params
+  if any(callable(leaf) for leaf in jax.tree.leaves(params)):
+    params = jax.tree.map(
+      lambda leaf, load: Deferred(leaf.shape, leaf.dtype, load),
+      unbox(abstract_gpt(gpt.config)),
+      params,
+    )
+  _save(epath.Path(path), fields, params)
 
 
-def load_tokenizer(path: str | pathlib.Path, mesh: Mesh | None = None) -> Tokenizer:
+def load_tokenizer(path: str | os.PathLike, mesh: Mesh | None = None) -> Tokenizer:
   """Reads a tokenizer bundle, onto the first device or sharded over a mesh."""
-  path = pathlib.Path(path)
-  fields = _read_config(path, "tokenizer")
-  config = TokenizerConfig(**fields["config"])
+  path = epath.Path(path)
+  config, identity = read_tokenizer_config(path)
   boxed = jax.eval_shape(functools.partial(init_tokenizer, config), jax.random.key(0))
-  return Tokenizer(config, _load_params(path, boxed, mesh), fields["identity"])
+  return Tokenizer(config, _load_params(path, boxed, mesh), identity)
 
 
-def load_gpt(path: str | pathlib.Path, mesh: Mesh | None = None) -> Transformer:
+def load_gpt(path: str | os.PathLike, mesh: Mesh | None = None) -> Transformer:
   """Reads a transformer bundle, onto the first device or sharded over a mesh."""
-  path = pathlib.Path(path)
+  path = epath.Path(path)
   fields = _read_config(path, "gpt")
   config = GPTConfig(**fields["config"])
-  boxed = jax.eval_shape(functools.partial(init_gpt, config), jax.random.key(0))
   return Transformer(
     config,
-    _load_params(path, boxed, mesh),
+    _load_params(path, abstract_gpt(config), mesh),
     SamplingConfig(**fields["sampling"]),
     fields["tokenizer"],
     tuple(fields["class_names"]),
   )
+
+
+def read_tokenizer_config(path: str | os.PathLike) -> tuple[TokenizerConfig, str]:
+  """Shape and identity of a tokenizer bundle, without its parameters."""
+  fields = _read_config(epath.Path(path), "tokenizer")
+  return TokenizerConfig(**fields["config"]), fields["identity"]
+
+
+def kind_of(path: str | os.PathLike) -> str:
+  """ "gpt" or "tokenizer"."""
+  return _read_config(epath.Path(path))["kind"]
+
+
+def abstract_gpt(config: GPTConfig) -> Any:
+  """Shapes of a transformer's parameters, boxed with the names of their axes."""
+  return jax.eval_shape(functools.partial(init_gpt, config), jax.random.key(0))
 
 
 def content_hash(config: TokenizerConfig, params: Any) -> str:
@@ -125,31 +159,68 @@ def content_hash(config: TokenizerConfig, params: Any) -> str:
   return digest.hexdigest()
 
 
-def _save(path: pathlib.Path, fields: dict[str, Any], params: Any) -> None:
+def _save(path: epath.Path, fields: dict[str, Any], params: Any) -> None:
   config = path / CONFIG
   if jax.process_index() == 0:
     path.mkdir(parents=True, exist_ok=True)
     config.unlink(missing_ok=True)
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save((path / "params").absolute(), params, force=True)
+  deferred = any(isinstance(leaf, Deferred) for leaf in jax.tree.leaves(params))
+  (_write_deferred if deferred else _write)(_absolute(path / "params"), params)
   if jax.process_index() == 0:
     part = config.with_name(f".{CONFIG}.part")
     part.write_text(json.dumps({"format": FORMAT_VERSION, **fields}, indent=1))
     part.rename(config)
 
 
-def _read_config(path: pathlib.Path, kind: str) -> dict[str, Any]:
+def _write(path: epath.Path, params: Any) -> None:
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(path, params, force=True)
+
+
+def _write_deferred(path: epath.Path, params: Any) -> None:
+  """Writes one parameter after the other, each in files of a layer or less."""
+  registry = ocp.type_handlers.create_type_handler_registry(
+    (Deferred, _DeferredHandler(deepcopy_host_arrays=False))
+  )
+  save_args = jax.tree.map(
+    lambda leaf: ocp.SaveArgs(
+      chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if len(leaf.shape) > 2 else ()
+    ),
+    params,
+  )
+  # Without OCDBT, which collects all pieces in memory before it writes them.
+  handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
+  with ocp.Checkpointer(handler) as checkpointer:
+    checkpointer.save(path, ocp.args.PyTreeSave(params, save_args), force=True)
+
+
+class _DeferredHandler(ocp.type_handlers.NumpyHandler):
+  """Writes `Deferred` leaves as the arrays they give, one at a time."""
+
+  async def serialize(self, values, infos, args=None):
+    for value, info, arg in zip(values, infos, args, strict=True):
+      for written in await super().serialize([value.load()], [info], [arg]):
+        written.result()
+    return []
+
+
+def _absolute(path: epath.Path) -> epath.Path:
+  return path if path.is_absolute() else path.absolute()  # gs:// is absolute
+
+
+def _read_config(path: epath.Path, kind: str | None = None) -> dict[str, Any]:
   config = path / CONFIG
   if not config.exists():
     raise UserError(f"{path}: no {CONFIG}, so it is not a bundle, or not a whole one")
   fields = json.loads(config.read_text())
-  if fields.get("format") != FORMAT_VERSION or fields.get("kind") != kind:
+  wrong_kind = kind is not None and fields.get("kind") != kind
+  if fields.get("format") != FORMAT_VERSION or wrong_kind:
     found = f"kind {fields.get('kind')!r}, format {fields.get('format')!r}"
     raise UserError(f"{config}: {found}; expected {kind!r}, format {FORMAT_VERSION}")
   return fields
 
 
-def _load_params(path: pathlib.Path, boxed: Any, mesh: Mesh | None) -> Any:
+def _load_params(path: epath.Path, boxed: Any, mesh: Mesh | None) -> Any:
   if mesh is None:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     places = jax.tree.map(lambda _: device, unbox(boxed))
@@ -161,4 +232,4 @@ def _load_params(path: pathlib.Path, boxed: Any, mesh: Mesh | None) -> Any:
     places,
   )
   with ocp.StandardCheckpointer() as checkpointer:
-    return checkpointer.restore((path / "params").absolute(), abstract)
+    return checkpointer.restore(_absolute(path / "params"), abstract)

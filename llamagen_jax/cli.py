@@ -12,6 +12,8 @@ VERBS = {
   "extract-codes": ("tokenizer.extract", "pictures to code shards"),
   "train-gpt": ("gpt.train", "train a transformer on code shards"),
   "sample": ("sampling.run", "draw pictures"),
+  "import-weights": ("interop.import_weights", "published weights to a bundle"),
+  "export-weights": ("interop.export_weights", "a bundle to published weights"),
 }
 
 

@@ -6,6 +6,7 @@ import functools
 import re
 from typing import Any
 
+import jax
 import numpy as np
 
 from llamagen_jax.errors import UserError
@@ -14,8 +15,8 @@ from llamagen_jax.interop.tables import (
   Array,
   Entry,
   copy,
+  defer_table,
   linear,
-  read_table,
   shape_of,
   write_table,
 )
@@ -42,8 +43,22 @@ def gpt_from_torch(
   Raises:
     UserError: with every missing, unexpected or misshapen tensor.
   """
+  config, params = defer_gpt(
+    state_dict, num_heads=num_heads, image_tokens=image_tokens, **changes
+  )
+  return config, jax.tree.map(lambda load: load(), params)
+
+
+def defer_gpt(
+  state_dict: Mapping[str, Array],
+  *,
+  num_heads: int | None = None,
+  image_tokens: int | None = None,
+  **changes,
+) -> tuple[GPTConfig, dict[str, Any]]:
+  """`gpt_from_torch` with functions for arrays: each is read when it is called."""
   config = _gpt_config(state_dict, num_heads, image_tokens or 256, changes)
-  return config, read_table(_gpt_table(config), state_dict)
+  return config, defer_table(_gpt_table(config), state_dict)
 
 
 def gpt_to_torch(config: GPTConfig, params: dict[str, Any]) -> dict[str, Array]:

@@ -6,16 +6,17 @@ directions read the same table, and both are strict.
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 from typing import Any
 
 import flax
+import jax
 import numpy as np
 
 from llamagen_jax.errors import UserError
 
 # Buffers of the original that are recomputed or not used here.
 IGNORED = ("codebook_used", "freqs_cis", "causal_mask", "num_batches_tracked")
-MOST_PROBLEMS_SHOWN = 20
 
 Array = np.ndarray
 
@@ -33,6 +34,41 @@ class Entry:
 
 
 def read_table(table: list[Entry], state_dict: Mapping[str, Array]) -> dict[str, Any]:
+  """All of our arrays, float32."""
+  return jax.tree.map(lambda load: load(), defer_table(table, state_dict))
+
+
+def defer_table(table: list[Entry], state_dict: Mapping[str, Array]) -> dict[str, Any]:
+  """A tree of functions, each of which reads and returns one of our arrays.
+
+  Raises:
+    UserError: with every missing, unexpected or misshapen tensor; nothing was read.
+  """
+  _check(table, state_dict)
+  rows: dict[tuple[str, ...], list[Entry]] = {}
+  for entry in table:
+    rows.setdefault(entry.path, []).append(entry)
+  return flax.traverse_util.unflatten_dict(
+    {
+      path: functools.partial(_load, entries, state_dict)
+      for path, entries in rows.items()
+    }
+  )
+
+
+def _load(entries: list[Entry], state_dict: Mapping[str, Array]) -> Array:
+  stacked = None
+  for entry in entries:
+    value = entry.pack(*(np.asarray(state_dict[n], np.float32) for n in entry.tensors))
+    if entry.layer is None:
+      return np.ascontiguousarray(value)
+    if stacked is None:  # filled row by row, so that a layer is held once
+      stacked = np.empty((entry.layers, *value.shape), np.float32)
+    stacked[entry.layer] = value
+  return stacked
+
+
+def _check(table: list[Entry], state_dict: Mapping[str, Array]) -> None:
   expected = {name: shape for e in table for name, shape in e.tensors.items()}
   problems = [f"missing {n} {s}" for n, s in expected.items() if n not in state_dict]
   for name, value in state_dict.items():
@@ -41,23 +77,10 @@ def read_table(table: list[Entry], state_dict: Mapping[str, Array]) -> dict[str,
     elif name not in expected and name.rpartition(".")[2] not in IGNORED:
       problems.append(f"unexpected {name} {tuple(value.shape)}")
   if problems:
-    more = len(problems) - MOST_PROBLEMS_SHOWN
-    shown = problems[:MOST_PROBLEMS_SHOWN] + [f"and {more} more"] * (more > 0)
     raise UserError(
       f"state dict does not fit the model, {len(problems)} problems: "
-      + "; ".join(shown)
+      + "; ".join(problems)
     )
-
-  flat = {}
-  for entry in table:
-    value = entry.pack(*(np.asarray(state_dict[n], np.float32) for n in entry.tensors))
-    if entry.layer is None:
-      flat[entry.path] = np.ascontiguousarray(value)
-    else:  # filled row by row, so that a big model is held once
-      if entry.path not in flat:
-        flat[entry.path] = np.empty((entry.layers, *value.shape), np.float32)
-      flat[entry.path][entry.layer] = value
-  return flax.traverse_util.unflatten_dict(flat)
 
 
 def write_table(table: list[Entry], params: dict[str, Any]) -> dict[str, Array]:
