@@ -1,4 +1,4 @@
-"""Writing pictures: uint8 conversion, labelled grids, PNG and npz files."""
+"""Writing pictures: uint8 conversion, resizing, labelled grids, PNG and npz files."""
 
 from collections.abc import Sequence
 import os
@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 LABEL_HEIGHT = 14  # pixels above a labelled picture
 GAP = 2
+BICUBIC_A = -0.75  # slope of the cubic kernel at 1; other libraries take -0.5
 
 
 def to_uint8(images: jax.Array) -> jax.Array:
@@ -21,6 +22,32 @@ def to_uint8(images: jax.Array) -> jax.Array:
 def from_uint8(images: jax.Array) -> jax.Array:
   """uint8 -> float32 in [-1, 1]."""
   return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def resize_bicubic(images: jax.Array, side: int) -> jax.Array:
+  """Square pictures [B, H, H, C] -> [B, side, side, C], as the original resizes.
+
+  Cubic convolution with half-pixel centres, borders repeated, and no
+  antialiasing: PyTorch's default, which published scores at 384 depend on.
+  """
+  weights_oi = jnp.asarray(_bicubic_weights(images.shape[1], side))
+  return jnp.einsum(
+    "BijC,oi,pj->BopC", images, weights_oi, weights_oi, precision="highest"
+  )
+
+
+def _bicubic_weights(length: int, side: int) -> np.ndarray:
+  """[side, length]; the kernel is R. Keys' (1981)."""
+  position = (np.arange(side) + 0.5) * length / side - 0.5
+  first = np.floor(position).astype(int) - 1
+  weights = np.zeros((side, length))
+  for tap in range(4):
+    distance = np.abs(position - (first + tap))
+    near = ((BICUBIC_A + 2) * distance - (BICUBIC_A + 3)) * distance**2 + 1
+    far = BICUBIC_A * (((distance - 5) * distance + 8) * distance - 4)
+    column = np.clip(first + tap, 0, length - 1)
+    np.add.at(weights, (np.arange(side), column), np.where(distance <= 1, near, far))
+  return weights.astype(np.float32)
 
 
 def grid(
