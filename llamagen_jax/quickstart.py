@@ -135,7 +135,7 @@ def judge(workdir: pathlib.Path, size: Size) -> dict[str, float]:
   center = CenterPicture(SIDE, SIDE)
   batches = epoch_batches(test, center, 50 * mesh.size, mesh, shuffle=True)
   kept = reconstruct(tokenizer.config, tokenizer.params, batches, shown=20)
-  pairs = np.concatenate([kept.originals, kept.pictures])
+  pairs = np.concatenate([kept.originals, kept.reconstructions])
   sheet = pictures.grid(pairs, columns=len(kept.originals), zoom=2)
   pictures.save_png(workdir / "reconstructions.png", sheet)
 

@@ -1,4 +1,4 @@
-"""How well a tokenizer keeps pictures: PSNR and use of the codebook."""
+"""How well a tokenizer keeps pictures, and how much of its codebook it uses."""
 
 from collections.abc import Callable, Iterable
 import dataclasses
@@ -12,20 +12,37 @@ import numpy as np
 
 from llamagen_jax.data.codes import perplexity
 from llamagen_jax.data.loader import Batch
+from llamagen_jax.errors import UserError
 from llamagen_jax.pictures import from_uint8, to_uint8
 from llamagen_jax.tokenizer.config import TokenizerConfig
+from llamagen_jax.tokenizer.lpips import lpips
 from llamagen_jax.tokenizer.model import VQModel
+
+SSIM_WINDOW = 7
+SSIM_K1, SSIM_K2 = 0.01, 0.03
+DISTANCES = ("psnr", "ssim", "ssim_lg", "lpips")
 
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
   """What `reconstruct` measured over a set of pictures."""
 
-  psnr: float  # dB, mean over pictures
+  psnr: float  # dB, mean over pictures, as the others
+  ssim: float  # of pictures in [0, 1]
+  ssim_lg: float  # with the range 2 that LlamaGen's published SSIM assumes
+  lpips: float | None  # where LPIPS's weights were given
   usage: float  # share of the codebook that the set uses
   perplexity: float  # of the codes' frequencies
+  pictures: int  # measured ones
   originals: np.ndarray  # the first pictures, uint8
-  pictures: np.ndarray  # their reconstructions, uint8
+  reconstructions: np.ndarray  # the same after encoding and decoding, uint8
+
+  @property
+  def metrics(self) -> dict[str, float]:
+    """All numbers by name."""
+    found = {name: getattr(self, name) for name in DISTANCES}
+    found |= {"usage": self.usage, "perplexity": self.perplexity}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def psnr(original: jax.Array, reconstruction: jax.Array) -> jax.Array:
@@ -34,53 +51,113 @@ def psnr(original: jax.Array, reconstruction: jax.Array) -> jax.Array:
   return -10 * jnp.log10(mse_B)
 
 
+def ssim(x_BHWC: jax.Array, y_BHWC: jax.Array, data_range: float) -> jax.Array:
+  """Structural similarity per picture -> [B].
+
+  Wang et al., Image Quality Assessment (2004), equation 13, with a uniform window of
+  7 pixels, sample variances, windows that lie inside the picture, and the mean over
+  channels: scikit-image's default, by which tokenizers are compared.
+  """
+  samples = SSIM_WINDOW**2
+  unbiased = samples / (samples - 1)
+  # Around a common middle the squares are small: nothing cancels in float32.
+  middle = (jnp.mean(x_BHWC) + jnp.mean(y_BHWC)) / 2
+  x, y = x_BHWC - middle, y_BHWC - middle
+  mean_x, mean_y = _window_mean(x), _window_mean(y)
+  variance_x = unbiased * (_window_mean(x * x) - mean_x**2)
+  variance_y = unbiased * (_window_mean(y * y) - mean_y**2)
+  covariance = unbiased * (_window_mean(x * y) - mean_x * mean_y)
+  mean_x, mean_y = mean_x + middle, mean_y + middle
+  c1, c2 = (SSIM_K1 * data_range) ** 2, (SSIM_K2 * data_range) ** 2
+  luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+  structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
+  return jnp.mean(luminance * structure, axis=(1, 2, 3))
+
+
+def _window_mean(x_BHWC: jax.Array) -> jax.Array:
+  window = (1, SSIM_WINDOW, SSIM_WINDOW, 1)
+  total = jax.lax.reduce_window(x_BHWC, 0.0, jax.lax.add, window, (1,) * 4, "VALID")
+  return total / SSIM_WINDOW**2
+
+
 def reconstruct(
-  config: TokenizerConfig, params: Any, batches: Iterable[Batch], shown: int
+  config: TokenizerConfig,
+  params: Any,
+  batches: Iterable[Batch],
+  shown: int,
+  lpips_params: Any = None,
+  keep: Callable[[np.ndarray], None] | None = None,
 ) -> Reconstruction:
-  """Encodes and decodes batches of {image uint8, weight}; keeps `shown` examples."""
+  """Encodes and decodes batches of {image uint8, weight}.
+
+  Args:
+    shown: examples of the first batch that the result holds.
+    lpips_params: of `tokenizer.lpips`; without them LPIPS is not measured.
+    keep: is given the reconstructions of every batch, uint8, without bad pictures.
+
+  Works on all hosts at once; every host gets the same numbers.
+  """
   step = _compiled(config)
-  total = weight = 0.0
+  totals = dict.fromkeys((*DISTANCES, "weight"), 0.0)
   code_counts = np.zeros(config.codebook_size, np.int64)
   originals = pictures = None
   for batch in batches:
-    found = step(params, batch)
-    total += float(found["psnr"])
-    weight += float(found["weight"])
+    found = step(params, lpips_params, batch)
+    for name in totals:
+      totals[name] += float(found[name])
     code_counts += np.asarray(found["code_counts"])
     if originals is None:
-      pair = (batch["image"], found["pictures"])
-      originals, pictures = (
-        np.asarray(multihost_utils.process_allgather(x, tiled=True))[:shown]
-        for x in pair
-      )
+      originals = _gathered(batch["image"])[:shown]
+      pictures = _gathered(found["pictures"])[:shown]
+    if keep is not None:
+      keep(_gathered(found["pictures"])[_gathered(batch["weight"]) > 0])
+  weight = totals.pop("weight")
+  if not weight:
+    raise UserError("no picture of the source could be used; the log says why")
+  means = {name: total / weight for name, total in totals.items()}
+  if lpips_params is None:
+    means["lpips"] = None
   return Reconstruction(
-    psnr=total / weight,
+    **means,
     usage=np.count_nonzero(code_counts) / config.codebook_size,
     perplexity=perplexity(code_counts),
+    pictures=round(weight),
     originals=originals,
-    pictures=pictures,
+    reconstructions=pictures,
   )
 
 
+def _gathered(x: jax.Array) -> np.ndarray:
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
 @functools.lru_cache(maxsize=4)
-def _compiled(config: TokenizerConfig) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+def _compiled(config: TokenizerConfig) -> Callable[..., dict[str, jax.Array]]:
   model = VQModel(config)
 
   @jax.jit
-  def step(params, batch):
-    images = from_uint8(batch["image"])
+  def step(params, lpips_params, batch):
+    images, weight_B = from_uint8(batch["image"]), batch["weight"]
     codes = model.apply({"params": params}, images, method="encode")
-    pictures = to_uint8(model.apply({"params": params}, codes, method="decode"))
+    decoded = model.apply({"params": params}, codes, method="decode")
+    pictures = to_uint8(decoded)
     # The original measures rounded reconstructions against the float pictures.
-    psnr_B = psnr((images + 1) / 2, pictures.astype(jnp.float32) / 255)
-    weight_Bhw = jnp.broadcast_to(batch["weight"][:, None, None], codes.shape)
-    return {
-      "psnr": jnp.sum(psnr_B * batch["weight"]),
-      "weight": jnp.sum(batch["weight"]),
-      "code_counts": jnp.zeros(config.codebook_size, jnp.int32)
-      .at[codes.ravel()]
-      .add(weight_Bhw.ravel().astype(jnp.int32)),
-      "pictures": pictures,
+    x, y = (images + 1) / 2, pictures.astype(jnp.float32) / 255
+    found = {
+      "psnr": psnr(x, y),
+      "ssim": ssim(x, y, 1.0),
+      "ssim_lg": ssim(x, y, 2.0),
+      "lpips": jnp.zeros_like(weight_B),
+      "weight": jnp.ones_like(weight_B),
     }
+    if lpips_params is not None:
+      found["lpips"] = lpips(lpips_params, images, decoded, "float32")
+    weight_Bhw = jnp.broadcast_to(weight_B[:, None, None], codes.shape)
+    code_counts = jnp.zeros(config.codebook_size, jnp.int32)
+    code_counts = code_counts.at[codes.ravel()].add(
+      weight_Bhw.ravel().astype(jnp.int32)
+    )
+    sums = {name: jnp.sum(value_B * weight_B) for name, value_B in found.items()}
+    return sums | {"code_counts": code_counts, "pictures": pictures}
 
   return step

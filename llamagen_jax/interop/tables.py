@@ -111,3 +111,12 @@ def linear(path, name, shape, transpose: bool) -> Entry:
   if not transpose:
     return copy(path, name, shape)
   return Entry(path, {name: shape}, lambda w: w.T, lambda p: (p.T,))
+
+
+def conv(path, name, shape, bias: bool = True) -> list[Entry]:
+  """A convolution: OIHW weight (of this shape) and bias <-> HWIO kernel and bias."""
+  pack, unpack = lambda w: w.transpose(2, 3, 1, 0), lambda p: (p.transpose(3, 2, 0, 1),)
+  entries = [Entry((*path, "kernel"), {f"{name}.weight": shape}, pack, unpack)]
+  if bias:
+    entries.append(copy((*path, "bias"), f"{name}.bias", shape[:1]))
+  return entries

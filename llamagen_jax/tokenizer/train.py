@@ -133,12 +133,11 @@ def evaluate(
   transform = CenterPicture(d.image_size, d.min_side)
   batches = epoch_batches(source, transform, d.batch_size, mesh, shuffle=True)
   found = reconstruct(recipe.model, state.weights, batches, EXAMPLES)
-  rows = np.concatenate([found.originals, found.pictures])
+  rows = np.concatenate([found.originals, found.reconstructions])
   sheet = pictures.grid(rows, columns=len(found.originals))
   if jax.process_index() == 0:
     pictures.save_png(workdir / "reconstructions.png", sheet)
-  metrics = {"psnr": found.psnr, "usage": found.usage, "perplexity": found.perplexity}
-  return Evaluation(metrics, {"reconstructions": np.asarray(sheet)})
+  return Evaluation(found.metrics, {"reconstructions": np.asarray(sheet)})
 
 
 def _optimizer(recipe: TokenizerRecipe):

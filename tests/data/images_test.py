@@ -10,10 +10,13 @@ from llamagen_jax.data.images import (
   CropSet,
   Sample,
   TrainingPicture,
+  center_crop,
   decode,
   open_source,
   random_crop,
 )
+from llamagen_jax.pictures import to_uint8
+from tests import parity
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -96,6 +99,18 @@ def test_random_crops_come_in_all_sizes_and_places():
   left = np.array([int(c[0, 0, 1]) for c in crops])
   assert left.min() < 10
   assert left.max() > 90
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_center_crops_equal_the_original(side):
+  golden = parity.golden()
+  crop = center_crop(Image.fromarray(golden["crop_picture"]), side)
+  np.testing.assert_array_equal(crop, golden[f"center_crop_{side}"])
+
+
+def test_uint8_pictures_equal_the_original():
+  golden = parity.golden()
+  np.testing.assert_array_equal(to_uint8(golden["uint8_in"]), golden["uint8_out"])
 
 
 def test_five_crops_lie_where_their_names_say():

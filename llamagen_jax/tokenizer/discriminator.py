@@ -1,0 +1,203 @@
+"""Discriminators of the tokenizer's adversarial loss: PatchGAN and StyleGAN's.
+
+Both take pictures [B, H, W, 3] in [-1, 1] and give float32 logits, large for real.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llamagen_jax.errors import UserError
+
+LEAK = 0.2  # of LeakyReLU
+BATCH_NORM_EPS = 1e-5
+STYLEGAN_CHANNELS = {4: 512, 8: 512, 16: 512, 32: 512, 64: 256, 128: 128, 256: 64,
+                     512: 32}  # fmt: skip
+STYLEGAN_HIDDEN = 512
+PARAMETER_KEY = 1  # folded into the run's key, which the generator starts from
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscriminatorConfig:
+  kind: str = "patchgan"  # patchgan | stylegan
+  width: int = 64  # patchgan: channels of the first convolution
+  layers: int = 3  # patchgan: convolutions of stride 2
+  dtype: str = "float32"  # of activations: float32 | bfloat16
+
+  def __post_init__(self):
+    if self.kind not in ("patchgan", "stylegan"):
+      raise UserError(
+        f"discriminator.kind={self.kind!r}: expected patchgan or stylegan"
+      )
+    if self.dtype not in ("float32", "bfloat16"):
+      raise UserError(
+        f"discriminator.dtype={self.dtype!r}: expected float32 or bfloat16"
+      )
+
+  def check_side(self, side: int) -> None:
+    """Refuses pictures that the discriminator has no shape for."""
+    if self.kind == "stylegan" and (side not in STYLEGAN_CHANNELS or side < 8):
+      raise UserError(
+        f"discriminator.kind=stylegan: pictures of {side}, expected a power of two"
+        " from 8 to 512"
+      )
+    if self.kind == "patchgan" and side // 2**self.layers < 3:
+      raise UserError(
+        f"discriminator.layers={self.layers}: pictures of {side} are too small, they"
+        f" need {3 * 2**self.layers}"
+      )
+
+
+def discriminate(config: DiscriminatorConfig, params: Any, images: jax.Array):
+  """Logits of pictures: [B, h, w, 1] a patch, or [B, 1] a picture."""
+  return make_discriminator(config).apply({"params": params}, images)
+
+
+def init_discriminator(config: DiscriminatorConfig, side: int, key: jax.Array) -> Any:
+  """Fresh float32 parameters for pictures of `side`, boxed with axis names."""
+  key = jax.random.fold_in(key, PARAMETER_KEY)
+  images = jnp.zeros((1, side, side, 3))
+  return make_discriminator(config).init(key, images)["params"]
+
+
+def make_discriminator(config: DiscriminatorConfig) -> nn.Module:
+  return {"patchgan": PatchGAN, "stylegan": StyleGAN}[config.kind](config)
+
+
+class Conv(nn.Module):
+  """Square convolution with explicit padding, sharded by output channels."""
+
+  config: DiscriminatorConfig
+  features: int
+  size: int
+  kernel_init: nn.initializers.Initializer
+  stride: int = 1
+  padding: int = 1
+  bias: bool = True
+
+  @nn.compact
+  def __call__(self, x_BHWC):
+    partitioned = nn.with_logical_partitioning
+    conv = nn.Conv(
+      self.features,
+      (self.size, self.size),
+      self.stride,
+      self.padding,
+      use_bias=self.bias,
+      dtype=self.config.dtype,
+      kernel_init=partitioned(self.kernel_init, (None, None, None, "conv_out")),
+      bias_init=partitioned(nn.initializers.zeros, ("conv_out",)),
+    )
+    nn.share_scope(self, conv)
+    return conv(x_BHWC)
+
+
+class BatchNorm(nn.Module):
+  """Normalises by the statistics of the whole batch, over all chips.
+
+  Discriminators are only ever used in training, so no running averages are kept.
+  """
+
+  @nn.compact
+  def __call__(self, x_BHWC):
+    channels = x_BHWC.shape[-1:]
+    scale_C = self.param("scale", _normal(mean=1.0), channels)
+    bias_C = self.param("bias", nn.initializers.zeros, channels)
+    x = x_BHWC.astype(jnp.float32)
+    mean_C = jnp.mean(x, axis=(0, 1, 2))
+    variance_C = jnp.mean((x - mean_C) ** 2, axis=(0, 1, 2))
+    x = (x - mean_C) * jax.lax.rsqrt(variance_C + BATCH_NORM_EPS)
+    return (x * scale_C + bias_C).astype(x_BHWC.dtype)
+
+
+class PatchGAN(nn.Module):
+  """A logit a patch (pix2pix, arXiv 1611.07004, section 6.1.2)."""
+
+  config: DiscriminatorConfig
+
+  @nn.compact
+  def __call__(self, x_BHWC):
+    c = self.config
+    conv = functools.partial(Conv, c, size=4, kernel_init=_normal())
+    x = x_BHWC.astype(c.dtype)
+    for i in range(c.layers + 1):
+      features = c.width * min(2**i, 8)
+      stride = 2 if i < c.layers else 1
+      x = conv(features, stride=stride, bias=i == 0, name=f"conv_{i}")(x)
+      if i > 0:
+        x = BatchNorm(name=f"norm_{i}")(x)
+      x = nn.leaky_relu(x, LEAK)
+    return conv(1, name="conv_out")(x).astype(jnp.float32)
+
+
+class StyleGAN(nn.Module):
+  """A logit a picture: StyleGAN2's residual form (arXiv 1912.04958, section 4.1)."""
+
+  config: DiscriminatorConfig
+
+  @nn.compact
+  def __call__(self, x_BHWC):
+    c, side = self.config, x_BHWC.shape[1]
+    x = x_BHWC.astype(c.dtype)
+    x = nn.leaky_relu(_conv3(c, STYLEGAN_CHANNELS[side], x, "conv_in"), LEAK)
+    while side > 4:
+      side //= 2
+      x = StyleGANBlock(c, STYLEGAN_CHANNELS[side], name=f"block_{side}")(x)
+    x = nn.leaky_relu(_conv3(c, x.shape[-1], x, "conv_out"), LEAK)
+    x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)  # channel-major, as published
+    x = nn.leaky_relu(_dense(c, STYLEGAN_HIDDEN, x, "hidden"), LEAK)
+    return _dense(c, 1, x, "logit").astype(jnp.float32)
+
+
+class StyleGANBlock(nn.Module):
+  """Halves the resolution."""
+
+  config: DiscriminatorConfig
+  features: int
+
+  @nn.compact
+  def __call__(self, x_BHWC):
+    c, width = self.config, x_BHWC.shape[-1]
+    init = _uniform(width)
+    shortcut = Conv(c, self.features, 1, init, stride=2, padding=0, name="shortcut")
+    kept = shortcut(x_BHWC)
+    x = nn.leaky_relu(_conv3(c, self.features, x_BHWC, "conv1"), LEAK)
+    x = nn.leaky_relu(_conv3(c, self.features, x, "conv2"), LEAK)
+    x = _conv3(c, self.features, blur(x), "downsample", stride=2)
+    return (x + kept) * 2**-0.5
+
+
+def blur(x_BHWC: jax.Array) -> jax.Array:
+  """Normalised [1, 2, 1] x [1, 2, 1] filter, edges reflected."""
+  x = jnp.pad(x_BHWC, ((0, 0), (1, 1), (1, 1), (0, 0)), "reflect")
+  x = (x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]) / 4
+  return (x[:, :, :-2] + 2 * x[:, :, 1:-1] + x[:, :, 2:]) / 4
+
+
+def _conv3(c, features, x_BHWC, name, stride=1):
+  init = _uniform(9 * x_BHWC.shape[-1])
+  return Conv(c, features, 3, init, stride=stride, name=name)(x_BHWC)
+
+
+def _dense(c, features, x_BF, name):
+  init = _uniform(x_BF.shape[-1])
+  return nn.Dense(features, dtype=c.dtype, kernel_init=init, name=name)(x_BF)
+
+
+def _normal(mean: float = 0.0):
+  """N(mean, 0.02), as PatchGAN starts."""
+  return lambda key, shape, dtype=jnp.float32: (
+    mean + 0.02 * jax.random.normal(key, shape, dtype)
+  )
+
+
+def _uniform(fan_in: int):
+  """Uniform within fan_in**-0.5, PyTorch's default."""
+  bound = fan_in**-0.5
+  return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+    key, shape, dtype, -bound, bound
+  )
