@@ -18,7 +18,7 @@ from llamagen_jax.gpt.config import GPTConfig as GPTConfig
 from llamagen_jax.gpt.model import GPT as GPT
 from llamagen_jax.sampling.config import SamplingConfig as SamplingConfig
 from llamagen_jax.sampling.decode import generate as generate
-from llamagen_jax.sampling.run import sample as sample
+from llamagen_jax.sampling.draw import sample as sample
 from llamagen_jax.tokenizer.config import TokenizerConfig as TokenizerConfig
 from llamagen_jax.tokenizer.model import VQModel as VQModel
 

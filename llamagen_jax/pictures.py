@@ -1,9 +1,11 @@
 """Writing pictures: uint8 conversion, resizing, labelled grids, PNG and npz files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+import itertools
 import os
-import pathlib
+import zipfile
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,16 +74,37 @@ def grid(
 
 def save_png(path: str | os.PathLike, picture: Image.Image) -> None:
   """Writes a PNG under its final name only when it is complete."""
-  path = pathlib.Path(path)
-  part = path.with_name(f".{path.name}.part")
-  picture.save(part, format="PNG")
-  part.rename(path)
-
-
-def save_npz(path: str | os.PathLike, images: np.ndarray) -> None:
-  """Writes `arr_0`, uint8 [B, H, W, 3]: what the ADM evaluators read."""
-  path = pathlib.Path(path)
+  path = epath.Path(path)
   part = path.with_name(f".{path.name}.part")
   with part.open("wb") as file:
-    np.savez(file, arr_0=images)
-  part.rename(path)
+    picture.save(file, format="PNG")
+  part.replace(path)
+
+
+def save_npz(
+  path: str | os.PathLike, parts: Iterable[np.ndarray], count: int, labels: np.ndarray
+) -> None:
+  """Writes what the ADM evaluators read, a part of the pictures at a time.
+
+  `arr_0` holds the pictures, uint8 [count, H, W, 3], `arr_1` their labels. The bytes
+  of the file depend on these alone.
+  """
+  path, parts = epath.Path(path), iter(parts)
+  first = next(parts)
+  header = {
+    "descr": "|u1", "fortran_order": False, "shape": (count, *first.shape[1:]),
+  }  # fmt: skip
+  part = path.with_name(f".{path.name}.part")
+  with part.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+    with _member(archive, "arr_0.npy") as member:
+      np.lib.format.write_array_header_1_0(member, header)
+      for images in itertools.chain([first], parts):
+        member.write(np.ascontiguousarray(images).data)
+    with _member(archive, "arr_1.npy") as member:
+      np.lib.format.write_array(member, labels, allow_pickle=False)
+  part.replace(path)
+
+
+def _member(archive: zipfile.ZipFile, name: str):
+  # ZipInfo has a fixed date; more than 4 GB need the long form of the header.
+  return archive.open(zipfile.ZipInfo(name), "w", force_zip64=True)

@@ -28,7 +28,7 @@ from llamagen_jax.evaluation.classifier import classify, fit_classifier
 from llamagen_jax.evaluation.reconstruction import reconstruct
 from llamagen_jax.evaluation.statistics import frechet_distance
 from llamagen_jax.gpt import train as gpt_train
-from llamagen_jax.sampling.run import sample
+from llamagen_jax.sampling.draw import sample
 from llamagen_jax.tokenizer import train as tokenizer_train
 from llamagen_jax.tokenizer.extract import extract
 from llamagen_jax.training.mesh import make_mesh

@@ -72,13 +72,21 @@ def test_pictures_of_classes(trained, capsys):
   "flags, words",
   [
     ("--classes=4", ["class 4 is out of range", "0 .. 3"]),
-    ("--classes=cat", ["--classes=cat", "expected indices"]),
+    ("--classes=cat", ["'cat'", "expected indices"]),
     ("--classes=1 --top-p=0", ["top_p=0.0: expected in (0, 1]"]),
     ("--classes=1 --top-p=1.2", ["top_p=1.2: expected in (0, 1]"]),
     ("--classes=1 --out=x.gif", ["--out=x.gif", ".png or .npz"]),
     ("--classes=1 --gpt=nowhere", ["nowhere: no config.json"]),
     ("--classes=1 --gpt={f}/tokenizer/bundle", ["kind 'tokenizer'", "expected 'gpt'"]),
-    ("", ["--classes"]),
+    ("", ["one of --classes, --classes-file and --fid-batch"]),
+    ("--classes=1 --fid-batch=8", ["one of --classes"]),
+    ("--classes-file=nowhere", ["--classes-file=nowhere: no such file"]),
+    ("--classes=1 --count=0", ["--count", "1 or more"]),
+    ("--classes=1 --tensor=3", ["'tensor': 3", "1 are here"]),
+    ("--classes=clas1", ["class1 (1)"]),
+    ("--fid-batch=8", ["drawn.png", "ends in .npz"]),
+    ("--fid-batch=8 --out=x.npz --labels=all", ["--labels", "balanced"]),
+    ("--classes=1 --png-folder=x", ["--png-folder goes with --fid-batch"]),
   ],
 )
 def test_bad_sample_commands(trained, capsys, flags, words):

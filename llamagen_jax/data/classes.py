@@ -35,11 +35,14 @@ def shown_name(class_names: Sequence[str], label: int) -> str:
   return imagenet_classes().get(name, (name,))[0]
 
 
-def parse_classes(text: str, class_names: Sequence[str], num_classes: int) -> list[int]:
-  """Indices, ranges and names, separated by commas, -> labels in that order.
+def to_labels(
+  classes: str | Sequence[int | str], class_names: Sequence[str], num_classes: int
+) -> list[int]:
+  """Indices, ranges and names -> labels in that order.
 
   Args:
-    text: such as `207, 360-362, golden retriever`.
+    classes: a text such as `207, 360-362, golden retriever`, or a list of indices
+      and such words. A number is always an index.
     class_names: of the model's labels, where it knows any. ImageNet classes
       answer to their other names and WordNet ids too.
     num_classes: labels must be smaller.
@@ -48,8 +51,9 @@ def parse_classes(text: str, class_names: Sequence[str], num_classes: int) -> li
     UserError: for an index out of range or a name that is not known, with the
       nearest ones.
   """
+  words = classes.split(",") if isinstance(classes, str) else map(str, classes)
   labels: list[int] = []
-  for word in filter(None, (part.strip() for part in text.split(","))):
+  for word in filter(None, (word.strip() for word in words)):
     labels += _labels(word, class_names)
   if not labels:
     raise UserError("classes: none given; expected such as 207,360-362,tench")
@@ -63,10 +67,6 @@ def parse_classes(text: str, class_names: Sequence[str], num_classes: int) -> li
 
 
 def _labels(word: str, class_names: Sequence[str]) -> Sequence[int]:
-  by_name = _by_name(tuple(class_names))
-  # A class may be called "3", as the digits are: then the name is the index's.
-  if word.casefold() in by_name:
-    return [by_name[word.casefold()]]
   if re.fullmatch(r"-?\d+", word):
     return [int(word)]
   if found := RANGE.fullmatch(word):
@@ -74,6 +74,9 @@ def _labels(word: str, class_names: Sequence[str]) -> Sequence[int]:
     if first > last:
       raise UserError(f"class range {word}: its end is before its start")
     return range(first, last + 1)
+  by_name = _by_name(tuple(class_names))
+  if word.casefold() in by_name:
+    return [by_name[word.casefold()]]
   nearest = _nearest(word.casefold(), by_name)
   known = f"; the nearest are {nearest}" if nearest else ""
   hint = known or "; the model knows no such name, expected indices, such as 207,360"

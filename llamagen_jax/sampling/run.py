@@ -3,119 +3,167 @@
 import argparse
 from collections.abc import Sequence
 import dataclasses
-import pathlib
-import time
+import math
+from typing import Any
 
+from etils import epath
 import jax
-import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
+import llamagen_jax
 from llamagen_jax import bundle, pictures
+from llamagen_jax.data.classes import to_labels
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.cached import unstack_layers
-from llamagen_jax.sampling.config import SamplingConfig
-from llamagen_jax.sampling.decode import generate
+from llamagen_jax.sampling import fid_batch, flags
+from llamagen_jax.sampling.draw import Job, Labels, Seconds, check_pair, draw, slots
+from llamagen_jax.training.mesh import make_mesh
+
+BATCH_SIZE = 16
+EVALUATED_SIDE = 256  # published scores are of pictures of this side
+LABELLED_SIDE = 64  # smaller pictures are too narrow for a name
 
 
 def main(argv: Sequence[str]) -> None:
+  args = _parse(argv)
+  out = epath.Path(args.out)
+  mesh = make_mesh(tensor=args.tensor)
+  gpt = bundle.load_gpt(args.gpt, mesh)
+  tokenizer = bundle.load_tokenizer(args.tokenizer, mesh)
+  check_pair(gpt, tokenizer)
+  dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+  gpt = dataclasses.replace(gpt, config=dataclasses.replace(gpt.config, dtype=dtype))
+
+  labels = _labels(args, gpt)
+  drawn_side = gpt.config.grid * tokenizer.config.downsample
+  side = drawn_side
+  batch_size = args.batch_size
+  if args.fid_batch:
+    side = min(drawn_side, EVALUATED_SIDE)
+  else:
+    batch_size = min(batch_size, math.ceil(len(labels) / slots(mesh)))
+  job = Job(
+    Labels(labels, gpt.class_names),
+    dataclasses.replace(gpt.sampling, **flags.given(args)),
+    args.seed,
+    batch_size,
+    args.image_size or side,
+  )
+  settings = _settings(args, gpt, tokenizer, job, drawn_side)
+  gpt = dataclasses.replace(gpt, params=unstack_layers(gpt.params))
+
+  if args.fid_batch:
+    folder = args.png_folder
+    seconds = fid_batch.run(gpt, tokenizer, job, out, settings, labels, folder)
+    if seconds is None:
+      print(f"{out} is finished already")
+      return
+  else:
+    seconds = Seconds()
+    drawn = dict(draw(gpt, tokenizer, job, range(job.batches), seconds))
+    images = np.concatenate([drawn[batch] for batch in range(job.batches)])
+    _write(out, images, job, args.count, settings)
+  if jax.process_index() == 0:
+    print(f"{len(job.conditions)} pictures in {out}, {seconds}")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
   parser = argparse.ArgumentParser("llamagen sample", description=__doc__)
   add = parser.add_argument
   add("--gpt", required=True, help="bundle of the transformer")
   add("--tokenizer", required=True, help="bundle of the tokenizer")
-  add("--out", required=True, help="x.png (a grid) or x.npz (arr_0)")
-  add("--classes", required=True, help="class indices, such as 207,360")
-  add("--count", type=int, default=1, help="pictures a class")
-  add("--batch-size", type=int, default=32, help="pictures at a time")
+  add("--out", required=True, help="x.png (a grid), x.npz (arr_0), or a new folder")
+  add("--classes", help="indices, names and ranges: 207,360-362,'golden retriever'")
+  add("--classes-file", help="the same in a file, also one a line")
+  add("--count", type=_positive, default=1, help="pictures a class")
+  add("--fid-batch", type=_positive, help="this many pictures of classes of all kinds")
+  add("--labels", choices=fid_batch.LABELS, default="uniform", help="of --fid-batch")
+  add("--png-folder", help="--fid-batch also writes its pictures here")
+  add("--image-size", type=_positive, help="side of the pictures written; default: as"
+      f" drawn, and at most {EVALUATED_SIDE} for --fid-batch")  # fmt: skip
+  add("--batch-size", type=_positive, default=BATCH_SIZE, help="pictures at a time on"
+      f" every device (default {BATCH_SIZE})")  # fmt: skip
+  add("--tensor", type=_positive, default=1, help="devices that share one model")
+  add("--dtype", choices=("float32", "bfloat16"), help="of the transformer's"
+      " activations; default: float32 on CPU, else bfloat16")  # fmt: skip
   add("--seed", type=int, default=0)
-  for field in dataclasses.fields(SamplingConfig):
-    name = "--" + field.name.replace("_", "-")
-    if field.type is bool:
-      add(name, action=argparse.BooleanOptionalAction)
-    else:
-      add(name, type=field.type, help="default: the bundle's")
+  flags.add_sampling_flags(parser, "the bundle's")
   args = parser.parse_args(argv)
-  out = pathlib.Path(args.out)
-  if out.suffix not in (".png", ".npz"):
-    raise UserError(f"--out={out}: expected a name that ends in .png or .npz")
-  try:
-    classes = [int(c) for c in args.classes.split(",")]
-  except ValueError as error:
-    raise UserError(
-      f"--classes={args.classes}: expected indices, such as 207,360"
-    ) from error
-
-  gpt, tokenizer = bundle.load_gpt(args.gpt), bundle.load_tokenizer(args.tokenizer)
-  overrides = {
-    field.name: getattr(args, field.name)
-    for field in dataclasses.fields(SamplingConfig)
-    if getattr(args, field.name) is not None
-  }
-  labels = np.repeat(classes, args.count)
-  started = time.perf_counter()
-  images = sample(
-    gpt, tokenizer, labels, seed=args.seed, batch_size=args.batch_size, **overrides
-  )
-  seconds = time.perf_counter() - started
-  out.parent.mkdir(parents=True, exist_ok=True)
-  if out.suffix == ".npz":
-    pictures.save_npz(out, images)
-  else:
-    columns = args.count if args.count > 1 else min(len(images), 8)
-    pictures.save_png(out, pictures.grid(images, columns))
-  print(f"{len(images)} pictures in {out}, {seconds:.1f} s with compilation")
+  given = [bool(x) for x in (args.classes, args.classes_file, args.fid_batch)]
+  if sum(given) != 1:
+    raise UserError("expected one of --classes, --classes-file and --fid-batch")
+  suffix = epath.Path(args.out).suffix
+  allowed = (".npz",) if args.fid_batch else (".png", ".npz", "")
+  if suffix not in allowed:
+    expected = ".npz" if args.fid_batch else ".png or .npz, or a folder"
+    raise UserError(f"--out={args.out}: expected a name that ends in {expected}")
+  if args.png_folder and not args.fid_batch:
+    raise UserError("--png-folder goes with --fid-batch: give a folder as --out")
+  return args
 
 
-def sample(
+def _positive(text: str) -> int:
+  value = int(text)
+  if value < 1:
+    raise argparse.ArgumentTypeError(f"{value}: expected 1 or more")
+  return value
+
+
+def _labels(args: argparse.Namespace, gpt: bundle.Transformer) -> np.ndarray:
+  """Labels int32, one a picture."""
+  classes = gpt.config.num_classes
+  if args.fid_batch:
+    return fid_batch.choose_labels(args.labels, args.fid_batch, classes, args.seed)
+  text = args.classes
+  if args.classes_file:
+    file = epath.Path(args.classes_file)
+    if not file.exists():
+      raise UserError(f"--classes-file={file}: no such file")
+    text = ",".join(file.read_text().splitlines())
+  labels = to_labels(text, gpt.class_names, classes)
+  return np.repeat(np.array(labels, np.int32), args.count)
+
+
+def _settings(
+  args: argparse.Namespace,
   gpt: bundle.Transformer,
   tokenizer: bundle.Tokenizer,
-  classes: Sequence[int],
-  *,
-  seed: int = 0,
-  batch_size: int = 32,
-  **sampling,
-) -> np.ndarray:
-  """Draws one picture a class label.
+  job: Job,
+  drawn_side: int,
+) -> dict[str, Any]:
+  """All that decides the pictures, for the JSON file next to an npz."""
+  return {
+    "count": len(job.conditions),
+    "image_size": job.image_size,
+    "drawn_size": drawn_side,
+    "labels": args.labels if args.fid_batch else "given",
+    "seed": job.seed,
+    "sampling": dataclasses.asdict(job.sampling),
+    "batch_size": job.batch_size,
+    "transformer": bundle.fingerprint(gpt.params),
+    "transformer_config": dataclasses.asdict(gpt.config),
+    "tokenizer": tokenizer.identity,
+    "tokenizer_config": dataclasses.asdict(tokenizer.config),
+    "backend": jax.default_backend(),
+    "versions": {"llamagen_jax": llamagen_jax.__version__, "jax": jax.__version__},
+  }
 
-  Args:
-    gpt: from `load_gpt`.
-    tokenizer: from `load_tokenizer`; the one whose codes `gpt` learned.
-    classes: labels.
-    seed: picture i depends on (seed, i) alone, not on what is drawn with it.
-    batch_size: pictures at a time.
-    **sampling: fields of `SamplingConfig` that differ from the bundle's.
 
-  Returns:
-    uint8 [B, H, W, 3].
-
-  Raises:
-    UserError: for a label out of range or a tokenizer of other codes.
-  """
-  labels = np.asarray(classes, np.int32)
-  outside = labels[(labels < 0) | (labels >= gpt.config.num_classes)]
-  if len(outside):
-    raise UserError(
-      f"class {outside[0]} is out of range: the model has classes 0 .."
-      f" {gpt.config.num_classes - 1}"
-    )
-  if tokenizer.identity != gpt.tokenizer:
-    raise UserError(
-      f"the tokenizer {tokenizer.identity[:12]} is not the one that the"
-      f" transformer learned the codes of, {gpt.tokenizer[:12]}"
-    )
-  settings = dataclasses.replace(gpt.sampling, **sampling)
-  params = unstack_layers(gpt.params)
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(
-    jax.random.key(seed), jnp.arange(len(labels))
-  )
-  size = min(batch_size, len(labels))
-  images = []
-  for start in range(0, len(labels), size):
-    # The last batch overlaps the one before, so that its shape is the same.
-    start = min(start, len(labels) - size)
-    rows = slice(start, start + size)
-    codes = generate(gpt.config, params, labels[rows], keys[rows], sampling=settings)
-    codes = codes.reshape(size, gpt.config.grid, gpt.config.grid)
-    images = images[:start] + list(
-      np.asarray(pictures.to_uint8(tokenizer.decode(codes)))
-    )
-  return np.stack(images)
+def _write(out: epath.Path, images: np.ndarray, job: Job, count: int, settings) -> None:
+  names = [job.conditions.name(row) for row in range(len(images))]
+  if not out.suffix:
+    out.mkdir(parents=True, exist_ok=True)
+    for row, image in enumerate(images):
+      name = "_".join(names[row].split()).replace("/", "-")
+      pictures.save_png(out / f"{row:05d}_{name}.png", Image.fromarray(image))
+    return
+  out.parent.mkdir(parents=True, exist_ok=True)
+  if out.suffix == ".npz":
+    fid_batch.write_settings(out, settings)
+    pictures.save_npz(out, [images], len(images), job.conditions.labels)
+    return
+  columns = count if count > 1 else min(len(images), 8)
+  labelled = images.shape[1] >= LABELLED_SIDE
+  sheet = pictures.grid(images, columns, names if labelled else ())
+  pictures.save_png(out, sheet)

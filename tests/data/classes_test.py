@@ -1,5 +1,6 @@
 import pathlib
 
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
@@ -7,8 +8,8 @@ from llamagen_jax import UserError
 from llamagen_jax.data.classes import (
   imagenet_classes,
   imagenet_names,
-  parse_classes,
   shown_name,
+  to_labels,
 )
 
 KNOWN = {
@@ -31,22 +32,23 @@ def test_a_thousand_classes_in_the_order_of_the_data_set():
 
 @pytest.mark.parametrize("label, name", KNOWN.items())
 def test_known_classes(label, name):
-  assert parse_classes(name, imagenet_names(), 1000) == [label]
+  assert to_labels(name, imagenet_names(), 1000) == [label]
 
 
 def test_indices_ranges_names_and_folders_may_be_mixed():
   text = " 207, 0-2,GOLDEN retriever,alsatian ,n01440764,7 - 7"
-  labels = parse_classes(text, imagenet_names(), 1000)
+  labels = to_labels(text, imagenet_names(), 1000)
   assert labels == [207, 0, 1, 2, 207, 235, 0, 7]
   folders = sorted(imagenet_classes())[:3]
-  assert parse_classes("goldfish,1", folders, 3) == [1, 1]
+  assert to_labels("goldfish,1", folders, 3) == [1, 1]
   assert [shown_name(folders, i) for i in (0, 2)] == ["tench", "great white shark"]
 
 
 def test_a_models_own_names_come_first():
-  digits = ["one", "0", "crane"]
-  assert parse_classes("0,one,crane,2", digits, 3) == [1, 0, 2, 2]
-  assert [shown_name(digits, 1), shown_name((), 5)] == ["0", "5"]
+  names = ["one, or two", "0", "crane"]
+  assert to_labels("0,crane,2", names, 3) == [0, 2, 2]
+  assert to_labels(["one, or two", 1, np.int32(2)], names, 3) == [0, 1, 2]
+  assert [shown_name(names, 1), shown_name((), 5)] == ["0", "5"]
 
 
 @pytest.mark.parametrize(
@@ -64,4 +66,4 @@ def test_a_models_own_names_come_first():
 )
 def test_what_is_not_a_class_is_named(text, words):
   with pytest.raises(UserError, match=words):
-    parse_classes(text, imagenet_names(), 1000)
+    to_labels(text, imagenet_names(), 1000)

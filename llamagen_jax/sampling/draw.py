@@ -1,0 +1,245 @@
+"""Drawing many pictures: batches of conditions -> codes -> uint8 pictures.
+
+Batch j is made of pictures [j b, (j + 1) b) and runs on one data-parallel slot of the
+mesh. With D slots, D batches run side by side as one program, each of them through
+the same arithmetic as alone: pictures do not depend on the number of devices.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import dataclasses
+import functools
+import math
+import time
+from typing import Protocol
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+import numpy as np
+
+from llamagen_jax import bundle, pictures
+from llamagen_jax.data.classes import shown_name, to_labels
+from llamagen_jax.errors import UserError
+from llamagen_jax.gpt.cached import unstack_layers
+from llamagen_jax.sampling.config import SamplingConfig
+from llamagen_jax.sampling.decode import generate
+from llamagen_jax.tokenizer.config import TokenizerConfig
+from llamagen_jax.tokenizer.model import VQModel
+from llamagen_jax.training.mesh import RULES, batch_sharding
+
+
+class Conditions(Protocol):
+  """What the pictures are drawn of, in order; read a batch at a time."""
+
+  def __len__(self) -> int:
+    """Pictures to draw."""
+
+  def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Condition (labels [B] or features [B, P, C]) and mask [B, P] of some rows."""
+
+  def name(self, row: int) -> str:
+    """What to write next to a picture."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+  """Class labels as conditions."""
+
+  labels: np.ndarray  # int32 [N]
+  class_names: tuple[str, ...] = ()
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+  def take(self, rows: np.ndarray) -> tuple[np.ndarray, None]:
+    return self.labels[rows], None
+
+  def name(self, row: int) -> str:
+    return shown_name(self.class_names, int(self.labels[row]))
+
+
+@dataclasses.dataclass
+class Seconds:
+  """Where the time went; filled while pictures are drawn."""
+
+  compile: float = 0.0  # tracing and compiling, of both models
+  decode: float = 0.0  # codes, by the transformer
+  tokenizer: float = 0.0  # codes to pictures
+
+  def __str__(self) -> str:
+    total = self.compile + self.decode + self.tokenizer
+    return (
+      f"{total:.1f} s: compile {self.compile:.1f}, decode {self.decode:.1f},"
+      f" tokenizer {self.tokenizer:.1f}"
+    )
+
+  @contextlib.contextmanager
+  def clock(self, field: str) -> Iterator[None]:
+    """Adds the time of its body to a field, less what went into compiling."""
+    started, compiled = time.perf_counter(), 0.0
+
+    def listen(event: str, seconds: float, **_):
+      nonlocal compiled
+      if event.startswith("/jax/core/compile/"):
+        compiled += seconds
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+      yield
+    finally:
+      jax.monitoring.unregister_event_duration_listener(listen)
+      elapsed = time.perf_counter() - started
+      self.compile += compiled
+      setattr(self, field, getattr(self, field) + elapsed - compiled)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A set of pictures to draw. Picture i depends on its condition and (seed, i)."""
+
+  conditions: Conditions
+  sampling: SamplingConfig
+  seed: int
+  batch_size: int  # pictures a batch: what one device, or group of them, draws at once
+  image_size: int  # side of the pictures that come out
+
+  @property
+  def batches(self) -> int:
+    return math.ceil(len(self.conditions) / self.batch_size)
+
+  def rows(self, batch: int) -> range:
+    """The pictures of a batch."""
+    start = batch * self.batch_size
+    return range(start, min(start + self.batch_size, len(self.conditions)))
+
+
+def sample(
+  gpt: bundle.Transformer,
+  tokenizer: bundle.Tokenizer,
+  classes: Sequence[int | str] | str,
+  *,
+  seed: int = 0,
+  batch_size: int = 32,
+  **sampling,
+) -> np.ndarray:
+  """Draws one picture a class.
+
+  Args:
+    gpt: from `load_gpt`; pictures are spread over its mesh, if it is on one.
+    tokenizer: from `load_tokenizer`; the one whose codes `gpt` learned.
+    classes: labels or names, or both as one text: "207, 360-362, tench".
+    seed: picture i depends on (seed, i) alone, not on what is drawn with it.
+    batch_size: pictures at a time on every device.
+    **sampling: fields of `SamplingConfig` that differ from the bundle's.
+
+  Returns:
+    uint8 [B, H, W, 3].
+
+  Raises:
+    UserError: for a class that is not known or a tokenizer of other codes.
+  """
+  labels = to_labels(classes, gpt.class_names, gpt.config.num_classes)
+  job = Job(
+    Labels(np.array(labels, np.int32), gpt.class_names),
+    dataclasses.replace(gpt.sampling, **sampling),
+    seed,
+    min(batch_size, math.ceil(len(labels) / slots(mesh_of(gpt)))),
+    gpt.config.grid * tokenizer.config.downsample,
+  )
+  drawn = dict(draw(gpt, tokenizer, job, range(job.batches), Seconds()))
+  return np.concatenate([drawn[batch] for batch in range(job.batches)])
+
+
+def draw(
+  gpt: bundle.Transformer,
+  tokenizer: bundle.Tokenizer,
+  job: Job,
+  batches: Sequence[int],
+  seconds: Seconds,
+) -> Iterator[tuple[int, np.ndarray]]:
+  """Draws some batches of a job.
+
+  All hosts call this with the same arguments; each gets the batches that its own
+  devices drew.
+
+  Yields:
+    The number of a batch and its pictures, uint8 [B, H, W, 3].
+  """
+  check_pair(gpt, tokenizer)
+  mesh, b = mesh_of(gpt), job.batch_size
+  params = gpt.params
+  if not isinstance(params["layers"], tuple):
+    params = unstack_layers(params)
+  for start in range(0, len(batches), slots(mesh)):
+    group = batches[start : start + slots(mesh)]
+    # A group that is not full draws its last batch again in the empty slots.
+    padded = [*group, *[group[-1]] * (slots(mesh) - len(group))]
+    rows = np.concatenate([_padded(job.rows(batch), b) for batch in padded])
+    condition, mask = job.conditions.take(rows)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+      with seconds.clock("decode"):
+        keys = _keys(job.seed, _place(mesh, rows))
+        condition, mask = _place(mesh, condition), _place(mesh, mask)
+        codes = generate(gpt.config, params, condition, keys, mask, job.sampling)
+        jax.block_until_ready(codes)
+      with seconds.clock("tokenizer"):
+        shape = (gpt.config.grid, job.image_size)
+        images = _render(tokenizer.config, *shape, mesh, tokenizer.params, codes)
+        jax.block_until_ready(images)
+    for shard in images.addressable_shards:
+      slot = (shard.index[0].start or 0) // b
+      if shard.replica_id == 0 and slot < len(group):
+        count = len(job.rows(group[slot]))
+        yield group[slot], np.asarray(shard.data)[:count]
+
+
+def check_pair(gpt: bundle.Transformer, tokenizer: bundle.Tokenizer) -> None:
+  """Refuses a tokenizer whose codes the transformer did not learn."""
+  if tokenizer.identity != gpt.tokenizer:
+    raise UserError(
+      f"the tokenizer {tokenizer.identity[:12]} is not the one that the"
+      f" transformer learned the codes of, {gpt.tokenizer[:12]}"
+    )
+
+
+def mesh_of(gpt: bundle.Transformer) -> Mesh | None:
+  """The mesh that a transformer was loaded on, if any."""
+  sharding = gpt.params["head"].sharding
+  return sharding.mesh if isinstance(sharding, NamedSharding) else None
+
+
+def slots(mesh: Mesh | None) -> int:
+  """Batches that run side by side."""
+  return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def _padded(rows: range, size: int) -> np.ndarray:
+  return np.minimum(np.arange(rows.start, rows.start + size), rows.stop - 1)
+
+
+def _place(mesh: Mesh | None, array: np.ndarray | None):
+  """A host array, the same on all hosts, split along its first axis."""
+  if mesh is None or array is None:
+    return array
+  read: Callable = array.__getitem__
+  return jax.make_array_from_callback(array.shape, batch_sharding(mesh), read)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _keys(seed: int, rows_B: jax.Array) -> jax.Array:
+  return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows_B)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _render(
+  config: TokenizerConfig, grid: int, side: int, mesh: Mesh | None, params, codes_BT
+):
+  """Codes [B, T] -> uint8 pictures [B, side, side, 3]."""
+  codes = codes_BT.reshape(-1, grid, grid)
+  images = VQModel(config).apply({"params": params}, codes, method="decode")
+  if side != images.shape[1]:
+    images = pictures.resize_bicubic(images, side)
+  images = pictures.to_uint8(images)
+  if mesh is None:
+    return images
+  return jax.lax.with_sharding_constraint(images, batch_sharding(mesh))
