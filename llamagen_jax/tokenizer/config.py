@@ -27,6 +27,7 @@ class TokenizerConfig:
   commitment: float = 0.25  # weight of the commitment loss
   entropy_ratio: float = 0.0  # weight of the entropy loss; 0 = not computed
   dtype: str = "float32"  # of activations: float32 | bfloat16
+  remat: bool = False  # training recomputes blocks in the backward pass
 
   def __post_init__(self):
     object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))

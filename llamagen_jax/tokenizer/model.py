@@ -133,11 +133,13 @@ class Level(nn.Module):
 
   @nn.compact
   def __call__(self, x_BHWC):
+    remat = nn.remat if self.config.remat and self.training else lambda block: block
+    res_block, attention_block = remat(ResBlock), remat(AttentionBlock)
     for i in range(self.blocks):
-      res = ResBlock(self.config, self.features, self.training, name=f"res_{i}")
+      res = res_block(self.config, self.features, self.training, name=f"res_{i}")
       x_BHWC = res(x_BHWC)
       if self.attention:
-        x_BHWC = AttentionBlock(self.config, name=f"attn_{i}")(x_BHWC)
+        x_BHWC = attention_block(self.config, name=f"attn_{i}")(x_BHWC)
     return constrain(x_BHWC, "batch", None, None, None)
 
 

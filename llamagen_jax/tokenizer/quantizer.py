@@ -19,6 +19,7 @@ class Quantized(NamedTuple):
   latents: jax.Array  # [..., C] codebook rows, straight-through to the encoder
   codes: jax.Array  # int32 [...]
   losses: dict[str, jax.Array]  # scalars: codebook, commitment, entropy
+  inputs: jax.Array  # [..., C] what was compared with the rows
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:
@@ -75,7 +76,7 @@ def quantize(
   if config.entropy_ratio:
     distances_NK = squared_distances(z.reshape(-1, z.shape[-1]), codebook_KC)
     losses["entropy"] = config.entropy_ratio * entropy_loss(distances_NK)
-  return Quantized(z + jax.lax.stop_gradient(z_q - z), codes, losses)
+  return Quantized(z + jax.lax.stop_gradient(z_q - z), codes, losses, z)
 
 
 def lookup(

@@ -5,8 +5,9 @@ sees a batch drawn but not trained on, and the metrics of a step are read after
 the next one was dispatched, so the devices do not wait for the host.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 import pathlib
 import time
 from typing import Any
@@ -26,6 +27,7 @@ from llamagen_jax.training.recipe import MeshConfig, RunConfig
 from llamagen_jax.training.state import abstract_state, init_state
 
 Metrics = dict[str, jax.Array]
+Step = Callable[[Any, Batch], tuple[Any, Metrics]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +43,20 @@ class Task:
   """All that the loop needs to know of what it trains."""
 
   init: Callable[[jax.Array], Any]  # key -> state with boxed parameters
-  step: Callable[[Any, Batch], tuple[Any, Metrics]]  # pure; compiled by the loop
+  step: Step  # pure; compiled by the loop
   stream: Stream
   evaluate: Callable[[Any, jax.sharding.Mesh], Evaluation]
   export: Callable[[Any, pathlib.Path], None]  # writes the bundle of a state
   curves: tuple[str, ...]  # metrics that the loss curve shows
+  # Step number -> the function that takes over there: what does not run yet is
+  # not part of the compiled program.
+  later: Mapping[int, Step] = dataclasses.field(default_factory=dict)
+  # Fresh state -> the same with weights from elsewhere; not called on resuming.
+  load: Callable[[Any], Any] | None = None
+
+  def step_at(self, step: int) -> Step:
+    begun = [start for start in self.later if start <= step]
+    return self.later[max(begun)] if begun else self.step
 
 
 def fit(
@@ -66,13 +77,15 @@ def fit(
     restored = checkpoints.restore(abstract)
     if restored is None:
       state, start = init_state(task.init, jax.random.key(run.seed), abstract), 0
+      if task.load is not None:
+        state = task.load(state)
     else:
       state, position = restored
       task.stream.check_position(position)
       start = position["next_step"]
     if jax.process_index() == 0:
       parameter_overview.log_parameter_overview(state.params)
-    with _Reporter(workdir, run, start, task.curves) as reporter:
+    with _Reporter(workdir, run, start, task) as reporter:
       state = _train(task, run, mesh, state, abstract, start, checkpoints, reporter)
     task.export(state, workdir / "bundle")
   return state
@@ -80,9 +93,11 @@ def fit(
 
 def _train(task, run, mesh, state, abstract, start, checkpoints, reporter):
   places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-  train_step = jax.jit(
-    task.step, donate_argnums=0, out_shardings=(places, replicated(mesh))
-  )
+
+  @functools.cache
+  def compiled(step: Step):
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, replicated(mesh)))
+
   batches = task.stream.batches(mesh, start)
   pending = None  # (step, metrics) that the host has not looked at yet
 
@@ -105,7 +120,7 @@ def _train(task, run, mesh, state, abstract, start, checkpoints, reporter):
     waited = time.perf_counter()
     batch = next(batches)
     waited = time.perf_counter() - waited
-    state, metrics = train_step(state, batch)
+    state, metrics = compiled(task.step_at(step))(state, batch)
     settle()
     pending = step + 1, metrics, waited
   return state
@@ -114,10 +129,9 @@ def _train(task, run, mesh, state, abstract, start, checkpoints, reporter):
 class _Reporter:
   """Progress bar, log rows, curves and the check that losses are finite."""
 
-  def __init__(
-    self, workdir: pathlib.Path, run: RunConfig, start: int, curves: tuple[str, ...]
-  ):
-    self._workdir, self._run, self._curves = workdir, run, curves
+  def __init__(self, workdir: pathlib.Path, run: RunConfig, start: int, task: Task):
+    self._workdir, self._run, self._curves = workdir, run, task.curves
+    self._batch_size = task.stream.batch_size
     self._main = jax.process_index() == 0
     self._log = MetricsLog(workdir, start) if self._main else None
     self._bar = tqdm.tqdm(
@@ -144,12 +158,13 @@ class _Reporter:
     self, step: int, metrics: Metrics, waited: float, last_good: int | None
   ) -> None:
     loss = float(metrics["loss"])
-    if not np.isfinite(loss):
-      good = "none was saved" if last_good is None else f"step {last_good}"
-      raise RunFailed(
-        f"loss is {loss} at step {step}; last good checkpoint in"
-        f" {self._workdir}: {good}"
-      )
+    for name in (n for n in metrics if n.endswith("loss")):
+      if not np.isfinite(value := float(metrics[name])):
+        good = "none was saved" if last_good is None else f"step {last_good}"
+        raise RunFailed(
+          f"{name} is {value} at step {step}; last good checkpoint in"
+          f" {self._workdir}: {good}"
+        )
     self._bar.update()
     self._waited += waited
     if step % self._run.log_every and step != self._run.steps:
@@ -158,6 +173,7 @@ class _Reporter:
     elapsed = now - last_time
     row = {name: float(value) for name, value in metrics.items()}
     row["steps_per_second"] = (step - last_step) / elapsed
+    row["samples_per_second"] = row["steps_per_second"] * self._batch_size
     row["data_wait"] = self._waited / elapsed
     self._last, self._waited = (step, now), 0.0
     self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)

@@ -1,0 +1,101 @@
+"""Keeping a codebook in use: starting it from data, and reviving dead rows.
+
+Rows start as uniform noise in the published recipe, and those that no latent ever
+picks get no gradient. Both cures here put rows where latents are. Axes: N latents,
+K codes, C code width, W codes of the window.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llamagen_jax.errors import UserError
+from llamagen_jax.tokenizer.quantizer import l2_normalize, nearest_codes
+
+WINDOW = 65536  # codes over which use is measured, as the original does
+NEVER = -1  # an entry of the window that holds no code yet
+KMEANS_ROUNDS = 10
+JITTER = 1e-3  # tells copies of a latent apart
+
+
+@dataclasses.dataclass(frozen=True)
+class CodebookConfig:
+  """How rows start, and when unused ones are replaced by latents of a batch."""
+
+  init: str = "uniform"  # uniform | data (latents of the first batch) | kmeans
+  restart_every: int = 0  # steps between replacing dead rows; 0 = never
+
+  def __post_init__(self):
+    if self.init not in ("uniform", "data", "kmeans"):
+      raise UserError(f"codebook.init={self.init!r}: expected uniform, data or kmeans")
+
+
+def empty_window() -> jax.Array:
+  return jnp.full((WINDOW,), NEVER, jnp.int32)
+
+
+def push(window_W: jax.Array, codes: jax.Array) -> jax.Array:
+  """The window after these codes, the newest last."""
+  return jnp.concatenate([window_W, codes.ravel()])[-WINDOW:]
+
+
+def counts(window_W: jax.Array, size: int) -> jax.Array:
+  """How often every code is in the window, int32 [K]."""
+  places = jnp.where(window_W == NEVER, size, window_W)  # out of range: dropped
+  return jnp.zeros(size, jnp.int32).at[places].add(1, mode="drop")
+
+
+def usage(counts_K: jax.Array) -> dict[str, jax.Array]:
+  """Share of the codebook in use, and exp of the entropy of the frequencies."""
+  share_K = counts_K / jnp.maximum(1, jnp.sum(counts_K))
+  entropy = -jnp.sum(jax.scipy.special.xlogy(share_K, share_K))
+  return {"usage": jnp.mean(counts_K > 0), "perplexity": jnp.exp(entropy)}
+
+
+def drawn_rows(latents_NC: jax.Array, size: int, key: jax.Array) -> jax.Array:
+  """Random latents, [K, C]; each at most once as long as there are enough."""
+  draw_key, jitter_key = jax.random.split(key)
+  N, C = latents_NC.shape
+  picked = jax.random.choice(draw_key, N, (size,), replace=size > N)
+  return latents_NC[picked] + JITTER * jax.random.normal(jitter_key, (size, C))
+
+
+def kmeans_rows(
+  latents_NC: jax.Array, size: int, key: jax.Array, sphere: bool
+) -> jax.Array:
+  """Centres of latents, [K, C], by Lloyd's rounds (on the sphere: normalised)."""
+
+  def normalized(rows):
+    return l2_normalize(rows) if sphere else rows
+
+  def round_of_lloyd(_, rows_KC):
+    codes_N = nearest_codes(latents_NC, rows_KC)
+    sums_KC = jnp.zeros_like(rows_KC).at[codes_N].add(latents_NC)
+    counts_K1 = jnp.zeros((size, 1)).at[codes_N].add(1.0)
+    centres_KC = normalized(sums_KC / jnp.maximum(counts_K1, 1))
+    return jnp.where(counts_K1 > 0, centres_KC, rows_KC)
+
+  rows_KC = normalized(drawn_rows(latents_NC, size, key))
+  return jax.lax.fori_loop(0, KMEANS_ROUNDS, round_of_lloyd, rows_KC)
+
+
+def initial_rows(
+  config: CodebookConfig, latents_NC: jax.Array, size: int, key: jax.Array, sphere: bool
+) -> jax.Array:
+  """A codebook from the latents of the first batch; `sphere` = they have length 1."""
+  if config.init == "kmeans":
+    return kmeans_rows(latents_NC, size, key, sphere)
+  rows_KC = drawn_rows(latents_NC, size, key)
+  return l2_normalize(rows_KC) if sphere else rows_KC
+
+
+def replace_codebook(tree: Any, dead_K1: jax.Array, rows_KC: jax.Array | float) -> Any:
+  """The tree (parameters, moments) with the codebook's dead rows replaced."""
+
+  def replaced(path, leaf):
+    is_codebook = getattr(path[-1], "key", None) == "codebook" if path else False
+    return jnp.where(dead_K1, rows_KC, leaf) if is_codebook else leaf
+
+  return jax.tree_util.tree_map_with_path(replaced, tree)
