@@ -16,14 +16,10 @@ import dataclasses
 import ml_collections
 
 from llamagen_jax.gpt.config import GPTConfig
+from llamagen_jax.interop.published import PUBLISHED
 from llamagen_jax.training.recipe import parse_arg
 
 IMAGENET_PICTURES = 1_281_167
-# Guidance with the best FID of each published model (arXiv 2406.06525, table 9).
-BEST_GUIDANCE = {
-  ("B", 256): 2.0, ("B", 384): 2.25, ("L", 256): 1.75, ("L", 384): 2.0,
-  ("XL", 384): 1.75, ("XXL", 384): 1.75, ("3B", 384): 1.65,
-}  # fmt: skip
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -62,7 +58,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   }
 
   # What the finished model is drawn with when nothing else is asked for.
-  scale = BEST_GUIDANCE.get((arg.variant, arg.image_size), 2.0)
+  published = PUBLISHED.get(f"c2i_{arg.variant}_{arg.image_size}")
+  scale = published.guidance_scale if published else 2.0
   config.sampling = {"guidance_scale": scale, "top_k": 0, "temperature": 1.0}
 
   config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}

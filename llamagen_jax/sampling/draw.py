@@ -5,7 +5,7 @@ mesh. With D slots, D batches run side by side as one program, each of them thro
 the same arithmetic as alone: pictures do not depend on the number of devices.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -204,7 +204,7 @@ def check_pair(gpt: bundle.Transformer, tokenizer: bundle.Tokenizer) -> None:
 
 def mesh_of(gpt: bundle.Transformer) -> Mesh | None:
   """The mesh that a transformer was loaded on, if any."""
-  sharding = gpt.params["head"].sharding
+  sharding = getattr(gpt.params["head"], "sharding", None)
   return sharding.mesh if isinstance(sharding, NamedSharding) else None
 
 
@@ -221,8 +221,9 @@ def _place(mesh: Mesh | None, array: np.ndarray | None):
   """A host array, the same on all hosts, split along its first axis."""
   if mesh is None or array is None:
     return array
-  read: Callable = array.__getitem__
-  return jax.make_array_from_callback(array.shape, batch_sharding(mesh), read)
+  return jax.make_array_from_callback(
+    array.shape, batch_sharding(mesh), lambda index: array[index]
+  )
 
 
 @functools.partial(jax.jit, static_argnums=0)
