@@ -1,5 +1,7 @@
 """Commands as a user types them: what bad input prints, and the exit code."""
 
+import json
+
 import numpy as np
 from PIL import Image
 import pytest
@@ -62,10 +64,26 @@ def test_pictures_of_classes(trained, capsys):
     code, err = llamagen(capsys, f"{command} --seed={seed} --out={out}")
     assert code == 0, err
     arrays.append(np.load(out)["arr_0"])
+  settings = json.loads((trained / "drawn.json").read_text())
+  assert (settings["seed"], settings["count"], settings["image_size"]) == (2, 4, 16)
+  assert len(settings["transformer"]) == len(settings["tokenizer"]) == 64
   assert arrays[0].shape == (4, 16, 16, 3)
   assert arrays[0].dtype == np.uint8
   np.testing.assert_array_equal(arrays[0], arrays[1])
   assert (arrays[0] != arrays[2]).any()
+
+
+def test_a_file_of_classes_into_a_folder(trained, capsys):
+  (trained / "classes.txt").write_text("class1\n0-1, 3\n")
+  command = f"{sample(trained)} --classes-file={trained}/classes.txt --batch-size=3"
+  code, err = llamagen(capsys, f"{command} --out={trained}/drawn")
+  assert code == 0, err
+  names = sorted(path.name for path in (trained / "drawn").iterdir())
+  assert names == [
+    "00000_class1.png", "00001_class0.png", "00002_class1.png", "00003_3.png",
+  ]  # fmt: skip
+  with Image.open(trained / "drawn" / names[0]) as picture:
+    assert picture.size == (16, 16)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,8 @@ def run(
         for row, image in zip(job.rows(batch), images, strict=True):
           pictures.save_png(_png(folder, row), Image.fromarray(image))
       _write_shard(_shard(shards, batch), images)
-      bar.update(len(images) * jax.process_count())
+      # The other hosts draw at the same pace.
+      bar.update(min(len(images) * jax.process_count(), bar.total - bar.n))
 
   multihost_utils.sync_global_devices("drawn")
   if jax.process_index() == 0:
