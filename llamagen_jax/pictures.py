@@ -82,12 +82,15 @@ def save_png(path: str | os.PathLike, picture: Image.Image) -> None:
 
 
 def save_npz(
-  path: str | os.PathLike, parts: Iterable[np.ndarray], count: int, labels: np.ndarray
+  path: str | os.PathLike,
+  parts: Iterable[np.ndarray],
+  count: int,
+  labels: np.ndarray | None,
 ) -> None:
   """Writes what the ADM evaluators read, a part of the pictures at a time.
 
-  `arr_0` holds the pictures, uint8 [count, H, W, 3], `arr_1` their labels. The bytes
-  of the file depend on these alone.
+  `arr_0` holds the pictures, uint8 [count, H, W, 3], `arr_1` their labels if they have
+  any. The bytes of the file depend on these alone.
   """
   path, parts = epath.Path(path), iter(parts)
   first = next(parts)
@@ -100,8 +103,9 @@ def save_npz(
       np.lib.format.write_array_header_1_0(member, header)
       for images in itertools.chain([first], parts):
         member.write(np.ascontiguousarray(images).data)
-    with _member(archive, "arr_1.npy") as member:
-      np.lib.format.write_array(member, labels, allow_pickle=False)
+    if labels is not None:
+      with _member(archive, "arr_1.npy") as member:
+        np.lib.format.write_array(member, labels, allow_pickle=False)
   part.replace(path)
 
 

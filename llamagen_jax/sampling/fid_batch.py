@@ -47,7 +47,7 @@ def run(
   job: Job,
   out: str | os.PathLike,
   settings: dict[str, Any],
-  labels: np.ndarray,
+  labels: np.ndarray | None,
   folder: str | os.PathLike | None = None,
 ) -> Seconds | None:
   """Draws a job into an npz; all hosts call this, and see the same file system.
@@ -59,7 +59,7 @@ def run(
     out: the npz.
     settings: everything that decides the pictures, written next to the npz; a run
       that goes on must have the same ones.
-    labels: what `arr_1` of the npz holds.
+    labels: what `arr_1` of the npz holds, if anything.
     folder: also write every picture there, as PNG.
 
   Returns:
