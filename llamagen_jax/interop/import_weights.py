@@ -15,6 +15,7 @@ from llamagen_jax.interop.published import PUBLISHED, Published, identify, table
 from llamagen_jax.interop.tokenizer import tokenizer_from_torch
 from llamagen_jax.sampling import flags
 from llamagen_jax.sampling.config import SamplingConfig
+from llamagen_jax.tokenizer.config import TokenizerConfig
 
 TOKENIZER_TENSOR = "quantize.embedding.weight"
 
@@ -44,6 +45,8 @@ def main(argv: Sequence[str]) -> None:
   if (out / bundle.CONFIG).exists():
     raise UserError(f"--out={out} is a bundle already: choose another folder")
 
+  if args.hub and not PUBLISHED[args.hub].is_tokenizer:
+    _read_tokenizer(args)  # before a long download
   file = pathlib.Path(args.file) if args.file else download(args.hub)
   name = args.name or args.hub or identify(file)
   weights, key = read_weights(file, args.key)
@@ -66,7 +69,7 @@ def download(name: str) -> pathlib.Path:
   try:
     return pathlib.Path(huggingface_hub.hf_hub_download(repo, file))
   except OSError as error:
-    reason = " ".join(str(error).split())[:200]
+    reason = " ".join(str(error).split())[:300]
     raise UserError(
       f"--hub={name}: cannot get {file} of {repo}: {reason} -- download it where there"
       " is a network, and give it with --file"
@@ -87,18 +90,22 @@ def _import_tokenizer(weights: Mapping[str, Stored], out: pathlib.Path) -> str:
   )
 
 
+def _read_tokenizer(args: argparse.Namespace) -> tuple[TokenizerConfig, str]:
+  if not args.tokenizer:
+    raise UserError(
+      "--tokenizer is required for a transformer: the bundle of the tokenizer whose"
+      " codes it draws, such as one imported from vq_ds16_c2i.pt"
+    )
+  return bundle.read_tokenizer_config(args.tokenizer)
+
+
 def _import_gpt(
   weights: Mapping[str, Stored],
   out: pathlib.Path,
   name: str | None,
   args: argparse.Namespace,
 ) -> str:
-  if not args.tokenizer:
-    raise UserError(
-      "--tokenizer is required for a transformer: the bundle of the tokenizer whose"
-      " codes it draws, such as one imported from vq_ds16_c2i.pt"
-    )
-  tokenizer_config, identity = bundle.read_tokenizer_config(args.tokenizer)
+  tokenizer_config, identity = _read_tokenizer(args)
   known = PUBLISHED.get(name)
   image_size = args.image_size or (known.image_size if known else None)
   if image_size is None:

@@ -262,15 +262,39 @@ def test_a_bundle_is_not_overwritten(tmp_path, capsys):
 
 
 @pytest.mark.extra
-def test_the_hub_out_of_reach(tmp_path, capsys, monkeypatch):
+def test_the_hub_out_of_reach(tmp_path, capsys, monkeypatch, tokenizer):
   hub = pytest.importorskip("huggingface_hub")
 
   def offline(repo, file):
     raise hub.errors.LocalEntryNotFoundError("no connection")
 
   monkeypatch.setattr(hub, "hf_hub_download", offline)
-  code, text = llamagen(capsys, f"import-weights --hub=c2i_B_256 --out={tmp_path}/out")
+  command = f"import-weights --hub=c2i_B_256 --out={tmp_path}/out"
+  code, text = llamagen(capsys, command)
+  assert code == 2
+  assert "--tokenizer is required" in text  # said before gigabytes are downloaded
+  code, text = llamagen(capsys, f"{command} --tokenizer={tokenizer}")
   assert code == 2
   assert "c2i_B_256.pt of FoundationVision/LlamaGen" in text
   assert "--file" in text
   assert len(text.strip().splitlines()) == 1
+
+
+@pytest.mark.extra
+def test_the_hub_within_reach(tmp_path, capsys, monkeypatch, tokenizer):
+  hub = pytest.importorskip("huggingface_hub")
+  pytest.importorskip("safetensors")
+  file = tmp_path / "cached.safetensors"
+  write_weights(file, parity.state_dict("gpt_tiny_c2i"))
+  asked = []
+
+  def download(repo, name):
+    asked.append((repo, name))
+    return str(file)
+
+  monkeypatch.setattr(hub, "hf_hub_download", download)
+  command = f"import-weights --hub=c2i_L_384 --tokenizer={tokenizer} --num-heads=4"
+  code, text = llamagen(capsys, f"{command} --out={tmp_path}/out")
+  assert code == 2  # a tiny transformer is not what was asked for
+  assert "c2i_L_384 is a L" in text
+  assert asked == [("FoundationVision/LlamaGen", "c2i_L_384.pt")]
