@@ -11,6 +11,7 @@ CORE = [
   "etils[epath]>=1.12",
   "flax>=0.12.8",
   "grain>=0.2.18",
+  "importlib_resources>=6.5",  # tensorflow-datasets imports it without asking for it
   "jax>=0.10.2",
   "matplotlib>=3.9",
   "ml_collections>=1.1",

@@ -3,6 +3,10 @@
 llamagen train-tokenizer --config=configs/vq_digits.py \\
     --config.data.source=folder:quickstart/digits/train \\
     --config.data.eval_source=folder:quickstart/digits/val --workdir=tokenizer
+
+`:gan` adds a small PatchGAN after 300 steps and trains to 600; `:rows=512` has a larger
+codebook, without the entropy term that keeps the small one in use, and `:alive` keeps
+it in use by starting from k-means and replacing dead rows.
 """
 
 import dataclasses
@@ -14,21 +18,34 @@ from llamagen_jax.training.recipe import parse_arg
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  """`fast` trains for a smoke test only."""
-  fast = parse_arg(arg, fast=False).fast
+  """`fast` trains for a smoke test only; `gan`, `rows=`, `alive`."""
+  arg = parse_arg(arg, fast=False, gan=False, rows=128, alive=False)
+  fast, steps = arg.fast, 600 if arg.gan else 300
   config = ml_collections.ConfigDict()
   model = TokenizerConfig(
     channel_multipliers=(1, 1, 2),  # downsample 4: 64 codes a digit
     width=16,
     res_blocks=1,
     latent_width=32,
-    codebook_size=128,
+    codebook_size=arg.rows,
     codebook_dim=8,
     norm_groups=8,
-    entropy_ratio=0.02,  # keeps the codebook in use from the first step on
+    # Keeps the small codebook in use from the first step on.
+    entropy_ratio=0.02 if arg.rows == 128 else 0.0,
   )
   config.model = dataclasses.asdict(model)
-  config.loss = {"reconstruction": "l2"}
+  config.loss = {
+    "reconstruction": "l2",
+    "adversarial_weight": 0.1 if arg.gan else 0.0,
+    "adaptive_weight": True,
+    "disc_start": 300,
+    "disc_lead": 50,
+  }
+  config.discriminator = {"width": 32, "layers": 2}
+  config.codebook = {
+    "init": "kmeans" if arg.alive else "uniform",
+    "restart_every": 50 if arg.alive else 0,
+  }
   config.data = {
     "source": "folder:quickstart/digits/train",
     "eval_source": "folder:quickstart/digits/val",
@@ -46,9 +63,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "warmup_steps": 3 if fast else 10,
     "clip": 1.0,
   }
+  config.discriminator_optimizer = {"lr": 5e-4}
   config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
   config.run = {
-    "steps": 5 if fast else 300,
+    "steps": 5 if fast else steps,
     "seed": 0,
     "log_every": 5,
     "eval_every": 150,

@@ -1,10 +1,22 @@
-"""VQ tokenizer on ImageNet pictures of 256x256: VQ-16 or VQ-8.
+"""VQ tokenizer on ImageNet pictures of 256x256: VQ-16 or VQ-8, and their finetuning.
 
 llamagen train-tokenizer --config=configs/vq_imagenet.py:VQ-16 \\
-    --config.data.source=folder:/data/imagenet/train \\
-    --config.data.eval_source=folder:/data/imagenet/val --workdir=gs://bucket/vq16
+    --config.data.source=tfds:imagenet2012/train \\
+    --config.data.eval_source=tfds:imagenet2012/validation \\
+    --config.loss.lpips=vgg.pth,vgg16-397923af.pth --workdir=gs://bucket/vq16
 
-`:runlocal` shrinks model, pictures and run to a laptop.
+Finetuning on pictures for text to image, from the run above (both networks and
+their optimisers, the discriminator acting from the first step on):
+
+llamagen train-tokenizer --config=configs/vq_imagenet.py:VQ-16,finetune \\
+    --config.data.source=jsonl:/data/pictures.jsonl \\
+    --config.data.eval_source=jsonl:/data/held_out.jsonl \\
+    --config.loss.lpips=vgg.pth,vgg16-397923af.pth \\
+    --init-from=gs://bucket/vq16 --workdir=gs://bucket/vq16_t2i
+
+Published after 40 epochs, on the 50 000 validation pictures: VQ-16 rFID 2.19, PSNR
+20.79, ssim_lg .675, usage 97 %; VQ-8 rFID 0.59, PSNR 24.45, ssim_lg .813. `:runlocal`
+shrinks model, pictures and run to a laptop, and trains without LPIPS.
 """
 
 import dataclasses
@@ -18,26 +30,54 @@ IMAGENET_PICTURES = 1_281_167
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  """`VQ-16` or `VQ-8`, `image_size=`, `runlocal`."""
-  arg = parse_arg(arg, variant="VQ-16", image_size=256, runlocal=False)
+  """`VQ-16` or `VQ-8`, `image_size=`, `epochs=`, `finetune`, `runlocal`."""
+  arg = parse_arg(
+    arg, variant="VQ-16", image_size=256, epochs=40, finetune=False, runlocal=False
+  )
   local = arg.runlocal
   small = {"width": 32, "res_blocks": 1, "latent_width": 32, "codebook_size": 512}
+  large = {"dtype": "bfloat16", "remat": True}  # activations of 256x256 are large
   batch_size = 4 if local else 128
-  epochs = 40
   config = ml_collections.ConfigDict()
 
-  # Shape of the networks; every field of TokenizerConfig can be overridden.
-  model = TokenizerConfig.preset(arg.variant, **(small if local else {}))
+  # Shape of the generator; every field of TokenizerConfig can be overridden.
+  model = TokenizerConfig.preset(arg.variant, **(small if local else large))
   config.model = dataclasses.asdict(model)
 
   # Weights of the loss terms; those of the quantizer are in `model`.
-  config.loss = {"reconstruction": "l2", "reconstruction_weight": 1.0}
+  disc_start = 5 if local else 20_000
+  config.loss = {
+    "reconstruction": "l2",  # or l1
+    "reconstruction_weight": 1.0,
+    "perceptual_weight": 0.0 if local else 1.0,
+    "lpips": "",  # LPIPS's and VGG16's files with a comma, or one that holds both
+    "adversarial_weight": 0.5,
+    "generator": "hinge",  # or non-saturating
+    "discriminator": "hinge",  # or vanilla, non-saturating
+    "adaptive_weight": False,  # VQGAN's; the published runs have weight 1
+    "disc_start": 0 if arg.finetune else disc_start,
+    "disc_lead": 0,  # steps before that in which the discriminator learns alone
+  }
+  config.discriminator = {
+    "kind": "patchgan",  # or stylegan
+    "width": 64,
+    "layers": 3,
+    "dtype": "float32" if local else "bfloat16",
+  }
+
+  # Off as published: rows start as noise and are never replaced.
+  config.codebook = {"init": "uniform", "restart_every": 0}
+
+  # What --init-from restores: of a run both networks and their optimisers, of a
+  # bundle the generator alone.
+  config.init = {"source": "", "discriminator": True, "optimizers": True}
 
   config.data = {
-    "source": "folder:/data/imagenet/train",
+    "source": "folder:/data/imagenet/train",  # or tfds:, jsonl:, arrayrecord:
     "eval_source": "folder:/data/imagenet/val",
     "image_size": 64 if local else arg.image_size,
     "batch_size": batch_size,  # over all hosts
+    "accumulate": 1,  # parts of a batch, one after the other, to save memory
     "largest_resize": 1.25,  # random crops from shorter sides of 256 .. 320
     "mirror": True,
     "min_side": 16,  # smaller pictures are bad ones
@@ -45,7 +85,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "workers": 0 if local else 16,  # decoding processes on every host
   }
 
-  config.optimizer = {
+  optimizer = {
     "lr": 1e-4,  # for batch 128; constant in the published recipe
     "schedule": "constant",
     "warmup_steps": 0,
@@ -53,12 +93,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "b2": 0.95,
     "weight_decay": 0.0,
     "clip": 1.0,
-    "ema": 0.0 if local else 0.9999,  # the bundle holds the average
   }
+  # The generator's; the bundle holds the average of its weights.
+  config.optimizer = {**optimizer, "ema": 0.0 if local else 0.9999}
+  config.discriminator_optimizer = optimizer
 
   config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
   config.run = {
-    "steps": 20 if local else epochs * IMAGENET_PICTURES // batch_size,
+    "steps": 20 if local else arg.epochs * IMAGENET_PICTURES // batch_size,
     "seed": 0,
     "log_every": 1 if local else 50,
     "eval_every": 10 if local else 10_000,

@@ -9,6 +9,7 @@ from llamagen_jax.errors import RunFailed, UserError
 VERBS = {
   "quickstart": ("quickstart", "the whole pipeline on real handwritten digits"),
   "train-tokenizer": ("tokenizer.train", "train a VQ tokenizer on pictures"),
+  "reconstruct": ("tokenizer.reconstruct", "measure what a tokenizer keeps"),
   "extract-codes": ("tokenizer.extract", "pictures to code shards"),
   "train-gpt": ("gpt.train", "train a transformer on code shards"),
   "sample": ("sampling.run", "draw pictures"),

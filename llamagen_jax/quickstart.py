@@ -16,7 +16,6 @@ import pathlib
 import shutil
 import time
 
-import jax
 import numpy as np
 from PIL import Image
 
@@ -30,7 +29,7 @@ from llamagen_jax.evaluation.statistics import frechet_distance
 from llamagen_jax.gpt import train as gpt_train
 from llamagen_jax.sampling.draw import sample
 from llamagen_jax.tokenizer import train as tokenizer_train
-from llamagen_jax.tokenizer.extract import extract
+from llamagen_jax.tokenizer.extract import Encoder, extract
 from llamagen_jax.training.mesh import make_mesh
 
 SIDE = 32
@@ -188,13 +187,15 @@ def _extract(workdir: pathlib.Path, split: str, size: Size) -> None:
   out = workdir / "codes" / split
   if (out / "manifest.json").exists():
     return
+  spec = f"folder:{workdir}/digits/{split}"
   extract(
-    workdir / "tokenizer" / "bundle",
-    f"folder:{workdir}/digits/{split}",
+    Encoder(workdir / "tokenizer" / "bundle"),
+    open_source(spec),
+    spec,
     out,
     CropSet(SIDE, "five", size.ranges, mirror=False),
     shards=2,
-    batch_size=40 * jax.device_count(),
+    batch_size=40,
     min_side=16,
     max_bad_share=0.0,
     workers=0,

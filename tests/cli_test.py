@@ -186,3 +186,22 @@ def test_bad_pictures_are_skipped_named_and_limited(trained, tmp_path, capsys):
   assert all(source[i].label == int(source[i].key[5]) for i in range(18))
   skipped = [s for shard in source.manifest["shards"] for s in shard["skipped"]]
   assert [s.split(":")[0] for s in skipped] == ["class0/04.png", "class1/03.png"]
+
+
+def test_reconstructions_of_a_source(trained, capsys):
+  command = (
+    f"reconstruct --tokenizer={trained}/tokenizer/bundle --image-size=16 --shown=3"
+    f" --source=folder:{trained}/pictures --out={trained}/kept --batch-size=5"
+  )
+  code, err = llamagen(capsys, command)
+  assert code == 0, err
+  metrics = json.loads((trained / "kept" / "metrics.json").read_text())
+  assert {"psnr", "ssim", "ssim_lg", "usage", "perplexity"} <= metrics.keys()
+  assert (metrics["pictures"], metrics["skipped"]) == (12, 0)
+  kept = np.load(trained / "kept" / "reconstructions.npz")["arr_0"]
+  originals = np.load(trained / "kept" / "originals.npz")["arr_0"]
+  assert kept.shape == originals.shape == (12, 16, 16, 3)
+  errors = np.mean((kept / 255 - originals / 255) ** 2, axis=(1, 2, 3))
+  assert metrics["psnr"] == pytest.approx(np.mean(-10 * np.log10(errors)), rel=1e-3)
+  with Image.open(trained / "kept" / "reconstructions.png") as picture:
+    assert picture.size == (3 * 18 - 2, 2 * 18 - 2)

@@ -10,8 +10,8 @@ from llamagen_jax.tokenizer.train import TokenizerRecipe
 from llamagen_jax.training.recipe import build
 
 TOKENIZERS = {
-  "vq_digits": ["", "fast"],
-  "vq_imagenet": ["", "VQ-8", "VQ-16,runlocal"],
+  "vq_digits": ["", "fast", "gan", "rows=512,alive"],
+  "vq_imagenet": ["", "VQ-8", "VQ-16,finetune", "VQ-16,runlocal"],
 }
 TRANSFORMERS = {
   "c2i_digits": ["", "fast"],

@@ -73,9 +73,15 @@ def gpt_config(codes: pathlib.Path, steps: int, batch_size: int = 8):
 
 
 def tokenizer_config(pictures: pathlib.Path, steps: int, batch_size: int = 4):
+  """With a discriminator that learns from step 1 on and acts from step 2 on."""
   return ml_collections.ConfigDict({
     "model": dataclasses.asdict(TOKENIZER),
-    "loss": {"reconstruction": "l1"},
+    "loss": {
+      "reconstruction": "l1", "adversarial_weight": 0.5, "adaptive_weight": True,
+      "disc_start": 2, "disc_lead": 1,
+    },
+    "discriminator": {"width": 4, "layers": 1},
+    "discriminator_optimizer": {"lr": 1e-3},
     "data": {
       "source": f"folder:{pictures}", "eval_source": f"folder:{pictures}",
       "image_size": SIDE, "batch_size": batch_size,

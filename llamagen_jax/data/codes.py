@@ -78,7 +78,8 @@ class CodeWriter:
   """Writes a folder of shards; finished shards survive a kill, others are redone.
 
   A shard is written under a temporary name and renamed; then a small JSON file
-  of the same name vouches for it until the manifest does.
+  of the same name vouches for it until the manifest does. Several hosts may write
+  shards of their own once the plan is there.
   """
 
   def __init__(self, folder: str | pathlib.Path, plan: CodePlan):
@@ -95,7 +96,15 @@ class CodeWriter:
           f"{self.folder} was begun with other settings: {k} is {found.get(k)!r}"
           f" there, {wanted[k]!r} here; choose another folder"
         )
-    _write_json(path, wanted)
+    else:
+      _write_json(path, wanted)
+
+  def finished(self) -> dict[str, Any] | None:
+    """The manifest of a folder that is complete."""
+    if not (self.folder / MANIFEST).exists():
+      return None
+    self._tidy()  # a kill may have come in between
+    return read_manifest(self.folder)
 
   def is_done(self, index: int) -> bool:
     info = self._shard_info(index)
@@ -148,9 +157,12 @@ class CodeWriter:
       "shards": shards,
     }
     _write_json(self.folder / MANIFEST, manifest)
-    for index in range(self.plan.shards):
-      self._info_path(index).unlink()
+    self._tidy()
     return manifest
+
+  def _tidy(self) -> None:
+    for index in range(self.plan.shards):
+      self._info_path(index).unlink(missing_ok=True)
 
   def _info_path(self, index: int) -> pathlib.Path:
     return (self.folder / self.plan.shard_name(index)).with_suffix(".json")

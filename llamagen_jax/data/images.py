@@ -12,7 +12,7 @@ from typing import Protocol
 
 from absl import logging
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from llamagen_jax.errors import UserError
 
@@ -45,11 +45,22 @@ class BadPicture(Exception):
 
 
 def open_source(spec: str) -> Source:
-  """Opens `kind:place`, for example `folder:/data/imagenet/train`."""
+  """Opens `kind:place`: folder:, jsonl:, arrayrecord: or tfds:NAME/SPLIT."""
+  from llamagen_jax.data import sources  # which make samples of this file's kind
+
+  kinds = {
+    "folder": FolderSource,
+    "jsonl": sources.JsonlSource,
+    "arrayrecord": sources.ArrayRecordSource,
+    "tfds": sources.TfdsSource,
+  }
   kind, _, place = spec.partition(":")
-  if kind != "folder" or not place:
-    raise UserError(f"data source {spec!r}: expected folder:PATH")
-  return FolderSource(place)
+  if kind not in kinds or not place:
+    raise UserError(
+      f"data source {spec!r}: expected folder:PATH, jsonl:FILE, arrayrecord:FILES"
+      " or tfds:NAME[/SPLIT]"
+    )
+  return kinds[kind](place)
 
 
 class FolderSource:
@@ -82,7 +93,16 @@ class FolderSource:
 
   def __getitem__(self, index: int) -> Sample:
     key, label = self._files[index]
-    return Sample(key, pathlib.Path(self.root, key).read_bytes(), label)
+    return Sample(key, read_picture(pathlib.Path(self.root, key)), label)
+
+
+def read_picture(path: pathlib.Path) -> bytes:
+  """A picture's file; nothing where it cannot be read, which `decode` reports."""
+  try:
+    return path.read_bytes()
+  except OSError as error:
+    logging.warning("picture %s: %s", path, error.strerror)
+    return b""
 
 
 def _pictures_in(folder: str) -> list[str]:
@@ -93,9 +113,13 @@ def _pictures_in(folder: str) -> list[str]:
 
 def decode(sample: Sample, min_side: int) -> Image.Image:
   """Decodes a sample to RGB; raises BadPicture for a broken or tiny one."""
+  if not sample.picture:
+    raise BadPicture(f"{sample.key}: no such file, or an empty one")
   try:
     with Image.open(io.BytesIO(sample.picture)) as picture:
       picture = picture.convert("RGB")
+  except UnidentifiedImageError as error:  # its text names a place in memory
+    raise BadPicture(f"{sample.key}: cannot be decoded (no known format)") from error
   except Exception as error:  # Pillow's decoders raise nearly anything
     raise BadPicture(f"{sample.key}: cannot be decoded ({error})") from error
   if min(picture.size) < min_side:

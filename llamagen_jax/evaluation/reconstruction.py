@@ -86,14 +86,15 @@ def reconstruct(
   batches: Iterable[Batch],
   shown: int,
   lpips_params: Any = None,
-  keep: Callable[[np.ndarray], None] | None = None,
+  keep: Callable[[np.ndarray, np.ndarray], None] | None = None,
 ) -> Reconstruction:
   """Encodes and decodes batches of {image uint8, weight}.
 
   Args:
     shown: examples of the first batch that the result holds.
     lpips_params: of `tokenizer.lpips`; without them LPIPS is not measured.
-    keep: is given the reconstructions of every batch, uint8, without bad pictures.
+    keep: is given the originals and the reconstructions of every batch, uint8,
+      without bad pictures.
 
   Works on all hosts at once; every host gets the same numbers.
   """
@@ -110,7 +111,8 @@ def reconstruct(
       originals = _gathered(batch["image"])[:shown]
       pictures = _gathered(found["pictures"])[:shown]
     if keep is not None:
-      keep(_gathered(found["pictures"])[_gathered(batch["weight"]) > 0])
+      good = _gathered(batch["weight"]) > 0
+      keep(_gathered(batch["image"])[good], _gathered(found["pictures"])[good])
   weight = totals.pop("weight")
   if not weight:
     raise UserError("no picture of the source could be used; the log says why")

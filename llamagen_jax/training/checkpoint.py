@@ -12,6 +12,8 @@ from llamagen_jax.errors import UserError
 from llamagen_jax.training.recipe import RunConfig
 
 CONFIG = "config.json"
+STEP_FOLDERS = {"step_prefix": "step", "step_format_fixed_length": 9}
+ITEMS = ("state", "position", "config")
 # A run may go on with another of these; everything else decides its numbers.
 FREE = (
   "mesh",
@@ -38,10 +40,9 @@ class Checkpoints:
         save_interval_steps=run.save_every,
         max_to_keep=run.keep_last,
         keep_period=run.keep_every or None,
-        step_prefix="step",
-        step_format_fixed_length=9,
+        **STEP_FOLDERS,
       ),
-      item_names=("state", "position", "config"),
+      item_names=ITEMS,
     )
 
   def restore(self, abstract: Any) -> tuple[Any, dict[str, int]] | None:
@@ -83,6 +84,40 @@ class Checkpoints:
     """Waits for the save under way."""
     self._manager.wait_until_finished()
     self._manager.close()
+
+
+def restore_part(workdir: pathlib.Path, wanted: Any) -> Any:
+  """Part of the state in another run's newest checkpoint, for a fresh start.
+
+  Args:
+    wanted: nested dicts of the arrays to read, named as in that run's state; only
+      their shapes, dtypes and places matter.
+  """
+  abstract = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+    wanted,
+  )
+  with ocp.CheckpointManager(
+    (workdir / "checkpoints").absolute(),
+    options=ocp.CheckpointManagerOptions(**STEP_FOLDERS, read_only=True),
+    item_names=ITEMS,
+  ) as manager:
+    step = manager.latest_step()
+    if step is None:
+      raise UserError(f"{workdir}: no finished checkpoint to start from")
+    stored = ocp.args.PyTreeRestore(
+      abstract, ocp.checkpoint_utils.construct_restore_args(abstract),
+      partial_restore=True,
+    )  # fmt: skip
+    try:
+      restored = manager.restore(step, args=ocp.args.Composite(state=stored))
+    except (ValueError, KeyError) as error:
+      reason = " ".join(str(error).split())[:300]
+      raise UserError(
+        f"{workdir}: the checkpoint of step {step} does not fit this config: {reason}"
+      ) from error
+  logging.info("starts from the weights of step %d in %s", step, workdir)
+  return restored.state
 
 
 def _claim(workdir: pathlib.Path, config: dict[str, Any]) -> None:

@@ -48,10 +48,14 @@ class Command:
 
   config: ml_collections.ConfigDict
   workdir: pathlib.Path
+  init_from: str  # where a fresh run takes its weights from; "" = nowhere
 
 
 def parse_command(verb: str, argv: Sequence[str]) -> Command:
-  """Parses `--config=FILE[:ARG] [--config.x.y=VALUE ...] --workdir=DIR`."""
+  """Parses `--config=FILE[:ARG] [--config.x.y=VALUE ...] --workdir=DIR`.
+
+  `--init-from=DIR` names another run or a bundle that a fresh run starts from.
+  """
   values = flags.FlagValues()
   config_flags.DEFINE_config_file(
     "config",
@@ -62,6 +66,12 @@ def parse_command(verb: str, argv: Sequence[str]) -> Command:
   )
   flags.DEFINE_string(
     "workdir", None, "Folder of checkpoints, logs and the bundle.", flag_values=values
+  )
+  flags.DEFINE_string(
+    "init-from",
+    "",
+    "Run or bundle whose weights a fresh run starts from, at step 0.",
+    flag_values=values,
   )
   flags.DEFINE_bool("help", False, "Show this help.", flag_values=values)
   try:
@@ -84,7 +94,7 @@ def parse_command(verb: str, argv: Sequence[str]) -> Command:
     raise UserError(
       f"--config={file}: no such file, or get_config() gives no ConfigDict"
     )
-  return Command(config, pathlib.Path(values.workdir))
+  return Command(config, pathlib.Path(values.workdir), values["init-from"].value)
 
 
 def _one_line(error: object) -> str:

@@ -31,7 +31,8 @@ def losses(module, config, workdir, mesh=None, monkeypatch=None):
 
     monkeypatch.setattr(loop, "make_mesh", one_device)
   module.train(config, workdir)
-  return [row["loss"] for row in read_rows(workdir / "metrics.jsonl") if "loss" in row]
+  rows = [row for row in read_rows(workdir / "metrics.jsonl") if "loss" in row]
+  return [(row["loss"], row.get("discriminator_loss", 0.0)) for row in rows]
 
 
 @pytest.mark.parametrize("mesh", MESHES)
