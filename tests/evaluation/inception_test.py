@@ -1,0 +1,39 @@
+"""Inception against the golden numbers, on synthesized weights."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from llamagen_jax.errors import UserError
+from llamagen_jax.evaluation.inception import extract_features
+from llamagen_jax.interop.inception import inception_from_torch
+from tests import parity
+
+
+@functools.cache
+def state_dict():
+  return parity.synthesize(parity.eval_manifest()["inception_2015"])
+
+
+def close(found, expected):
+  error = np.abs(np.asarray(found) - expected).max() / np.abs(expected).max()
+  assert error < 1e-3, error
+
+
+def test_features_equal_the_golden_ones():
+  golden = parity.golden()
+  found = extract_features(
+    inception_from_torch(state_dict()), golden["inception_image"]
+  )
+  close(found.pool, golden["inception_pool"])
+  close(found.spatial.reshape(-1, 17, 17, 7), golden["inception_spatial"])
+  close(found.logits, golden["inception_logits_nobias"])
+
+
+def test_import_is_strict():
+  name = "Mixed_7c.branch_pool.bn.running_var"
+  renamed = dict(state_dict())
+  renamed["other"] = renamed.pop(name)
+  with pytest.raises(UserError, match=rf"missing {name}.*unexpected other"):
+    inception_from_torch(renamed)
