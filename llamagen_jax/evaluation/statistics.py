@@ -1,34 +1,243 @@
 """Distances between sets of pictures, from the features of a network."""
 
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llamagen_jax.errors import UserError
 
+BLOCK_ROWS = 2048  # features a side of a block of distances: 16 MB of them
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass
+class Moments:
+  """Mean and covariance of features that arrive a batch at a time, in float64.
+
+  Batches are centred before they are squared and joined by the formula of Chan,
+  Golub and LeVeque (1979), so nothing cancels, and parts may be merged in any order.
+  """
+
+  count: int
+  mean: np.ndarray  # [C]
+  scatter: np.ndarray  # [C, C], sum of (x - mean)(x - mean)^T
+
+  @classmethod
+  def empty(cls, width: int) -> "Moments":
+    return cls(0, np.zeros(width), np.zeros((width, width)))
+
+  @classmethod
+  def of(cls, features_NC: np.ndarray) -> "Moments":
+    """Moments of whole features; refuses what is not finite."""
+    moments = cls.empty(features_NC.shape[1])
+    for start in range(0, len(features_NC), BLOCK_ROWS):
+      moments.add(features_NC[start : start + BLOCK_ROWS])
+    return moments
+
+  def add(self, features_NC: np.ndarray) -> None:
+    """Takes in a batch of features [N, C].
+
+    Raises:
+      UserError: for a value that is not finite; nothing was taken in.
+    """
+    x = np.asarray(features_NC, np.float64)
+    if not len(x):
+      return
+    if not np.isfinite(x).all():
+      bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
+      raise UserError(
+        f"features of {len(bad)} pictures are not finite, the first of them row"
+        f" {self.count + bad[0]}: the pictures or the network's weights are broken"
+      )
+    mean = x.mean(axis=0)
+    centred = x - mean
+    self.merge(Moments(len(x), mean, centred.T @ centred))
+
+  def merge(self, other: "Moments") -> None:
+    """Takes in the moments of other pictures: another shard's or host's."""
+    if not other.count:
+      return
+    count = self.count + other.count
+    step = other.mean - self.mean
+    outer = np.outer(step, step) * (self.count * other.count / count)
+    self.scatter = self.scatter + other.scatter + outer
+    self.mean = self.mean + step * (other.count / count)
+    self.count = count
+
+  @property
+  def covariance(self) -> np.ndarray:
+    """Unbiased, [C, C]."""
+    if self.count < 2:
+      raise UserError(
+        f"{self.count} pictures have no covariance: at least two are needed, and more"
+        f" than the {len(self.mean)} features for a result that means something"
+      )
+    return self.scatter / (self.count - 1)
+
+  @property
+  def gaussian(self) -> tuple[np.ndarray, np.ndarray]:
+    return self.mean, self.covariance
+
 
 def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
-  """Frechet distance of two sets of features [N, C] taken as Gaussians.
+  """Frechet distance of two sets of features [N, C] taken as Gaussians."""
+  moments = (Moments.of(np.asarray(x)) for x in (features, reference))
+  return gaussian_distance(*(m.gaussian for m in moments))
+
+
+def gaussian_distance(
+  one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]
+) -> float:
+  """Frechet distance of two Gaussians, each a mean [C] and a covariance [C, C].
 
   |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), FID (arXiv 1706.08500). The trace of
-  the root is the sum of the singular values of S1^(1/2) S2^(1/2), which needs two
-  symmetric eigenvalue problems and stays real for singular covariances.
+  the root is the sum of the singular values of S1^(1/2) S2^(1/2): two symmetric
+  eigenvalue problems and one of singular values stay real and exact for singular
+  covariances, where scipy's sqrtm turns complex or nan.
+
+  Raises:
+    UserError: for moments of other widths, or that are not finite or no covariance.
   """
-  moments = [_moments(np.asarray(x, np.float64)) for x in (features, reference)]
-  (mean1, cov1), (mean2, cov2) = moments
-  cross = np.linalg.svd(_root(cov1) @ _root(cov2), compute_uv=False).sum()
-  return float(
-    np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * cross
+  (mean1, cov1), (mean2, cov2) = (
+    (np.asarray(mean, np.float64), np.atleast_2d(np.asarray(cov, np.float64)))
+    for mean, cov in (one, other)
   )
-
-
-def _moments(features_NC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  if len(features_NC) < 2 or not np.isfinite(features_NC).all():
-    raise UserError(
-      f"features {features_NC.shape}: expected at least two rows, all finite"
-    )
-  return features_NC.mean(axis=0), np.atleast_2d(np.cov(features_NC, rowvar=False))
+  if mean1.shape != mean2.shape or cov1.shape != cov2.shape:
+    raise UserError(f"moments of {mean1.shape[0]} and {mean2.shape[0]} features")
+  if not all(np.isfinite(x).all() for x in (mean1, cov1, mean2, cov2)):
+    raise UserError("moments are not finite: no distance can be told")
+  cross = np.linalg.svd(_root(cov1) @ _root(cov2), compute_uv=False).sum()
+  distance = np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * cross
+  return float(distance)
 
 
 def _root(cov: np.ndarray) -> np.ndarray:
   """Square root of a symmetric positive semidefinite matrix."""
   values, vectors = np.linalg.eigh(cov)
+  if values[0] < -1e-6 * max(values[-1], 1e-12):
+    raise UserError(f"a covariance has the negative eigenvalue {values[0]:.3g}")
   return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+
+
+def inception_score(logits_NK: np.ndarray, split: int) -> float:
+  """Mean over consecutive splits of exp(mean KL(p(y|x) | p(y))), arXiv 1606.03498.
+
+  Args:
+    logits_NK: logits, or logarithms of probabilities.
+    split: pictures a split; the last one may be shorter.
+  """
+  logits = np.asarray(logits_NK, np.float64)
+  if not len(logits) or not np.isfinite(logits).all():
+    raise UserError(f"logits {logits.shape}: expected at least one row, all finite")
+  scores = []
+  for start in range(0, len(logits), split):
+    x = logits[start : start + split]
+    x = x - x.max(axis=1, keepdims=True)
+    p = np.exp(x)
+    p /= p.sum(axis=1, keepdims=True)
+    mean = p.mean(axis=0, keepdims=True)
+    ratio = np.log(np.maximum(p, 1e-300)) - np.log(np.maximum(mean, 1e-300))
+    scores.append(np.exp((p * ratio).sum(axis=1).mean()))
+  return float(np.mean(scores))
+
+
+def precision_recall(
+  reference: np.ndarray, samples: np.ndarray, neighbours: int = 3
+) -> tuple[float, float]:
+  """Improved precision and recall (arXiv 1904.06991).
+
+  Precision is the share of samples that lie within a reference picture's distance to
+  its k-th nearest neighbour; recall the share of references within a sample's.
+  Distances are computed in blocks on the device: the whole matrix never exists.
+
+  Args:
+    reference: features [M, C].
+    samples: features [N, C].
+    neighbours: k.
+
+  Raises:
+    UserError: for sets that have no k-th neighbour, or values that are not finite.
+  """
+  sets = {"reference": reference, "samples": samples}
+  for name, x in sets.items():
+    if len(x) <= neighbours:
+      raise UserError(
+        f"{name}: {len(x)} pictures have no {neighbours} neighbours each: give more"
+      )
+    if not np.isfinite(x).all():
+      raise UserError(f"{name}: features are not finite")
+  if reference.shape[1] != samples.shape[1]:
+    raise UserError(f"{reference.shape[1]} and {samples.shape[1]} features")
+  # Around a common middle, |x|^2 + |y|^2 - 2 x y loses fewer digits.
+  middle = np.mean(reference, axis=0, dtype=np.float64).astype(np.float32)
+  reference_radii = _radii(reference, middle, neighbours)
+  sample_radii = _radii(samples, middle, neighbours)
+  sample_hit = np.zeros(len(samples), bool)
+  reference_hit = np.zeros(len(reference), bool)
+  for rows in _blocks(len(reference)):
+    x = _part(reference, rows, middle)
+    x_radii = _padded(reference_radii[rows], -1)
+    for columns in _blocks(len(samples)):
+      y = _part(samples, columns, middle)
+      y_radii = _padded(sample_radii[columns], -1)
+      inside_x, inside_y = _hits(x, x_radii, y, y_radii)
+      sample_hit[columns] |= np.asarray(inside_x)[: columns.stop - columns.start]
+      reference_hit[rows] |= np.asarray(inside_y)[: rows.stop - rows.start]
+  return float(sample_hit.mean()), float(reference_hit.mean())
+
+
+def _radii(features: np.ndarray, middle: np.ndarray, neighbours: int) -> np.ndarray:
+  """Squared distance to the k-th nearest other row of the set, [N]."""
+  radii = np.empty(len(features), np.float32)
+  for rows in _blocks(len(features)):
+    x = _part(features, rows, middle)
+    nearest = jnp.full((BLOCK_ROWS, neighbours), jnp.inf, jnp.float32)
+    for columns in _blocks(len(features)):
+      y = _part(features, columns, middle)
+      offset = rows.start - columns.start
+      nearest = _nearer(nearest, x, y, offset, columns.stop - columns.start)
+    radii[rows] = np.asarray(nearest)[: rows.stop - rows.start, -1]
+  return radii
+
+
+def _blocks(count: int) -> list[slice]:
+  return [slice(i, min(i + BLOCK_ROWS, count)) for i in range(0, count, BLOCK_ROWS)]
+
+
+def _part(features: np.ndarray, rows: slice, middle: np.ndarray) -> jax.Array:
+  return _padded(np.asarray(features[rows], np.float32) - middle, 0)
+
+
+def _padded(x: np.ndarray, value: float) -> jax.Array:
+  """Whole blocks only, so that one program serves all of them."""
+  width = [(0, BLOCK_ROWS - len(x))] + [(0, 0)] * (x.ndim - 1)
+  return jnp.asarray(np.pad(x, width, constant_values=value))
+
+
+def _squared_distances(x_MC: jax.Array, y_NC: jax.Array) -> jax.Array:
+  products = jnp.matmul(x_MC, y_NC.T, precision=HIGHEST)
+  squares = jnp.sum(x_MC**2, axis=1)[:, None] + jnp.sum(y_NC**2, axis=1)
+  return jnp.maximum(squares - 2 * products, 0)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _nearer(nearest_MK, x_MC, y_NC, offset, valid):
+  """The K smallest of the distances so far and those to y, sorted, without itself."""
+  distances = _squared_distances(x_MC, y_NC)
+  row, column = (jnp.arange(n) for n in distances.shape)
+  skip = (column == row[:, None] + offset) | (column >= valid)
+  distances = jnp.where(skip, jnp.inf, distances)
+  best = -jax.lax.top_k(-distances, nearest_MK.shape[1])[0]
+  return jnp.sort(jnp.concatenate([nearest_MK, best], axis=1))[:, : nearest_MK.shape[1]]
+
+
+@jax.jit
+def _hits(x_MC, x_radii_M, y_NC, y_radii_N):
+  """Which y lie within the radius of any x [N], and which x within that of any y."""
+  distances = _squared_distances(x_MC, y_NC)
+  inside_x = jnp.any(distances <= x_radii_M[:, None], axis=0)
+  inside_y = jnp.any(distances <= y_radii_N, axis=1)
+  return inside_x, inside_y
