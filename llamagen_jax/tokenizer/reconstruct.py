@@ -15,7 +15,7 @@ import numpy as np
 import tqdm
 
 from llamagen_jax import bundle, pictures
-from llamagen_jax.data.images import NO_LABEL, CenterPicture, open_source
+from llamagen_jax.data.images import CenterPicture, open_source
 from llamagen_jax.data.loader import epoch_batches
 from llamagen_jax.errors import UserError
 from llamagen_jax.evaluation.reconstruction import reconstruct
@@ -72,8 +72,7 @@ def main(argv: Sequence[str]) -> None:
     return
   out.mkdir(parents=True, exist_ok=True)
   for name, parts in kept.items():
-    labels = np.full(found.pictures, NO_LABEL, np.int32)
-    pictures.save_npz(out / f"{name}.npz", parts, found.pictures, labels)
+    pictures.save_npz(out / f"{name}.npz", parts, found.pictures, None)
   rows = np.concatenate([found.originals, found.reconstructions])
   sheet = pictures.grid(rows, columns=len(found.originals))
   pictures.save_png(out / "reconstructions.png", sheet)
