@@ -36,8 +36,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.model = dataclasses.asdict(model)
   config.loss = {
     "reconstruction": "l2",
-    "adversarial_weight": 0.1 if arg.gan else 0.0,
-    "adaptive_weight": True,
+    "adversarial_weight": 0.01 if arg.gan else 0.0,
     "disc_start": 300,
     "disc_lead": 50,
   }
@@ -63,7 +62,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "warmup_steps": 3 if fast else 10,
     "clip": 1.0,
   }
-  config.discriminator_optimizer = {"lr": 5e-4}
+  config.discriminator_optimizer = {"lr": 1e-4}
   config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
   config.run = {
     "steps": 5 if fast else steps,
