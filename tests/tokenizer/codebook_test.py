@@ -49,6 +49,7 @@ def test_an_unknown_start_is_named():
     codebook.CodebookConfig(init="random")
 
 
+@pytest.mark.slow
 def test_a_run_with_both_cures_uses_more_of_its_codebook(tmp_path):
   pictures = tiny.write_pictures(tmp_path / "pictures")
   usage = {}

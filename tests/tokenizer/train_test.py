@@ -138,6 +138,7 @@ def compiled_cost(recipe, stage):
   return step.lower(state, a_batch()).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.slow
 def test_before_it_starts_the_discriminator_costs_nothing():
   recipe = make_recipe()
   without = make_recipe(loss=dataclasses.replace(recipe.loss, adversarial_weight=0.0))
@@ -163,6 +164,7 @@ def test_the_discriminator_waits_then_leads_then_acts(run):
   assert {"eval/psnr", "eval/ssim", "eval/ssim_lg", "eval/usage"} <= evaluated.keys()
 
 
+@pytest.mark.slow
 def test_accumulated_parts_equal_the_whole_batch():
   """Where no term couples the pictures of a batch."""
   recipe = make_recipe()
@@ -185,6 +187,7 @@ def test_accumulated_parts_equal_the_whole_batch():
   assert sorted(a.window[-256:].tolist()) == sorted(b.window[-256:].tolist())
 
 
+@pytest.mark.slow
 def test_bfloat16_steps_stay_close_to_float32(stepped):
   recipe = stepped[0]
   half = dataclasses.replace(
