@@ -1,69 +1,186 @@
 """The transformer with a KV cache: what decoding runs.
 
-Axes: B batch, T tokens, S cache length, D model, K kv heads, H head dim,
-V vocabulary.
+A step of decoding reads every weight once to multiply it with a handful of rows,
+so its time is the time to read memory. Everything here is laid out for that: the
+weights are matrices [out, in], one array a layer; the keys lie with their
+positions last, so that both products of attention run along the rows of the
+cache; and a cache is only as long as what has been written to it, about.
+
+Axes: B batch, T tokens, S cache length, D model, K kv heads, G query heads per
+kv head, C = G + 2 (queries, key, value), H head dim, N = K G H, F ffn, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from llamagen_jax.gpt.config import GPTConfig
-from llamagen_jax.gpt.layers import Block, Cache, rms_norm
-from llamagen_jax.gpt.model import project
-from llamagen_jax.gpt.rope import rope_table
+from llamagen_jax.gpt.layers import rms_norm
+from llamagen_jax.gpt.rope import apply_rope, rope_table
 
 
-def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
-  """The same parameters with `layers` as a tuple of per-layer trees.
+class LayerCache(NamedTuple):
+  """Keys and values of one layer."""
 
-  This is the form that decoding uses: every layer's weights are arrays of their
-  own, so no step slices them out of a stack.
+  keys: jax.Array  # [B, K, H, S]
+  values: jax.Array  # [B, K, S, H]
+
+
+Cache = tuple[LayerCache, ...]
+
+
+def decoding_params(config: GPTConfig, params: dict[str, Any]) -> dict[str, Any]:
+  """Trained parameters in the form that decoding reads.
+
+  Matrices are [out, in] in the compute dtype, `layers` is a tuple of per-layer
+  trees, and the norms stay float32. Leaves what is in this form already alone.
   """
-  leaves, structure = jax.tree.flatten(params["layers"])
-  layers = tuple(structure.unflatten(rows) for rows in zip(*leaves, strict=True))
-  return params | {"layers": layers}
+  if isinstance(params["layers"], tuple):
+    return params
+
+  def matrix(x, *order):
+    return jnp.transpose(x, order).astype(config.dtype)
+
+  stack = params["layers"]
+  layers = tuple(
+    {
+      "attention_norm": stack["attention_norm"][i],
+      "qkv_KCHD": matrix(stack["attention"]["qkv"][i], 1, 2, 3, 0),
+      "out_DN": matrix(stack["attention"]["out"][i].reshape(-1, config.dim), 1, 0),
+      "ffn_norm": stack["ffn_norm"][i],
+      "in_2FD": matrix(stack["ffn"]["in"][i], 1, 2, 0),
+      "out_DF": matrix(stack["ffn"]["out"][i], 1, 0),
+    }
+    for i in range(config.layers)
+  )
+  return params | {
+    "code_embedding": params["code_embedding"].astype(config.dtype),
+    "head": matrix(params["head"], 1, 0),
+    "layers": layers,
+  }
 
 
-def init_cache(config: GPTConfig, batch: int) -> tuple[Cache, ...]:
-  """An empty KV cache: keys and values [B, K, S, H] for every layer."""
-  shape = (batch, config.num_kv_heads, config.length, config.head_dim)
-  empty = jnp.zeros(shape, config.dtype)
-  return tuple((empty, empty) for _ in range(config.layers))
+def init_cache(config: GPTConfig, batch: int, length: int) -> Cache:
+  """An empty cache for the positions 0 .. `length` - 1."""
+  c = config
+  keys = jnp.zeros((batch, c.num_kv_heads, c.head_dim, length), c.dtype)
+  values = jnp.zeros((batch, c.num_kv_heads, length, c.head_dim), c.dtype)
+  return tuple(LayerCache(keys, values) for _ in range(c.layers))
+
+
+def grow_cache(cache: Cache, length: int) -> Cache:
+  """The same cache with room for `length` positions."""
+  more = length - cache[0].values.shape[2]
+
+  def pad(x, axis):
+    return jnp.pad(x, [(0, more if a == axis else 0) for a in range(4)])
+
+  return tuple(LayerCache(pad(k, 3), pad(v, 2)) for k, v in cache)
 
 
 def cached_forward(
   config: GPTConfig,
   params: dict[str, Any],
   x_BTD: jax.Array,
-  cache: tuple[Cache, ...],
+  cache: Cache,
   position: jax.Array | int,
   mask_BTS: jax.Array,
-) -> tuple[jax.Array, tuple[Cache, ...]]:
+) -> tuple[jax.Array, Cache]:
   """Runs T embedded tokens at `position` .. `position` + T - 1.
 
   Args:
     config: shape of the model.
-    params: unstacked parameters (`unstack_layers`).
+    params: from `decoding_params`.
     x_BTD: embedded tokens, condition or codes.
     cache: from `init_cache` or the step before.
-    position: of the first token; one scalar for the batch.
-    mask_BTS: bool [B or 1, T, length], which cache entries a token sees.
+    position: of the first token, one for the batch or one a row [B].
+    mask_BTS: bool [B or 1, T, S], which cache entries a token sees.
 
   Returns:
     float32 logits [B, V] after the last of the tokens, and the new cache.
   """
-  block = Block(config)
-  rope = tuple(
-    jax.lax.dynamic_slice_in_dim(table, position, x_BTD.shape[1])
-    for table in map(jnp.asarray, rope_table(config))
-  )
+  position = jnp.asarray(position)
+  at = position[..., None] + jnp.arange(x_BTD.shape[1])  # [T] or [B, T]
+  rope = tuple(jnp.asarray(table)[at] for table in rope_table(config))
   new_cache = []
-  for layer, layer_cache in zip(params["layers"], cache, strict=True):
-    x_BTD, layer_cache = block.apply(
-      {"params": layer}, x_BTD, 0.0, rope, mask_BTS, layer_cache, position
-    )
-    new_cache.append(layer_cache)
-  last = rms_norm(x_BTD[:, -1:], params["norm"], config.norm_eps)
-  return project(last, params["head"])[:, 0], tuple(new_cache)
+  for layer, old in zip(params["layers"], cache, strict=True):
+    normed = rms_norm(x_BTD, layer["attention_norm"], config.norm_eps)
+    mixed, new = _attention(layer, normed, rope, mask_BTS, old, position)
+    x_BTD = x_BTD + mixed
+    normed = rms_norm(x_BTD, layer["ffn_norm"], config.norm_eps)
+    x_BTD = x_BTD + _ffn(layer, normed)
+    new_cache.append(new)
+  last_BD = rms_norm(x_BTD[:, -1], params["norm"], config.norm_eps)
+  logits_VB = jnp.einsum(
+    "VD,BD->VB", params["head"], last_BD, preferred_element_type=jnp.float32
+  )
+  # Without the barrier the compiler turns the product around, which is slower.
+  return jax.lax.optimization_barrier(logits_VB).T, tuple(new_cache)
+
+
+def _attention(layer, x_BTD, rope, mask_BTS, cache: LayerCache, position):
+  K, C, H, _ = layer["qkv_KCHD"].shape
+  B, T = x_BTD.shape[:2]
+  qkv_KCHBT = jnp.einsum("KCHD,BTD->KCHBT", layer["qkv_KCHD"], x_BTD)
+  qkv_BTKCH = qkv_KCHBT.transpose(3, 4, 0, 1, 2)
+  turned = apply_rope(qkv_BTKCH[..., :-1, :].reshape(B, T, -1, H), *rope)
+  turned_BTKCH = turned.reshape(B, T, K, C - 1, H)
+  q_BTKGH, k_BTKH = turned_BTKCH[..., :-1, :], turned_BTKCH[..., -1, :]
+  cache = LayerCache(
+    _write(cache.keys, k_BTKH.transpose(0, 2, 3, 1), position, axis=3),
+    _write(cache.values, qkv_BTKCH[..., -1, :].swapaxes(1, 2), position, axis=2),
+  )
+  attend = _attend_one if T == 1 else _attend
+  mixed_BTKGH = attend(q_BTKGH, cache, mask_BTS)
+  mixed_BTN = mixed_BTKGH.reshape(B, T, -1)
+  out_DBT = jnp.einsum("DN,BTN->DBT", layer["out_DN"], mixed_BTN)
+  return out_DBT.transpose(1, 2, 0), cache
+
+
+def _ffn(layer, x_BTD):
+  gate_up = jnp.einsum("CFD,BTD->CFBT", layer["in_2FD"], x_BTD)
+  hidden_FBT = jax.nn.silu(gate_up[0]) * gate_up[1]
+  return jnp.einsum("DF,FBT->DBT", layer["out_DF"], hidden_FBT).transpose(1, 2, 0)
+
+
+def _write(old: jax.Array, new: jax.Array, position: jax.Array, axis: int):
+  """Writes at `position` of `axis`, in place where the caller lets go of `old`."""
+  new = new.astype(old.dtype)
+  if position.ndim:
+    update = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))
+    return update(old, new, position, axis - 1)
+  return jax.lax.dynamic_update_slice_in_dim(old, new, position, axis)
+
+
+def _attend(q_BTKGH, cache: LayerCache, mask_BTS):
+  """Attention of several tokens over the cache, two matmuls: the prefill."""
+  scores_BKGTS = jnp.einsum(
+    "BTKGH,BKHS->BKGTS", q_BTKGH, cache.keys, preferred_element_type=jnp.float32
+  )
+  weights = _softmax(scores_BKGTS, mask_BTS[:, None, None], q_BTKGH)
+  return jnp.einsum("BKGTS,BKSH->BTKGH", weights, cache.values)
+
+
+def _attend_one(q_B1KGH, cache: LayerCache, mask_B1S):
+  """Attention of one token: products and sums that stream through the cache.
+
+  Equals `_attend`; a matmul with a single row would leave a matrix unit idle and
+  is not faster on a CPU either. Query heads of a group go one by one, because a
+  group axis of size 1 in the product costs a CPU a factor of 20.
+  """
+  keys, values = (x.astype(jnp.float32) for x in cache)
+
+  def attend(q_BKH):
+    scores_BKS = jnp.sum(q_BKH.astype(jnp.float32)[..., None] * keys, axis=2)
+    weights_BKS = _softmax(scores_BKS, mask_B1S, q_BKH).astype(jnp.float32)
+    return jnp.sum(weights_BKS[..., None] * values, axis=2)
+
+  groups = range(q_B1KGH.shape[3])
+  mixed_BKGH = jnp.stack([attend(q_B1KGH[:, 0, :, g]) for g in groups], axis=2)
+  return mixed_BKGH[:, None].astype(q_B1KGH.dtype)
+
+
+def _softmax(scores, mask, q):
+  scores = jnp.where(mask, scores * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+  return jax.nn.softmax(scores, axis=-1).astype(q.dtype)

@@ -57,20 +57,27 @@ def embed_condition(config: GPTConfig, **kwargs) -> nn.Module:
 
 
 def attention_mask(
-  config: GPTConfig, condition_mask_BP: jax.Array | None, position_T: jax.Array
+  config: GPTConfig,
+  condition_mask_BP: jax.Array | None,
+  position_T: jax.Array,
+  length: int | None = None,
 ) -> jax.Array:
-  """Which keys the tokens at `position_T` see, bool [B or 1, T, length].
+  """Which of `length` keys the tokens at `position_T` see, bool [B or 1, T, length].
 
   Causal; the padding of a caption is hidden from every position but itself
-  (a row without any visible key would have no softmax).
+  (a row without any visible key would have no softmax). The positions may also
+  be [B, T].
   """
-  query_T1, key_S = position_T[:, None], jnp.arange(config.length)
-  causal_TS = key_S <= query_T1
+  length = length or config.length
+  query, key_S = position_T[..., None], jnp.arange(length)
+  causal = key_S <= query
+  if causal.ndim == 2:
+    causal = causal[None]
   if condition_mask_BP is None:
-    return causal_TS[None]
+    return causal
   visible_BS = jnp.pad(
     condition_mask_BP.astype(bool),
-    ((0, 0), (0, config.length - config.prefix_tokens)),
+    ((0, 0), (0, length - config.prefix_tokens)),
     constant_values=True,
   )
-  return (causal_TS & visible_BS[:, None, :]) | (key_S == query_T1)
+  return (causal & visible_BS[:, None, :]) | (key_S == query)

@@ -12,8 +12,6 @@ from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.rope import apply_rope
 from llamagen_jax.training.mesh import constrain
 
-Cache = tuple[jax.Array, jax.Array]  # keys and values, [B, K, S, H] each
-
 INIT = nn.initializers.normal(stddev=0.02)
 
 
@@ -53,7 +51,7 @@ class Attention(nn.Module):
   training: bool = False
 
   @nn.compact
-  def __call__(self, x_BTD, rope, mask_BTS, cache=None, position=0):
+  def __call__(self, x_BTD, rope, mask_BTS):
     c = self.config
     K, G, H = c.num_kv_heads, c.heads // c.num_kv_heads, c.head_dim
     qkv_init = nn.with_logical_partitioning(INIT, ("embed", "kv_heads", None, None))
@@ -67,20 +65,12 @@ class Attention(nn.Module):
     q_BTKGH = apply_rope(q_BTNH, *rope).reshape(B, T, K, G, H)
     k_BKTH = apply_rope(qkv_BTKCH[..., G, :], *rope).swapaxes(1, 2)
     v_BKTH = qkv_BTKCH[..., G + 1, :].swapaxes(1, 2)
-    if cache is None:
-      k_BKSH, v_BKSH = k_BKTH, v_BKTH
-    else:
-      k_BKSH, v_BKSH = cache = tuple(
-        jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), position, 2)
-        for old, new in zip(cache, (k_BKTH, v_BKTH), strict=True)
-      )
 
-    weights_BKGTS = attention_weights(q_BTKGH, k_BKSH, mask_BTS)
+    weights_BKGTS = attention_weights(q_BTKGH, k_BKTH, mask_BTS)
     drop = nn.Dropout(c.attention_dropout, deterministic=not self.training)
     weights_BKGTS = drop(weights_BKGTS).astype(x_BTD.dtype)
-    mixed_BTKGH = jnp.einsum("BKGTS,BKSH->BTKGH", weights_BKGTS, v_BKSH)
-    out_BTD = jnp.einsum("BTKGH,KGHD->BTD", mixed_BTKGH, out_KGHD.astype(x_BTD.dtype))
-    return out_BTD, cache
+    mixed_BTKGH = jnp.einsum("BKGTS,BKSH->BTKGH", weights_BKGTS, v_BKTH)
+    return jnp.einsum("BTKGH,KGHD->BTD", mixed_BTKGH, out_KGHD.astype(x_BTD.dtype))
 
 
 class SwiGLU(nn.Module):
@@ -101,28 +91,20 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + ffn(norm(x)).
-
-  With a `cache` the T tokens are written at `position` and attention runs over
-  the cache; the updated cache is the second result.
-  """
+  """x + attention(norm(x)), then x + ffn(norm(x)); the body of a scan."""
 
   config: GPTConfig
   training: bool = False
 
   @nn.compact
-  def __call__(
-    self, x_BTD, drop_path_rate, rope, mask_BTS, cache=None, position=0
-  ) -> tuple[jax.Array, Cache | None]:
+  def __call__(self, x_BTD, drop_path_rate, rope, mask_BTS) -> tuple[jax.Array, None]:
     c = self.config
     attention = Attention(c, self.training, name="attention")
-    mixed, cache = attention(
-      self._norm("attention_norm", x_BTD), rope, mask_BTS, cache, position
-    )
+    mixed = attention(self._norm("attention_norm", x_BTD), rope, mask_BTS)
     x_BTD = x_BTD + self._branch(mixed, drop_path_rate)
     hidden = SwiGLU(c, name="ffn")(self._norm("ffn_norm", x_BTD))
     x_BTD = x_BTD + self._branch(hidden, drop_path_rate)
-    return constrain(x_BTD, "batch", None, None), cache
+    return constrain(x_BTD, "batch", None, None), None
 
   def _norm(self, name, x_BTD):
     init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))

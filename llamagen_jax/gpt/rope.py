@@ -35,8 +35,11 @@ def rope_table(config: GPTConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def apply_rope(x_BTNH: jax.Array, cos_TF: jax.Array, sin_TF: jax.Array) -> jax.Array:
-  """Rotates the pairs of every head; float32 inside, dtype of `x` outside."""
+  """Rotates the pairs of every head; float32 inside, dtype of `x` outside.
+
+  The tables may also be [B, T, F], where every row is at positions of its own.
+  """
   a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-  cos, sin = cos_TF[:, None, :], sin_TF[:, None, :]
+  cos, sin = cos_TF[..., None, :], sin_TF[..., None, :]
   rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
   return rotated.astype(x_BTNH.dtype)

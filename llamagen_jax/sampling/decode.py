@@ -1,8 +1,11 @@
-"""The decode loop: a prefill of the condition, then one scan over the codes.
+"""The decode loop: a prefill of the condition, then a scan over the codes.
 
 Every picture has T codes and no end token, so the loop has a fixed length. With
 guidance a picture is a pair of neighbouring rows (conditional, unconditional):
 sharding the batch never separates the two.
+
+The loop is cut into a few scans over a growing cache, because a step reads the
+whole cache, and on average half of it is still empty.
 """
 
 import functools
@@ -11,13 +14,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llamagen_jax.gpt.cached import cached_forward, init_cache, unstack_layers
+from llamagen_jax.gpt.cached import (
+  Cache,
+  cached_forward,
+  decoding_params,
+  grow_cache,
+  init_cache,
+)
 from llamagen_jax.gpt.conditioning import attention_mask, embed_condition
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.model import embed_codes
 from llamagen_jax.sampling.config import Rows, SamplingConfig, Stages
 from llamagen_jax.sampling.guidance import guide, scale_at
 from llamagen_jax.sampling.logits import sample_codes
+
+# Codes between two growths of the cache: a program for every length is compiled.
+SEGMENT = 128
 
 
 def generate(
@@ -32,7 +44,7 @@ def generate(
 
   Args:
     config: shape of the model.
-    params: stacked or unstacked (`unstack_layers`; spares a copy a call).
+    params: as trained, or from `decoding_params`, which spares a copy a call.
     condition: labels [B] or caption features [B, P, C].
     key: one key for the batch, or one a picture [B]. With a key of its own, a
       picture does not depend on what else is in the batch.
@@ -45,8 +57,7 @@ def generate(
   batch = condition.shape[0]
   if key.ndim == 0:
     key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-  if not isinstance(params["layers"], tuple):
-    params = unstack_layers(params)
+  params = decoding_params(config, params)
   rows = sampling.rows(batch)
   return _generate(
     config, sampling.stages, params, condition, key, condition_mask, rows
@@ -64,37 +75,122 @@ def _generate(
   rows: Rows,
 ) -> jax.Array:
   c = config
-  copies = 2 if stages.guidance else 1  # rows a picture
+  ends = segment_ends(c)
+  logits, cache = prefill(
+    c, params, condition, condition_mask, stages.guidance, c.prefix_tokens + ends[0] - 1
+  )
+  code_B = draw_codes(c, stages, logits, jnp.int32(0), keys_B, rows)
+  drawn, start = [code_B[None]], 1
+  for end in ends:
+    length = c.prefix_tokens + end - 1
+    cache = grow_cache(cache, length)
 
-  def per_row(x_B):
-    return x_B if x_B is None else jnp.repeat(x_B, copies, axis=0)
+    def step(carry, index):
+      code_B, cache = carry
+      logits, cache = decode_step(
+        c, params, code_B, index, cache, condition_mask, stages.guidance
+      )
+      code_B = draw_codes(c, stages, logits, index, keys_B, rows)
+      return (code_B, cache), code_B
 
-  def draw(logits, index):
-    if stages.guidance:
-      pairs = logits.reshape(-1, 2, c.vocab_size)
-      scale_B = scale_at(rows, index, c.image_tokens)
-      logits = guide(pairs[:, 0], pairs[:, 1], scale_B)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
-    return sample_codes(logits, keys, rows, stages)
+    (code_B, cache), codes_TB = jax.lax.scan(
+      step, (code_B, cache), jnp.arange(start, end)
+    )
+    drawn.append(codes_TB)
+    start = end
+  return jnp.concatenate(drawn).T
 
-  row = jnp.arange(copies * condition.shape[0])
-  drop = row % copies == 1
-  embedder = embed_condition(c)
-  x = embedder.apply({"params": params["condition"]}, per_row(condition), drop)
-  condition_mask = per_row(condition_mask)
-  mask = attention_mask(c, condition_mask, jnp.arange(c.prefix_tokens))
-  cache = init_cache(c, len(row))
-  logits, cache = cached_forward(c, params, x, cache, 0, mask)
-  first_B = draw(logits, jnp.int32(0))
 
-  def step(carry, index):
-    code_B, cache = carry
-    position = c.prefix_tokens + index - 1
-    x = embed_codes(params["code_embedding"], per_row(code_B)[:, None], c.dtype)
-    mask = attention_mask(c, condition_mask, position[None])
-    logits, cache = cached_forward(c, params, x, cache, position, mask)
-    code_B = draw(logits, index)
-    return (code_B, cache), code_B
+def segment_ends(config: GPTConfig) -> list[int]:
+  """The numbers of codes at which the cache is as long as what was written."""
+  count = max(1, round(config.image_tokens / SEGMENT))
+  return [config.image_tokens * (i + 1) // count for i in range(count)]
 
-  _, rest_TB = jax.lax.scan(step, (first_B, cache), jnp.arange(1, c.image_tokens))
-  return jnp.concatenate([first_B[None], rest_TB]).T
+
+def prefill(
+  config: GPTConfig,
+  params: dict[str, Any],
+  condition: jax.Array,
+  condition_mask: jax.Array | None,
+  guidance: bool,
+  length: int,
+) -> tuple[jax.Array, Cache]:
+  """Runs the condition tokens of B pictures.
+
+  Args:
+    config: shape of the model.
+    params: from `decoding_params`.
+    condition: labels [B] or caption features [B, P, C].
+    condition_mask: [B, P], 0 on the padding of captions.
+    guidance: whether every picture gets an unconditional row beside its own.
+    length: of the cache to make.
+
+  Returns:
+    float32 logits [R, V] of the first codes and the cache, R = 2B or B rows.
+  """
+  condition, mask = (_per_row(x, guidance) for x in (condition, condition_mask))
+  unconditional = jnp.arange(len(condition)) % 2 == 1
+  drop = unconditional if guidance else jnp.zeros_like(unconditional)
+  embedder = embed_condition(config)
+  x = embedder.apply({"params": params["condition"]}, condition, drop)
+  mask = attention_mask(config, mask, jnp.arange(config.prefix_tokens), length)
+  cache = init_cache(config, len(condition), length)
+  return cached_forward(config, params, x, cache, 0, mask)
+
+
+def decode_step(
+  config: GPTConfig,
+  params: dict[str, Any],
+  code_B: jax.Array,
+  index: jax.Array,
+  cache: Cache,
+  condition_mask: jax.Array | None,
+  guidance: bool,
+) -> tuple[jax.Array, Cache]:
+  """Reads the codes drawn last and gives the logits of the next.
+
+  Args:
+    config: shape of the model.
+    params: from `decoding_params`.
+    code_B: codes number `index` - 1 of B pictures.
+    index: number of the code to draw; one for all, or one a picture [B].
+    cache: of R rows, from `prefill` or the step before.
+    condition_mask: [B, P], 0 on the padding of captions.
+    guidance: whether every picture has two rows.
+
+  Returns:
+    float32 logits [R, V], and the new cache.
+  """
+  code_R, index = _per_row(code_B, guidance), jnp.asarray(index)
+  if index.ndim:
+    index = _per_row(index, guidance)
+  position = config.prefix_tokens + index - 1
+  x = embed_codes(params["code_embedding"], code_R[:, None], config.dtype)
+  mask = attention_mask(
+    config,
+    _per_row(condition_mask, guidance),
+    position[..., None],
+    cache[0].values.shape[2],
+  )
+  return cached_forward(config, params, x, cache, position, mask)
+
+
+def draw_codes(
+  config: GPTConfig,
+  stages: Stages,
+  logits_RV: jax.Array,
+  index: jax.Array,
+  keys_B: jax.Array,
+  rows: Rows,
+) -> jax.Array:
+  """Logits of code number `index` (one, or [B]) -> the codes, int32 [B]."""
+  if stages.guidance:
+    pairs = logits_RV.reshape(-1, 2, config.vocab_size)
+    scale_B = scale_at(rows, index, config.image_tokens)
+    logits_RV = guide(pairs[:, 0], pairs[:, 1], scale_B)
+  fold = jax.vmap(jax.random.fold_in, (0, 0 if index.ndim else None))
+  return sample_codes(logits_RV, fold(keys_B, index), rows, stages)
+
+
+def _per_row(x_B: jax.Array | None, guidance: bool) -> jax.Array | None:
+  return jnp.repeat(x_B, 2, axis=0) if guidance and x_B is not None else x_B

@@ -20,7 +20,7 @@ import numpy as np
 from llamagen_jax import bundle, pictures
 from llamagen_jax.data.classes import shown_name, to_labels
 from llamagen_jax.errors import UserError
-from llamagen_jax.gpt.cached import unstack_layers
+from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.sampling.config import SamplingConfig
 from llamagen_jax.sampling.decode import generate
 from llamagen_jax.tokenizer.config import TokenizerConfig
@@ -167,9 +167,7 @@ def draw(
   """
   check_pair(gpt, tokenizer)
   mesh, b = mesh_of(gpt), job.batch_size
-  params = gpt.params
-  if not isinstance(params["layers"], tuple):
-    params = unstack_layers(params)
+  params = decoding_params(gpt.config, gpt.params)
   for start in range(0, len(batches), slots(mesh)):
     group = batches[start : start + slots(mesh)]
     # A group that is not full draws its last batch again in the empty slots.

@@ -17,7 +17,7 @@ import llamagen_jax
 from llamagen_jax import bundle, pictures
 from llamagen_jax.data.classes import to_labels
 from llamagen_jax.errors import UserError
-from llamagen_jax.gpt.cached import unstack_layers
+from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.sampling import fid_batch, flags
 from llamagen_jax.sampling.draw import Job, Labels, Seconds, check_pair, draw, slots
 from llamagen_jax.training.mesh import make_mesh
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     args.image_size or side,
   )
   settings = _settings(args, gpt, tokenizer, job, drawn_side)
-  gpt = dataclasses.replace(gpt, params=unstack_layers(gpt.params))
+  gpt = dataclasses.replace(gpt, params=decoding_params(gpt.config, gpt.params))
 
   if args.fid_batch:
     folder = args.png_folder

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llamagen_jax import GPT, GPTConfig, interop
-from llamagen_jax.gpt.cached import cached_forward, init_cache, unstack_layers
+from llamagen_jax.gpt.cached import cached_forward, decoding_params, init_cache
 from llamagen_jax.gpt.conditioning import attention_mask, embed_condition
 from llamagen_jax.gpt.model import embed_codes, init_gpt
 from llamagen_jax.gpt.train import cross_entropy
@@ -110,11 +110,11 @@ def test_cached_decoding_equals_the_full_forward(config, kv_heads):
   drop = jnp.arange(batch) == 1
   full = GPT(config).apply({"params": params}, codes, condition, condition_mask, drop)
 
-  flat = unstack_layers(params)
+  flat = decoding_params(config, params)
   prefix = embed_condition(config).apply(
     {"params": params["condition"]}, condition, drop
   )
-  cache = init_cache(config, batch)
+  cache = init_cache(config, batch, config.length)
   mask = attention_mask(config, condition_mask, jnp.arange(config.prefix_tokens))
   logits, cache = cached_forward(config, flat, prefix, cache, 0, mask)
   np.testing.assert_allclose(logits, full[:, 0], atol=1e-5)

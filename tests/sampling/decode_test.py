@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llamagen_jax import GPT, SamplingConfig, generate, interop
-from llamagen_jax.gpt.cached import unstack_layers
+from llamagen_jax.gpt.cached import decoding_params
 from tests import parity
 from tests.gpt.model_test import TINY, TINY_CAPTION, inputs, random_params
 
@@ -58,7 +58,7 @@ def test_greedy_codes_are_those_of_the_full_forward(config):
 
 
 def test_a_picture_depends_on_its_key_and_not_on_its_neighbours():
-  params = unstack_layers(random_params(TINY))
+  params = decoding_params(TINY, random_params(TINY))
   sampling = SamplingConfig(guidance_scale=2.0, top_k=20, top_p=0.95)
   labels = np.array([1, 5, 2, 6])
   keys = jax.random.split(jax.random.key(7), 4)
@@ -70,10 +70,10 @@ def test_a_picture_depends_on_its_key_and_not_on_its_neighbours():
   assert (np.asarray(other) != np.asarray(together)).any()
 
 
-def test_stacked_and_unstacked_parameters_draw_the_same():
+def test_trained_and_decoding_parameters_draw_the_same():
   params, (_, labels, _) = random_params(TINY), inputs(TINY)
   key = jax.random.key(0)
   np.testing.assert_array_equal(
     generate(TINY, params, labels, key),
-    generate(TINY, unstack_layers(params), labels, key),
+    generate(TINY, decoding_params(TINY, params), labels, key),
   )
