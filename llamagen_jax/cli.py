@@ -11,6 +11,8 @@ VERBS = {
   "train-tokenizer": ("tokenizer.train", "train a VQ tokenizer on pictures"),
   "reconstruct": ("tokenizer.reconstruct", "measure what a tokenizer keeps"),
   "extract-codes": ("tokenizer.extract", "pictures to code shards"),
+  "prepare-captions": ("data.captions", "pictures with captions to caption shards"),
+  "extract-text": ("text.extract", "caption shards to shards of T5 features"),
   "train-gpt": ("gpt.train", "train a transformer on code shards"),
   "sample": ("sampling.run", "draw pictures"),
   "import-weights": ("interop.import_weights", "published weights to a bundle"),

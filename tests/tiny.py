@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import pathlib
+import tarfile
 
 import ml_collections
 import numpy as np
@@ -126,3 +127,31 @@ def write_sharded(folder: pathlib.Path, tensors: dict, files: int) -> None:
     places |= dict.fromkeys(part, name)
   index = {"metadata": {}, "weight_map": places}
   (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def picture_bytes(seed: int, size: tuple[int, int] = (20, 24), kind="JPEG") -> bytes:
+  rng = np.random.default_rng(seed)
+  picture = Image.fromarray(rng.integers(0, 256, (3, 3, 3), np.uint8))
+  file = io.BytesIO()
+  picture.resize(size, Image.Resampling.BICUBIC).save(file, format=kind)
+  return file.getvalue()
+
+
+def write_tar(path: pathlib.Path, first: int, count: int, extra: dict | None = None):
+  """A webdataset tar as img2dataset writes it; `extra` adds or replaces members."""
+  members = {}
+  for i in range(first, first + count):
+    key, caption = f"{i:09d}", CAPTIONS[i % len(CAPTIONS)]
+    short = {"key": key, "caption": "", "top_caption": caption[:6]}
+    members |= {
+      f"{key}.jpg": picture_bytes(i),
+      f"{key}.json": json.dumps(short).encode(),
+      f"{key}.txt": caption.encode(),
+    }
+  members |= extra or {}
+  with tarfile.open(path, "w") as tar:
+    for name in sorted(members):
+      info = tarfile.TarInfo(name)
+      info.size = len(members[name])
+      tar.addfile(info, io.BytesIO(members[name]))
+  return path

@@ -45,20 +45,21 @@ class BadPicture(Exception):
 
 
 def open_source(spec: str) -> Source:
-  """Opens `kind:place`: folder:, jsonl:, arrayrecord: or tfds:NAME/SPLIT."""
-  from llamagen_jax.data import sources  # which make samples of this file's kind
+  """Opens `kind:place`: folder:, jsonl:, arrayrecord:, captions: or tfds:NAME/SPLIT."""
+  from llamagen_jax.data import captions, sources  # which read pictures with us
 
   kinds = {
     "folder": FolderSource,
     "jsonl": sources.JsonlSource,
     "arrayrecord": sources.ArrayRecordSource,
+    "captions": captions.PictureSource,
     "tfds": sources.TfdsSource,
   }
   kind, _, place = spec.partition(":")
   if kind not in kinds or not place:
     raise UserError(
-      f"data source {spec!r}: expected folder:PATH, jsonl:FILE, arrayrecord:FILES"
-      " or tfds:NAME[/SPLIT]"
+      f"data source {spec!r}: expected folder:PATH, jsonl:FILE, arrayrecord:FILES,"
+      " captions:PATH or tfds:NAME[/SPLIT]"
     )
   return kinds[kind](place)
 
