@@ -60,6 +60,7 @@ class Transformer:
   sampling: SamplingConfig
   tokenizer: str  # identity of the tokenizer whose codes it draws
   class_names: tuple[str, ...] = ()
+  text_encoder: str = ""  # identity of the T5 whose features it was trained on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,7 @@ def save_gpt(path: str | os.PathLike, gpt: Transformer) -> None:
     "sampling": dataclasses.asdict(gpt.sampling),
     "tokenizer": gpt.tokenizer,
     "class_names": gpt.class_names,
+    "text_encoder": gpt.text_encoder,
   }
   params = gpt.params
   if any(callable(leaf) for leaf in jax.tree.leaves(params)):
@@ -128,6 +130,7 @@ def load_gpt(path: str | os.PathLike, mesh: Mesh | None = None) -> Transformer:
     SamplingConfig(**fields["sampling"]),
     fields["tokenizer"],
     tuple(fields["class_names"]),
+    fields.get("text_encoder", ""),
   )
 
 

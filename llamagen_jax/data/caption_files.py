@@ -88,6 +88,8 @@ class Tars:
         for key, group in itertools.groupby(members, lambda member: member[0]):
           parts = {suffix: tar.extractfile(m).read() for _, suffix, m in group}
           yield self._sample(key, name, parts)
+      if not _ends(path):  # tarfile takes a cut between two files for the end
+        yield RawSample(name, name, problem="broken files: cut off")
     except (tarfile.TarError, OSError, EOFError) as error:
       yield RawSample(name, name, problem=f"broken files: {error}")
 
@@ -282,6 +284,13 @@ def _expand(spec: str, place: str) -> tuple[str, ...]:
   if not found or not os.path.isfile(found[0]):
     raise UserError(f"--source={spec}: no such file")
   return tuple(found)
+
+
+def _ends(path: str) -> bool:
+  """Whether a tar has the two empty blocks of its end."""
+  with open(path, "rb") as file:
+    file.seek(max(0, os.path.getsize(path) - 1024))
+    return not any(file.read())
 
 
 def _split(name: str) -> tuple[str, str]:

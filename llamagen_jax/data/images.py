@@ -122,7 +122,8 @@ def decode(sample: Sample, min_side: int) -> Image.Image:
   except UnidentifiedImageError as error:  # its text names a place in memory
     raise BadPicture(f"{sample.key}: cannot be decoded (no known format)") from error
   except Exception as error:  # Pillow's decoders raise nearly anything
-    raise BadPicture(f"{sample.key}: cannot be decoded ({error})") from error
+    reason = str(error).partition(" <_io.BytesIO")[0]  # not the address in memory
+    raise BadPicture(f"{sample.key}: cannot be decoded ({reason})") from error
   if min(picture.size) < min_side:
     width, height = picture.size
     raise BadPicture(f"{sample.key}: {width}x{height}, smaller than {min_side}")

@@ -15,6 +15,8 @@ import optax
 from llamagen_jax import bundle
 from llamagen_jax.data.codes import CodeRecord, CodeSource
 from llamagen_jax.data.loader import Batch, Stream, epoch_batches
+from llamagen_jax.errors import UserError
+from llamagen_jax.gpt.captions import Captions, FeatureStream, PairSource
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.model import GPT, init_gpt
 from llamagen_jax.sampling.config import SamplingConfig
@@ -30,12 +32,17 @@ from llamagen_jax.training.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class CodeData:
-  """Which code shards to train on."""
+  """Which code shards to train on, and for captions which texts go with them."""
 
   codes: str  # folder of shards
   eval_codes: str  # folder of held-out shards
   batch_size: int  # over all hosts
   workers: int = 0  # processes that read; 0 = threads
+  texts: str = ""  # folder of features, or of captions if t5 is given
+  eval_texts: str = ""
+  t5: str = ""  # folder of the T5 that runs along in training
+  t5_dtype: str = "bfloat16"
+  short_share: float = 0.0  # probability of the short caption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +55,7 @@ class GPTRecipe:
   sampling: SamplingConfig  # stored in the bundle as its defaults
   mesh: MeshConfig
   run: RunConfig
+  init_from: str = ""  # bundle whose weights a fresh run starts with
 
 
 def main(argv: Sequence[str]) -> None:
@@ -66,13 +74,22 @@ def make_task(recipe: GPTRecipe) -> Task:
   source, eval_source = CodeSource(r.data.codes), CodeSource(r.data.eval_codes)
   for codes in (source, eval_source):
     codes.check_model(r.model)
+  options = r.data.batch_size, r.run.seed, r.data.workers
+  if r.model.condition == "class":
+    captions, stream = None, Stream(source, pick_crop, *options)
+  else:
+    captions = Captions(r.model, r.data.t5, r.data.t5_dtype, r.data.short_share)
+    source = captions.open(source, r.data.texts)
+    eval_source = captions.open(eval_source, r.data.eval_texts)
+    stream = FeatureStream(source, captions.input, *options, captions=captions)
   return Task(
     init=functools.partial(init_state, r),
     step=functools.partial(train_step, r),
-    stream=Stream(source, pick_crop, r.data.batch_size, r.run.seed, r.data.workers),
-    evaluate=functools.partial(evaluate, r, eval_source),
-    export=functools.partial(export, r, source),
+    stream=stream,
+    evaluate=functools.partial(evaluate, r, eval_source, captions),
+    export=functools.partial(export, r, source, captions),
     curves=("loss", "eval/loss"),
+    load=functools.partial(load_weights, r, source) if r.init_from else None,
   )
 
 
@@ -104,6 +121,20 @@ def cross_entropy(logits_BTV: jax.Array, codes_BT: jax.Array) -> jax.Array:
   return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, codes_BT)
 
 
+def mean_loss(loss_BT: jax.Array, valid_B: jax.Array | None) -> jax.Array:
+  """The mean over the codes of valid samples; 0 where there are none."""
+  if valid_B is None:
+    return jnp.mean(loss_BT)
+  return jnp.sum(jnp.mean(loss_BT, axis=1) * valid_B) / jnp.maximum(valid_B.sum(), 1)
+
+
+def condition_of(batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+  """The model's condition and its mask: labels, or features of captions."""
+  if "label" in batch:
+    return batch["label"], None
+  return batch["features"], batch["mask"]
+
+
 def init_state(recipe: GPTRecipe, key: jax.Array) -> TrainState:
   params = init_gpt(recipe.model, key)
   return TrainState.create(params, _optimizer(recipe), recipe.optimizer.ema > 0)
@@ -112,21 +143,26 @@ def init_state(recipe: GPTRecipe, key: jax.Array) -> TrainState:
 def train_step(
   recipe: GPTRecipe, state: TrainState, batch: Batch
 ) -> tuple[TrainState, Metrics]:
-  """One update on codes [B, T] and labels [B]; the loss is the mean over codes."""
+  """One update on codes [B, T] and labels [B], or features [B, P, C] and mask [B, P].
+
+  The loss is the mean over the codes of all samples but those whose `valid` is 0.
+  """
   c = recipe.model
   step_key = jax.random.fold_in(jax.random.key(recipe.run.seed), state.step)
   drop_key, dropout_key = jax.random.split(step_key)
-  drop_B = jax.random.bernoulli(drop_key, c.condition_dropout, batch["label"].shape)
+  condition, mask = condition_of(batch)
+  drop_B = jax.random.bernoulli(drop_key, c.condition_dropout, condition.shape[:1])
 
   def loss_fn(params):
     logits_BTV = GPT(c, training=True).apply(
       {"params": params},
       batch["codes"],
-      batch["label"],
+      condition,
+      mask,
       drop_B=drop_B,
       rngs={"dropout": dropout_key},
     )
-    return jnp.mean(cross_entropy(logits_BTV, batch["codes"]))
+    return mean_loss(cross_entropy(logits_BTV, batch["codes"]), batch.get("valid"))
 
   loss, grads = jax.value_and_grad(loss_fn)(state.params)
   metrics = {
@@ -138,11 +174,18 @@ def train_step(
 
 
 def evaluate(
-  recipe: GPTRecipe, source: CodeSource, state: TrainState, mesh: jax.sharding.Mesh
+  recipe: GPTRecipe,
+  source: CodeSource | PairSource,
+  captions: Captions | None,
+  state: TrainState,
+  mesh: jax.sharding.Mesh,
 ) -> Evaluation:
   """Mean loss per code over held-out pictures, first crop, no dropout."""
   total = weight = 0.0
-  for batch in epoch_batches(source, first_crop, recipe.data.batch_size, mesh):
+  transform = first_crop if captions is None else captions.input.first
+  for batch in epoch_batches(source, transform, recipe.data.batch_size, mesh):
+    if captions is not None:
+      batch = captions.features(batch, mesh)
     found = _eval_step(recipe.model, state.weights, batch)
     total += float(found[0])
     weight += float(found[1])
@@ -151,22 +194,59 @@ def evaluate(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _eval_step(config: GPTConfig, params: Any, batch: Batch):
-  logits = GPT(config).apply({"params": params}, batch["codes"], batch["label"])
+  condition, mask = condition_of(batch)
+  logits = GPT(config).apply({"params": params}, batch["codes"], condition, mask)
   loss_B = jnp.mean(cross_entropy(logits, batch["codes"]), axis=1)
-  return jnp.sum(loss_B * batch["weight"]), jnp.sum(batch["weight"])
+  weight_B = batch["weight"] * batch.get("valid", 1.0)
+  return jnp.sum(loss_B * weight_B), jnp.sum(weight_B)
+
+
+def load_weights(
+  recipe: GPTRecipe, source: CodeSource | PairSource, state: TrainState
+) -> TrainState:
+  """Puts a bundle's weights into a fresh state, for another picture size, say.
+
+  Positions have no weights, so only the shapes have to agree, and the codes and
+  features have to be of the same tokenizer and text encoder.
+  """
+  path = recipe.init_from
+  shapes = jax.tree.map(jnp.shape, state.params)
+  mesh = state.step.sharding.mesh
+  found = bundle.load_gpt(path, mesh)
+  if jax.tree.map(jnp.shape, found.params) != shapes:
+    raise UserError(
+      f"init_from={path}: a model of other shapes; {found.config} there,"
+      f" {recipe.model} here"
+    )
+  codes = source if isinstance(source, CodeSource) else source.codes
+  if found.tokenizer != codes.manifest["tokenizer"]:
+    raise UserError(
+      f"init_from={path} knows the codes of tokenizer {found.tokenizer[:12]},"
+      f" {codes.folder} has those of {codes.manifest['tokenizer'][:12]}"
+    )
+  ema = None if state.ema is None else jax.tree.map(jnp.copy, found.params)
+  return state.replace(params=found.params, ema=ema)
 
 
 def export(
-  recipe: GPTRecipe, source: CodeSource, state: TrainState, path: pathlib.Path
+  recipe: GPTRecipe,
+  source: CodeSource | PairSource,
+  captions: Captions | None,
+  state: TrainState,
+  path: pathlib.Path,
 ) -> None:
   """Writes the bundle; it names the tokenizer whose codes were learned."""
-  manifest = source.manifest
+  codes, text_encoder = source, ""
+  if captions is not None:
+    codes = source.codes
+    text_encoder = captions.encoder_identity(source, state.step.sharding.mesh)
   transformer = bundle.Transformer(
     recipe.model,
     state.weights,
     recipe.sampling,
-    manifest["tokenizer"],
-    tuple(manifest["class_names"]),
+    codes.manifest["tokenizer"],
+    tuple(codes.manifest["class_names"]),
+    text_encoder,
   )
   bundle.save_gpt(path, transformer)
 
