@@ -45,10 +45,11 @@ def generate(
   Args:
     config: shape of the model.
     params: as trained, or from `decoding_params`, which spares a copy a call.
-    condition: labels [B] or caption features [B, P, C].
+    condition: labels [B] or caption features [B, P, C]; or pairs of features
+      [B, 2, P, C], whose second one guidance leads away from.
     key: one key for the batch, or one a picture [B]. With a key of its own, a
       picture does not depend on what else is in the batch.
-    condition_mask: [B, P], 0 on the padding of captions.
+    condition_mask: [B, P] or [B, 2, P], 0 on the padding of captions.
     sampling: guidance, temperature and filters, the same for every picture.
 
   Returns:
@@ -120,17 +121,18 @@ def prefill(
   Args:
     config: shape of the model.
     params: from `decoding_params`.
-    condition: labels [B] or caption features [B, P, C].
-    condition_mask: [B, P], 0 on the padding of captions.
+    condition: labels [B], caption features [B, P, C] or pairs of them.
+    condition_mask: [B, P] or [B, 2, P], 0 on the padding of captions.
     guidance: whether every picture gets an unconditional row beside its own.
     length: of the cache to make.
 
   Returns:
     float32 logits [R, V] of the first codes and the cache, R = 2B or B rows.
   """
-  condition, mask = (_per_row(x, guidance) for x in (condition, condition_mask))
-  unconditional = jnp.arange(len(condition)) % 2 == 1
-  drop = unconditional if guidance else jnp.zeros_like(unconditional)
+  paired = condition.ndim == 4  # with negative captions of their own
+  condition = _per_row(condition, guidance, paired)
+  mask = _per_row(condition_mask, guidance, paired)
+  drop = (jnp.arange(len(condition)) % 2 == 1) & (guidance and not paired)
   embedder = embed_condition(config)
   x = embedder.apply({"params": params["condition"]}, condition, drop)
   mask = attention_mask(config, mask, jnp.arange(config.prefix_tokens), length)
@@ -155,7 +157,7 @@ def decode_step(
     code_B: codes number `index` - 1 of B pictures.
     index: number of the code to draw; one for all, or one a picture [B].
     cache: of R rows, from `prefill` or the step before.
-    condition_mask: [B, P], 0 on the padding of captions.
+    condition_mask: [B, P] or [B, 2, P], 0 on the padding of captions.
     guidance: whether every picture has two rows.
 
   Returns:
@@ -168,7 +170,9 @@ def decode_step(
   x = embed_codes(params["code_embedding"], code_R[:, None], config.dtype)
   mask = attention_mask(
     config,
-    _per_row(condition_mask, guidance),
+    _per_row(
+      condition_mask, guidance, condition_mask is not None and condition_mask.ndim == 3
+    ),
     position[..., None],
     cache[0].values.shape[2],
   )
@@ -192,5 +196,10 @@ def draw_codes(
   return sample_codes(logits_RV, fold(keys_B, index), rows, stages)
 
 
-def _per_row(x_B: jax.Array | None, guidance: bool) -> jax.Array | None:
-  return jnp.repeat(x_B, 2, axis=0) if guidance and x_B is not None else x_B
+def _per_row(x_B, guidance: bool, paired: bool = False) -> jax.Array | None:
+  """What belongs to pictures [B, ..] or pairs of rows [B, 2, ..] -> rows [R, ..]."""
+  if x_B is None:
+    return None
+  if paired:
+    return x_B[:, : 2 if guidance else 1].reshape(-1, *x_B.shape[2:])
+  return jnp.repeat(x_B, 2, axis=0) if guidance else x_B

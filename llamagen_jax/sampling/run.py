@@ -1,4 +1,4 @@
-"""`llamagen sample`: classes in, pictures out."""
+"""`llamagen sample`: classes or prompts in, pictures out."""
 
 import argparse
 from collections.abc import Sequence
@@ -18,8 +18,10 @@ from llamagen_jax import bundle, pictures
 from llamagen_jax.data.classes import to_labels
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.cached import decoding_params
+from llamagen_jax.interop.t5 import load_t5
 from llamagen_jax.sampling import fid_batch, flags
 from llamagen_jax.sampling.draw import Job, Labels, Seconds, check_pair, draw, slots
+from llamagen_jax.sampling.prompts import Prompts, read_prompts, write_captions
 from llamagen_jax.training.mesh import make_mesh
 
 BATCH_SIZE = 16
@@ -38,16 +40,16 @@ def main(argv: Sequence[str]) -> None:
   dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
   gpt = dataclasses.replace(gpt, config=dataclasses.replace(gpt.config, dtype=dtype))
 
-  labels = _labels(args, gpt)
+  conditions = _prompts(args, gpt, dtype) if _of_prompts(args) else _labels(args, gpt)
   drawn_side = gpt.config.grid * tokenizer.config.downsample
   side = drawn_side
   batch_size = args.batch_size
   if args.fid_batch:
     side = min(drawn_side, EVALUATED_SIDE)
   else:
-    batch_size = min(batch_size, math.ceil(len(labels) / slots(mesh)))
+    batch_size = min(batch_size, math.ceil(len(conditions) / slots(mesh)))
   job = Job(
-    Labels(labels, gpt.class_names),
+    conditions,
     dataclasses.replace(gpt.sampling, **flags.given(args)),
     args.seed,
     batch_size,
@@ -58,7 +60,9 @@ def main(argv: Sequence[str]) -> None:
 
   if args.fid_batch:
     folder = args.png_folder
-    seconds = fid_batch.run(gpt, tokenizer, job, out, settings, labels, folder)
+    seconds = fid_batch.run(
+      gpt, tokenizer, job, out, settings, conditions.labels, folder
+    )
     if seconds is None:
       print(f"{out} is finished already")
       return
@@ -92,7 +96,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   add("--out", required=True, help="x.png (a grid), x.npz (arr_0), or a new folder")
   add("--classes", help="indices, names and ranges: 207,360-362,'golden retriever'")
   add("--classes-file", help="the same in a file, also one a line")
-  add("--count", type=_positive, default=1, help="pictures a class")
+  add("--prompts", nargs="+", help="texts to draw, in quotes")
+  add("--prompt-file", help="the same: x.txt, a prompt a line, or x.csv or x.tsv and"
+      " the column after a colon")  # fmt: skip
+  add("--negative-prompt", default="", help="what guidance leads away from")
+  add("--t5", help="folder of the T5 that the transformer was trained with")
+  add("--count", type=_positive, default=1, help="pictures a class or prompt")
   add("--fid-batch", type=_positive, help="this many pictures of classes of all kinds")
   add("--labels", choices=fid_batch.LABELS, default="uniform", help="of --fid-batch")
   add("--png-folder", help="--fid-batch also writes its pictures here")
@@ -106,9 +115,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   add("--seed", type=int, default=0)
   flags.add_sampling_flags(parser, "the bundle's")
   args = parser.parse_args(argv)
-  given = [bool(x) for x in (args.classes, args.classes_file, args.fid_batch)]
-  if sum(given) != 1:
-    raise UserError("expected one of --classes, --classes-file and --fid-batch")
+  sources = ("classes", "classes_file", "prompts", "prompt_file", "fid_batch")
+  if sum(bool(getattr(args, name)) for name in sources) != 1:
+    raise UserError(
+      "expected one of --classes, --classes-file, --prompts, --prompt-file and"
+      " --fid-batch"
+    )
   suffix = epath.Path(args.out).suffix
   allowed = (".npz",) if args.fid_batch else (".png", ".npz", "")
   if suffix not in allowed:
@@ -126,11 +138,39 @@ def _positive(text: str) -> int:
   return value
 
 
-def _labels(args: argparse.Namespace, gpt: bundle.Transformer) -> np.ndarray:
+def _of_prompts(args: argparse.Namespace) -> bool:
+  return bool(args.prompts or args.prompt_file)
+
+
+def _prompts(args: argparse.Namespace, gpt: bundle.Transformer, dtype: str) -> Prompts:
+  if gpt.config.condition != "caption":
+    raise UserError(f"--gpt={args.gpt} draws classes: give --classes")
+  if not args.t5:
+    raise UserError("prompts need --t5, the folder of their text encoder")
+  texts = args.prompts or read_prompts(args.prompt_file)
+  encoder = load_t5(args.t5, dtype=dtype)
+  if gpt.text_encoder and encoder.identity != gpt.text_encoder:
+    raise UserError(
+      f"--t5={args.t5} is {encoder.identity[:12]}, the transformer was trained with"
+      f" {gpt.text_encoder[:12]}"
+    )
+  if encoder.config.dim != gpt.config.caption_dim:
+    raise UserError(
+      f"--t5={args.t5}: features of width {encoder.config.dim}, the model expects"
+      f" {gpt.config.caption_dim}"
+    )
+  repeated = tuple(text for text in texts for _ in range(args.count))
+  return Prompts(repeated, encoder, gpt.config.caption_tokens, args.negative_prompt)
+
+
+def _labels(args: argparse.Namespace, gpt: bundle.Transformer) -> Labels:
   """Labels int32, one a picture."""
   classes = gpt.config.num_classes
+  if gpt.config.condition != "class":
+    raise UserError(f"--gpt={args.gpt} draws texts: give --prompts and --t5")
   if args.fid_batch:
-    return fid_batch.choose_labels(args.labels, args.fid_batch, classes, args.seed)
+    labels = fid_batch.choose_labels(args.labels, args.fid_batch, classes, args.seed)
+    return Labels(labels, gpt.class_names)
   text = args.classes
   if args.classes_file:
     file = epath.Path(args.classes_file)
@@ -138,7 +178,7 @@ def _labels(args: argparse.Namespace, gpt: bundle.Transformer) -> np.ndarray:
       raise UserError(f"--classes-file={file}: no such file")
     text = ",".join(file.read_text().splitlines())
   labels = to_labels(text, gpt.class_names, classes)
-  return np.repeat(np.array(labels, np.int32), args.count)
+  return Labels(np.repeat(np.array(labels, np.int32), args.count), gpt.class_names)
 
 
 def _settings(
@@ -168,16 +208,23 @@ def _settings(
 
 def _write(out: epath.Path, images: np.ndarray, job: Job, count: int, settings) -> None:
   names = [job.conditions.name(row) for row in range(len(images))]
+  prompts = getattr(job.conditions, "prompts", None)
   if not out.suffix:
     out.mkdir(parents=True, exist_ok=True)
+    if prompts is not None:
+      names = [""] * len(images)
+      write_captions(out, prompts)
     for row, image in enumerate(images):
       name = "_".join(names[row].split()).replace("/", "-")
-      pictures.save_png(out / f"{row:05d}_{name}.png", Image.fromarray(image))
+      stem = f"{row:05d}_{name}".rstrip("_")
+      pictures.save_png(out / f"{stem}.png", Image.fromarray(image))
     return
   out.parent.mkdir(parents=True, exist_ok=True)
   if out.suffix == ".npz":
     fid_batch.write_settings(out, settings)
-    pictures.save_npz(out, [images], len(images), job.conditions.labels)
+    pictures.save_npz(
+      out, [images], len(images), getattr(job.conditions, "labels", None)
+    )
     return
   columns = count if count > 1 else min(len(images), 8)
   labelled = images.shape[1] >= LABELLED_SIDE

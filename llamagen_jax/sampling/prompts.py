@@ -1,0 +1,109 @@
+"""Prompts as conditions of pictures, and the files that they come in."""
+
+from collections.abc import Iterator, Sequence
+import csv
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import numpy as np
+
+from llamagen_jax.errors import UserError
+from llamagen_jax.gpt.captions import padded_features
+from llamagen_jax.interop.t5 import TextEncoder
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+COLUMNS = ("prompt", "caption", "text")  # looked for, in any case
+NAME_LENGTH = 40  # characters next to a picture
+CAPTIONS = "captions.txt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+  """Prompts as conditions, encoded a batch at a time and each of them once.
+
+  With a negative prompt a condition is a pair: guidance leads away from the
+  second one instead of from the trained unconditional embedding.
+  """
+
+  prompts: tuple[str, ...]  # one a picture
+  encoder: TextEncoder
+  tokens: int  # the model's caption_tokens
+  negative: str = ""
+
+  def __len__(self) -> int:
+    return len(self.prompts)
+
+  def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features [B, P, C] and mask [B, P]; pairs of them [B, 2, ..] with a negative."""
+    texts = [self.prompts[row] for row in rows]
+    unique = list(dict.fromkeys(texts))
+    features, mask = self._encode(unique + [""] * (len(texts) - len(unique)))
+    places = [unique.index(text) for text in texts]
+    features, mask = features[places], mask[places]
+    if not self.negative:
+      return features, mask
+    other, other_mask = self._negative
+    pair = np.stack([features, np.broadcast_to(other, features.shape)], axis=1)
+    return pair, np.stack([mask, np.broadcast_to(other_mask, mask.shape)], axis=1)
+
+  def name(self, row: int) -> str:
+    return self.prompts[row][:NAME_LENGTH]
+
+  @functools.cached_property
+  def _negative(self) -> tuple[np.ndarray, np.ndarray]:
+    return self._encode([self.negative])
+
+  def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    e = self.encoder
+    ids, mask = e.tokens.rows(texts, self.tokens)
+    return jax.device_get(padded_features(e.config, e.params, ids, mask))
+
+
+def read_prompts(spec: str) -> list[str]:
+  """Reads FILE.txt, a prompt a line, or FILE.csv or FILE.tsv with `:COLUMN`.
+
+  Without a column it is the one called prompt, caption or text.
+
+  Raises:
+    UserError: no such file or column, or no prompts in it.
+  """
+  name, _, column = spec.partition(":")
+  path = pathlib.Path(name)
+  if path.suffix not in (".txt", *DELIMITERS):
+    raise UserError(f"--prompt-file={spec}: expected .txt, .csv or .tsv")
+  if not path.is_file():
+    raise UserError(f"--prompt-file={name}: no such file")
+  found = list(_lines(path) if path.suffix == ".txt" else _column(path, column))
+  if not found:
+    raise UserError(f"--prompt-file={name}: no prompts in it")
+  return found
+
+
+def _lines(path: pathlib.Path) -> Iterator[str]:
+  lines = (line.strip() for line in path.read_text("utf-8").splitlines())
+  return filter(None, lines)
+
+
+def _column(path: pathlib.Path, column: str) -> Iterator[str]:
+  with path.open(encoding="utf-8", newline="") as file:
+    rows = csv.DictReader(file, delimiter=DELIMITERS[path.suffix])
+    columns = rows.fieldnames or []
+    wanted = [column] if column else COLUMNS
+    by_name = {name if column else name.lower(): name for name in columns}
+    key = next((by_name[name] for name in wanted if name in by_name), None)
+    if key is None:
+      raise UserError(
+        f"--prompt-file={path}: no column {' or '.join(wanted)}; its columns are"
+        f" {', '.join(columns)}"
+      )
+    yield from (text for row in rows if (text := (row[key] or "").strip()))
+
+
+def write_captions(folder: pathlib.Path, prompts: Sequence[str]) -> None:
+  """captions.txt: line n is the prompt of the n-th picture by name."""
+  lines = [" ".join(prompt.split()) for prompt in prompts]
+  part = folder / f".{CAPTIONS}.part"
+  part.write_text("\n".join(lines) + "\n")
+  part.rename(folder / CAPTIONS)
