@@ -167,12 +167,11 @@ def decode_step(
   if index.ndim:
     index = _per_row(index, guidance)
   position = config.prefix_tokens + index - 1
+  paired = condition_mask is not None and condition_mask.ndim == 3
   x = embed_codes(params["code_embedding"], code_R[:, None], config.dtype)
   mask = attention_mask(
     config,
-    _per_row(
-      condition_mask, guidance, condition_mask is not None and condition_mask.ndim == 3
-    ),
+    _per_row(condition_mask, guidance, paired),
     position[..., None],
     cache[0].values.shape[2],
   )
