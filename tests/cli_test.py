@@ -96,7 +96,7 @@ def test_a_file_of_classes_into_a_folder(trained, capsys):
     ("--classes=1 --out=x.gif", ["--out=x.gif", ".png or .npz"]),
     ("--classes=1 --gpt=nowhere", ["nowhere: no config.json"]),
     ("--classes=1 --gpt={f}/tokenizer/bundle", ["kind 'tokenizer'", "expected 'gpt'"]),
-    ("", ["one of --classes, --classes-file and --fid-batch"]),
+    ("", ["one of --classes", "--prompts", "--fid-batch"]),
     ("--classes=1 --fid-batch=8", ["one of --classes"]),
     ("--classes-file=nowhere", ["--classes-file=nowhere: no such file"]),
     ("--classes=1 --count=0", ["--count", "1 or more"]),
