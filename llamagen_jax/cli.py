@@ -15,6 +15,7 @@ VERBS = {
   "extract-text": ("text.extract", "caption shards to shards of T5 features"),
   "train-gpt": ("gpt.train", "train a transformer on code shards"),
   "sample": ("sampling.run", "draw pictures"),
+  "evaluate": ("evaluation.run", "FID and its kin of two sets of pictures"),
   "import-weights": ("interop.import_weights", "published weights to a bundle"),
   "export-weights": ("interop.export_weights", "a bundle to published weights"),
 }

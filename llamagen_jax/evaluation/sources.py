@@ -1,0 +1,149 @@
+"""Pictures to evaluate, from an npz or a folder, read a batch at a time."""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from typing import Any
+import zipfile
+
+from etils import epath
+import numpy as np
+from PIL import Image
+
+from llamagen_jax.errors import UserError
+
+LOSSLESS = (".png", ".webp", ".bmp")
+LOSSY = (".jpg", ".jpeg")
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
+CHUNK = 16 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A set of pictures on disk."""
+
+  path: epath.Path
+  count: int
+  size: tuple[int, int] | None  # height and width, None where they differ or none are
+  lossy: bool  # holds JPEG files
+  labels: np.ndarray | None
+  statistics: dict[str, np.ndarray]  # mean and covariance that an npz came with
+
+  @functools.cached_property
+  def sha256(self) -> str:
+    """Of the npz, or of the names and bytes in the folder."""
+    digest = hashlib.sha256()
+    for file in _files(self.path) if self.path.is_dir() else [self.path]:
+      if self.path.is_dir():
+        digest.update(file.name.encode() + b"\0")
+      with file.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+          digest.update(chunk)
+    return digest.hexdigest()
+
+  @property
+  def settings(self) -> dict[str, Any] | None:
+    """What `llamagen sample` wrote next to an npz, if it did."""
+    side = self.path.with_suffix(".json")
+    if self.path.is_dir() or not side.exists():
+      return None
+    try:
+      return json.loads(side.read_text())
+    except json.JSONDecodeError as error:
+      raise UserError(f"{side}: no JSON: {error}") from error
+
+  def batches(self, size: int, limit: int | None = None) -> Iterator[np.ndarray]:
+    """uint8 [B, H, W, 3], all of `size` rows but the last."""
+    count = self.count if limit is None else min(limit, self.count)
+    if self.path.is_dir():
+      files = _files(self.path)[:count]
+      for start in range(0, count, size):
+        images = [_read_picture(f) for f in files[start : start + size]]
+        if len({image.shape for image in images}) > 1:
+          raise UserError(f"{self.path}: pictures of several sizes; crop them first")
+        yield np.stack(images)
+      return
+    with _member(self.path, "arr_0") as (stream, shape, dtype):
+      row = int(np.prod(shape[1:]))
+      for start in range(0, count, size):
+        rows = min(size, count - start)
+        data = _read_exactly(stream, rows * row, self.path)
+        yield np.frombuffer(data, dtype).reshape(rows, *shape[1:])
+
+
+def open_source(flag: str, path: str | os.PathLike) -> Source:
+  """Looks at an npz or a folder of pictures without reading the pictures."""
+  path = epath.Path(path)
+  if path.is_dir():
+    files = _files(path)
+    if not files:
+      raise UserError(f"{flag}={path}: no pictures ({', '.join(LOSSLESS + LOSSY)})")
+    shapes = {_size(file) for file in (files[0], files[-1])}
+    lossy = any(file.suffix.lower() in LOSSY for file in files)
+    size = shapes.pop() if len(shapes) == 1 else None
+    return Source(path, len(files), size, lossy, None, {})
+  if not path.exists():
+    raise UserError(f"{flag}={path}: no such file or folder")
+  try:
+    with zipfile.ZipFile(path.open("rb")) as archive:
+      names = {name.removesuffix(".npy") for name in archive.namelist()}
+  except zipfile.BadZipFile as error:
+    raise UserError(f"{flag}={path}: neither an npz nor a folder") from error
+  with np.load(path.open("rb"), allow_pickle=False) as file:
+    statistics = {name: file[name] for name in STATISTICS if name in names}
+    labels = file["arr_1"] if "arr_1" in names else None
+  if "arr_0" not in names:
+    if "mu" not in names:
+      raise UserError(f"{flag}={path}: has {sorted(names)}, expected arr_0 or mu")
+    return Source(path, 0, None, False, labels, statistics)
+  with _member(path, "arr_0") as (_, shape, dtype):
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+      raise UserError(
+        f"{flag}={path}: arr_0 is {dtype} {shape}, expected uint8 [N, H, W, 3]"
+      )
+  return Source(path, shape[0], shape[1:3], False, labels, statistics)
+
+
+@contextlib.contextmanager
+def _member(path: epath.Path, name: str):
+  with (
+    path.open("rb") as file,
+    zipfile.ZipFile(file) as archive,
+    archive.open(f"{name}.npy") as stream,
+  ):
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0
+    if version != (1, 0):
+      read = np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(stream)
+    if fortran:
+      raise UserError(f"{path}: {name} is in Fortran order")
+    yield stream, shape, dtype
+
+
+def _read_exactly(stream, size: int, path) -> bytes:
+  data = stream.read(size)
+  if len(data) != size:
+    raise UserError(f"{path}: ends early; it is not whole")
+  return data
+
+
+def _files(folder: epath.Path) -> list[epath.Path]:
+  found = (f for f in folder.iterdir() if f.suffix.lower() in LOSSLESS + LOSSY)
+  return sorted(found, key=lambda file: file.name)
+
+
+def _size(file: epath.Path) -> tuple[int, int]:
+  return _read_picture(file).shape[:2]
+
+
+def _read_picture(file: epath.Path) -> np.ndarray:
+  try:
+    with file.open("rb") as stream, Image.open(stream) as picture:
+      return np.asarray(picture.convert("RGB"))
+  except OSError as error:
+    raise UserError(f"{file}: no picture that can be read: {error}") from error
