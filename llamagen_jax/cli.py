@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from llamagen_jax.errors import RunFailed, UserError
+from llamagen_jax.errors import RunFailed, Stopped, UserError
 
 # verb: (module with a `main(argv)`, what it does)
 VERBS = {
@@ -44,6 +44,8 @@ def run(argv: list[str]) -> int:
   except RunFailed as error:
     print(f"llamagen {verb}: {error}", file=sys.stderr)
     return 1
+  except Stopped as stopped:
+    print(f"llamagen {verb}: {stopped}", file=sys.stderr)
   return 0
 
 

@@ -11,3 +11,7 @@ class UserError(Exception):
 
 class RunFailed(Exception):
   """A run that went wrong by itself, such as a loss that is not finite. Exit code 1."""
+
+
+class Stopped(Exception):
+  """A run that was asked to stop and saved what it had. Exit code 0."""

@@ -19,8 +19,9 @@ import numpy as np
 import tqdm
 
 from llamagen_jax.data.loader import Batch, Stream
-from llamagen_jax.errors import RunFailed
+from llamagen_jax.errors import RunFailed, Stopped
 from llamagen_jax.training.checkpoint import Checkpoints
+from llamagen_jax.training.hosts import StopSignal
 from llamagen_jax.training.mesh import make_mesh, replicated
 from llamagen_jax.training.metrics import MetricsLog
 from llamagen_jax.training.recipe import MeshConfig, RunConfig
@@ -72,7 +73,11 @@ def fit(
   the evaluation's pictures, and the finished model in `bundle`. Returns the state.
   """
   mesh = make_mesh(**dataclasses.asdict(mesh_config))
-  with jax.set_mesh(mesh), Checkpoints(workdir, run, config) as checkpoints:
+  with (
+    jax.set_mesh(mesh),
+    StopSignal() as stop,
+    Checkpoints(workdir, run, config) as checkpoints,
+  ):
     abstract = abstract_state(task.init, mesh)
     restored = checkpoints.restore(abstract)
     if restored is None:
@@ -86,12 +91,14 @@ def fit(
     if jax.process_index() == 0:
       parameter_overview.log_parameter_overview(state.params)
     with _Reporter(workdir, run, start, task) as reporter:
-      state = _train(task, run, mesh, state, abstract, start, checkpoints, reporter)
+      state = _train(
+        task, run, mesh, state, abstract, start, checkpoints, reporter, stop
+      )
     task.export(state, workdir / "bundle")
   return state
 
 
-def _train(task, run, mesh, state, abstract, start, checkpoints, reporter):
+def _train(task, run, mesh, state, abstract, start, checkpoints, reporter, stop):
   places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
   @functools.cache
@@ -109,14 +116,18 @@ def _train(task, run, mesh, state, abstract, start, checkpoints, reporter):
 
   for step in range(start, run.steps + 1):
     final = step == run.steps
+    stopped = stop.asked(step) and not final
     if final or (step > start and run.eval_every and step % run.eval_every == 0):
       settle()
       reporter.log_evaluation(step, task.evaluate(state, mesh))
-    if final or (step > start and step % run.save_every == 0):
+    if final or stopped or (step > start and step % run.save_every == 0):
       settle()  # a state is saved only once its loss is known to be finite
-      checkpoints.save(state, step, task.stream.position(step), force=final)
+      force = final or stopped
+      checkpoints.save(state, step, task.stream.position(step), force)
     if final:
       break
+    if stopped:
+      raise Stopped(f"stopped at step {step} and saved; resume with the same command")
     waited = time.perf_counter()
     batch = next(batches)
     waited = time.perf_counter() - waited

@@ -25,7 +25,7 @@ class MetricsLog:
     rows = [row for row in read_rows(self._path) if row["step"] <= start]
     part = self._path.with_name(".metrics.jsonl.part")
     part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    part.rename(self._path)
+    part.replace(self._path)
     self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1)
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -55,7 +55,7 @@ class MetricsLog:
       axes.grid(alpha=0.3)
     part = path.with_name(f".{path.name}.part")
     sheet.savefig(part, dpi=120, format="png")
-    part.rename(path)
+    part.replace(path)
 
   def close(self) -> None:
     self._events.close()

@@ -7,15 +7,16 @@ dataclass that the code uses; from there on every field has a type and a reader.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import pathlib
 import typing
 from typing import Any, TypeVar
 
 from absl import flags
+from etils import epath
 import ml_collections
 from ml_collections import config_flags
 
 from llamagen_jax.errors import UserError
+from llamagen_jax.training import hosts
 
 T = TypeVar("T")
 
@@ -47,7 +48,7 @@ class Command:
   """A parsed command line of a trainer."""
 
   config: ml_collections.ConfigDict
-  workdir: pathlib.Path
+  workdir: epath.Path  # local, or gs://
   init_from: str  # where a fresh run takes its weights from; "" = nowhere
 
 
@@ -55,6 +56,7 @@ def parse_command(verb: str, argv: Sequence[str]) -> Command:
   """Parses `--config=FILE[:ARG] [--config.x.y=VALUE ...] --workdir=DIR`.
 
   `--init-from=DIR` names another run or a bundle that a fresh run starts from.
+  With them come the flags of several hosts, which are joined here.
   """
   values = flags.FlagValues()
   config_flags.DEFINE_config_file(
@@ -73,6 +75,7 @@ def parse_command(verb: str, argv: Sequence[str]) -> Command:
     "Run or bundle whose weights a fresh run starts from, at step 0.",
     flag_values=values,
   )
+  hosts.define_flags(values)
   flags.DEFINE_bool("help", False, "Show this help.", flag_values=values)
   try:
     rest = values([verb, *argv])[1:]
@@ -94,7 +97,8 @@ def parse_command(verb: str, argv: Sequence[str]) -> Command:
     raise UserError(
       f"--config={file}: no such file, or get_config() gives no ConfigDict"
     )
-  return Command(config, pathlib.Path(values.workdir), values["init-from"].value)
+  hosts.connect(values)
+  return Command(config, epath.Path(values.workdir), values["init-from"].value)
 
 
 def _one_line(error: object) -> str:

@@ -122,3 +122,30 @@ def test_checkpoints_hold_state_position_and_config(tmp_path):
   np.testing.assert_array_equal(found["w"], state["w"])
   assert position == {"next_step": 5}
   assert json.loads((tmp_path / "config.json").read_text()) == {"model": {"dim": 3}}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "flipped"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, damage):
+  run = RunConfig(**tiny.run_section(steps=9))
+  states = {step: {"w": np.arange(999.0) + step} for step in (5, 6)}
+  with Checkpoints(tmp_path, run, {}) as checkpoints:
+    for step, state in states.items():
+      checkpoints.save(state, step, {"next_step": step}, force=True)
+  newest = tmp_path / "checkpoints" / "step_000000006"
+  file = max((newest / "state").rglob("d/*"), key=lambda f: f.stat().st_size)
+  content = bytearray(file.read_bytes())
+  if damage == "truncated":
+    file.write_bytes(content[: len(content) // 2])
+  elif damage == "missing":
+    file.unlink()
+  else:
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+  with caplog.at_level("WARNING"), Checkpoints(tmp_path, run, {}) as checkpoints:
+    state, position = checkpoints.restore(jax.tree.map(np.zeros_like, states[5]))
+    np.testing.assert_array_equal(state["w"], states[5]["w"])
+    assert position == {"next_step": 5}
+    assert "step_000000006 is damaged" in caplog.text
+    checkpoints.save(states[6], 6, {"next_step": 6}, force=True)
+  assert (newest.parent / "unreadable_step_000000006").is_dir()
+  assert newest.is_dir()

@@ -1,0 +1,85 @@
+"""Many hosts, and being told to stop: what a run needs to know of its cluster.
+
+All hosts of a TPU slice run the same command. On a TPU VM they find each other;
+elsewhere three flags name the coordinator, the number of hosts and this one.
+"""
+
+import pathlib
+import signal
+import threading
+
+from absl import flags, logging
+import jax
+from jax.experimental import multihost_utils
+
+from llamagen_jax.errors import UserError
+
+
+def define_flags(values: flags.FlagValues) -> None:
+  flags.DEFINE_string(
+    "coordinator",
+    None,
+    "HOST:PORT of host 0, for several hosts that are not TPU VMs.",
+    flag_values=values,
+  )
+  flags.DEFINE_integer("hosts", None, "How many hosts run.", flag_values=values)
+  flags.DEFINE_integer("host", None, "Which one this is, from 0.", flag_values=values)
+
+
+def connect(values: flags.FlagValues) -> None:
+  """Joins the other hosts, once. To be called before anything asks for a device."""
+  if jax.distributed.is_initialized():
+    return
+  named = {name: values[name].value for name in ("coordinator", "hosts", "host")}
+  missing = [name for name, value in named.items() if value is None]
+  if not missing:
+    try:
+      jax.distributed.initialize(*named.values())
+    except ValueError as error:
+      raise UserError(f"--coordinator, --hosts, --host: {error}") from error
+  elif len(missing) < len(named):
+    raise UserError(f"--coordinator, --hosts and --host go together: no --{missing[0]}")
+  elif on_tpu_vm():
+    jax.distributed.initialize()
+  if jax.distributed.is_initialized():
+    logging.info("host %d of %d", jax.process_index(), jax.process_count())
+
+
+def on_tpu_vm() -> bool:
+  """Whether this machine has TPU chips, found out without starting them."""
+  accelerators = [*pathlib.Path("/dev").glob("accel[0-9]*")]
+  vfio = [p for p in pathlib.Path("/dev/vfio").glob("*") if p.name.isdigit()]
+  google = pathlib.Path("/sys/class/dmi/id/product_name")
+  on_google = google.exists() and google.read_text().startswith("Google")
+  return bool(accelerators or vfio) and on_google
+
+
+class StopSignal:
+  """SIGTERM, which also announces the preemption or maintenance of a TPU VM.
+
+  With several hosts JAX passes the notice on, and all of them learn of it at one
+  and the same step; `asked` is therefore called once at every step.
+  """
+
+  def __init__(self):
+    self._caught = False
+    self._before = None
+    # JAX's preemption service has a handler of its own.
+    self._alone = not jax.distributed.is_initialized()
+
+  def asked(self, step: int) -> bool:
+    if self._alone:
+      return self._caught
+    return multihost_utils.reached_preemption_sync_point(step)
+
+  def __enter__(self) -> "StopSignal":
+    if self._alone and threading.current_thread() is threading.main_thread():
+      self._before = signal.signal(signal.SIGTERM, self._catch)
+    return self
+
+  def __exit__(self, *error) -> None:
+    if self._before is not None:
+      signal.signal(signal.SIGTERM, self._before)
+
+  def _catch(self, number, frame) -> None:
+    self._caught = True

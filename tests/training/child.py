@@ -1,0 +1,40 @@
+"""A process of a run on several hosts: verbs one after the other, and what it read.
+
+argv[1] is JSON: `commands`, lists of words after `llamagen`; `delay`, seconds added
+to every step; `record`, the file that takes what was read, if any.
+"""
+
+import json
+import sys
+import time
+
+from llamagen_jax import cli
+from llamagen_jax.data.codes import CodeSource
+from llamagen_jax.data.loader import Stream
+
+spec = json.loads(sys.argv[1])
+keys, rows = [], []
+read, host_batches = CodeSource.__getitem__, Stream.host_batches
+
+
+def recording_read(source, index):
+  record = read(source, index)
+  if "train" in str(source.folder):
+    keys.append(record.key)
+  return record
+
+
+def recording_batches(stream, start):
+  for batch in host_batches(stream, start):
+    time.sleep(spec.get("delay", 0))
+    rows.append(batch["codes"].tolist())
+    yield batch
+
+
+CodeSource.__getitem__ = recording_read
+Stream.host_batches = recording_batches
+code = max(cli.run(command) for command in spec["commands"])
+if spec.get("record"):
+  with open(spec["record"], "w") as file:
+    json.dump({"keys": sorted(set(keys)), "rows": rows}, file)
+sys.exit(code)

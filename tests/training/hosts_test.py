@@ -1,0 +1,177 @@
+"""Runs in processes of their own: several hosts, kills, preemption, damage."""
+
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from llamagen_jax.training.metrics import read_rows
+from tests import tiny
+
+CHILD = pathlib.Path(__file__).with_name("child.py")
+MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (2, 1, 4), "mix": (2, 2, 2)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("hosts")
+  tiny.write_codes(folder / "train", records=160)
+  tiny.write_codes(folder / "val", records=8)
+  return folder
+
+
+def command(folder, workdir, steps=6, mesh=(-1, 1, 1), save_every=100) -> list[str]:
+  config = tiny.gpt_config(folder / "train", steps)
+  config.data.eval_codes = str(folder / "val")
+  config.run.save_every = save_every
+  config.mesh = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
+  path = folder / f"{workdir}-{steps}-{'-'.join(map(str, mesh))}.py"
+  path.write_text(
+    "import ml_collections\n\ndef get_config():\n"
+    f"  return ml_collections.ConfigDict({config.to_dict()!r})\n"
+  )
+  return ["train-gpt", f"--config={path}", f"--workdir={folder / workdir}"]
+
+
+def start(commands, devices=1, hosts=1, host=0, port=0, **spec) -> subprocess.Popen:
+  if hosts > 1:
+    flags = [f"--coordinator=127.0.0.1:{port}", f"--hosts={hosts}", f"--host={host}"]
+    commands = [[*words, *flags] for words in commands]
+  quick = "--xla_backend_optimization_level=0"
+  return subprocess.Popen(
+    [sys.executable, CHILD, json.dumps({"commands": commands, **spec})],
+    env=os.environ
+    | {
+      "XLA_FLAGS": f"{quick} --xla_force_host_platform_device_count={devices}",
+      "JAX_PLATFORMS": "cpu",
+    },
+    cwd=CHILD.parents[2],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def finish(process, code=0) -> str:
+  try:
+    output, _ = process.communicate(timeout=240)
+  finally:
+    process.kill()
+  assert process.returncode == code, output[-4000:]
+  return output
+
+
+def free_port() -> int:
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    return probe.getsockname()[1]
+
+
+def losses(workdir) -> list[float]:
+  rows = [row for row in read_rows(workdir / "metrics.jsonl") if "loss" in row]
+  assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+  return [row["loss"] for row in rows]
+
+
+def final_state(workdir, step):
+  place = (workdir / "checkpoints" / f"step_{step:09d}" / "state").absolute()
+  with ocp.StandardCheckpointer() as checkpointer:
+    return jax.tree.leaves(checkpointer.restore(place))
+
+
+@pytest.fixture(scope="module")
+def one_device(folder):
+  record = folder / "one.json"
+  finish(start([command(folder, "one")], record=str(record)))
+  return losses(folder / "one"), json.loads(record.read_text())
+
+
+@pytest.mark.slow
+def test_two_hosts_train_what_one_does(folder, one_device):
+  expected, read_by_one = one_device
+  port = free_port()
+  runs = [command(folder, f"two-{name}", mesh=m) for name, m in MESHES.items()]
+  records = [folder / f"host{i}.json" for i in range(2)]
+  processes = [
+    start(runs, 4, hosts=2, host=i, port=port, record=str(records[i])) for i in range(2)
+  ]
+  for process in processes:
+    finish(process)
+  finish(start([command(folder, "eight")], devices=8))
+  for name in [*(f"two-{name}" for name in MESHES), "eight"]:
+    np.testing.assert_allclose(losses(folder / name), expected, atol=1e-4)
+  assert len(expected) == 6
+
+  # Every host read its half of every batch, and nothing of the other's.
+  first, second = (json.loads(record.read_text()) for record in records)
+  assert not set(first["keys"]) & set(second["keys"])
+  together = zip(first["rows"], second["rows"], read_by_one["rows"] * 4, strict=True)
+  for top, bottom, whole in together:
+    assert top + bottom == whole
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_hosts_and_chips(folder, one_device):
+  port = free_port()
+  half = [command(folder, "moved", steps=3, mesh=(2, 2, 2))]
+  for process in [start(half, 4, hosts=2, host=i, port=port) for i in range(2)]:
+    finish(process)
+  record = folder / "moved.json"
+  finish(start([command(folder, "moved")], devices=4, record=str(record)))
+  np.testing.assert_allclose(losses(folder / "moved"), one_device[0], atol=1e-4)
+  assert json.loads(record.read_text())["rows"] == one_device[1]["rows"][3:]
+
+
+@pytest.mark.slow
+def test_five_kills_change_nothing(folder):
+  steps, rng = 20, random.Random(os.urandom(4))
+  finish(start([command(folder, "whole", steps)]))
+  killed = command(folder, "killed", steps, save_every=2)
+  path = folder / "killed" / "metrics.jsonl"
+  for _ in range(5):
+    before = len(read_rows(path))
+    process = start([killed], delay=0.15)
+    while len(read_rows(path)) < before + 1 and process.poll() is None:
+      time.sleep(0.02)
+    time.sleep(rng.uniform(0, 0.6))
+    assert process.poll() is None, finish(process)
+    process.kill()
+    finish(process, -signal.SIGKILL)
+  assert len(losses(folder / "killed")) < steps
+  finish(start([killed]))
+  assert losses(folder / "killed") == losses(folder / "whole")
+  states = [final_state(folder / name, steps) for name in ("killed", "whole")]
+  for a, b in zip(*states, strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_sigterm_saves_and_exits_with_0(folder, hosts):
+  name, port = f"term{hosts}", free_port()
+  path = folder / name / "metrics.jsonl"
+  words = command(folder, name, steps=200)
+  processes = [
+    start([words], 2, hosts=hosts, host=i, port=port, delay=0.1) for i in range(hosts)
+  ]
+  while len(read_rows(path)) < 2 and processes[0].poll() is None:
+    time.sleep(0.05)
+  processes[-1].terminate()  # one host is told, all of them stop
+  outputs = [finish(process) for process in processes]
+  stopped = {int(re.search(r"stopped at step (\d+) and saved", o)[1]) for o in outputs}
+  assert len(stopped) == 1
+  assert all("resume with the same command" in output for output in outputs)
+  step = stopped.pop()
+  assert len(losses(folder / name)) == step < 200
+  assert (folder / name / "checkpoints" / f"step_{step:09d}").is_dir()
