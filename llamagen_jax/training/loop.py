@@ -88,8 +88,8 @@ def fit(
       state, position = restored
       task.stream.check_position(position)
       start = position["next_step"]
-    if jax.process_index() == 0:
-      parameter_overview.log_parameter_overview(state.params)
+    if jax.process_index() == 0:  # which holds a part of the values only
+      parameter_overview.log_parameter_overview(state.params, include_stats=False)
     with _Reporter(workdir, run, start, task) as reporter:
       state = _train(
         task, run, mesh, state, abstract, start, checkpoints, reporter, stop
