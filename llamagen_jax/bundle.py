@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 import numpy as np
 import orbax.checkpoint as ocp
 
+from llamagen_jax import pictures
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.model import init_gpt
@@ -43,7 +44,9 @@ class Tokenizer:
   identity: str  # content hash; code shards and transformers name it
 
   def encode(self, images: jax.Array) -> jax.Array:
-    """Pictures [B, H, W, 3] in [-1, 1] -> int32 codes [B, h, w]."""
+    """Pictures [B, H, W, 3], uint8 or in [-1, 1] -> int32 codes [B, h, w]."""
+    if images.dtype == np.uint8:
+      images = pictures.from_uint8(images)
     return _apply_tokenizer(self.config, "encode", self.params, images)
 
   def decode(self, codes: jax.Array) -> jax.Array:
