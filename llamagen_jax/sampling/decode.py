@@ -28,8 +28,9 @@ from llamagen_jax.sampling.config import Rows, SamplingConfig, Stages
 from llamagen_jax.sampling.guidance import guide, scale_at
 from llamagen_jax.sampling.logits import sample_codes
 
-# Codes between two growths of the cache: a program for every length is compiled.
-SEGMENT = 128
+# A program is compiled for every length of the cache: a few, and no tiny ones.
+MOST_SEGMENTS = 8
+SHORTEST_SEGMENT = 32
 
 
 def generate(
@@ -104,7 +105,7 @@ def _generate(
 
 def segment_ends(config: GPTConfig) -> list[int]:
   """The numbers of codes at which the cache is as long as what was written."""
-  count = max(1, round(config.image_tokens / SEGMENT))
+  count = min(MOST_SEGMENTS, max(1, config.image_tokens // SHORTEST_SEGMENT))
   return [config.image_tokens * (i + 1) // count for i in range(count)]
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from llamagen_jax import GPT, SamplingConfig, generate, interop
 from llamagen_jax.gpt.cached import decoding_params
+from llamagen_jax.sampling import decode
 from tests import parity
 from tests.gpt.model_test import TINY, TINY_CAPTION, inputs, random_params
 
@@ -77,3 +78,40 @@ def test_trained_and_decoding_parameters_draw_the_same():
     generate(TINY, params, labels, key),
     generate(TINY, decoding_params(TINY, params), labels, key),
   )
+
+
+def test_a_cache_that_grows_draws_the_same(monkeypatch):
+  params, (_, labels, _) = decoding_params(TINY, random_params(TINY)), inputs(TINY)
+  sampling = SamplingConfig(guidance_scale=2.0, top_k=20)
+  assert decode.segment_ends(TINY) == [TINY.image_tokens]
+  at_once = generate(TINY, params, labels, jax.random.key(0), sampling=sampling)
+  monkeypatch.setattr(decode, "SHORTEST_SEGMENT", 3)
+  assert len(decode.segment_ends(TINY)) == 3
+  jax.clear_caches()
+  in_parts = generate(TINY, params, labels, jax.random.key(0), sampling=sampling)
+  np.testing.assert_array_equal(in_parts, at_once)
+
+
+def test_pictures_may_be_at_different_codes():
+  """A batch whose pictures have come to codes 3 and 6: what a server's slots need."""
+  c, params = TINY, decoding_params(TINY, random_params(TINY))
+  labels = np.array([2, 5])
+  codes_TB = np.random.default_rng(0).integers(0, c.vocab_size, (7, 2))
+  logits, cache = decode.prefill(c, params, labels, None, True, c.prefix_tokens + 15)
+  logits, caches = [logits], [cache]
+  for index in range(1, 8):
+    row, cache = decode.decode_step(
+      c, params, codes_TB[index - 1], index, caches[-1], None, True
+    )
+    logits.append(row)
+    caches.append(cache)
+
+  def mixed(a, b):  # picture 0 from a, picture 1 from b: two rows each
+    return jnp.concatenate([a[:2], b[2:]])
+
+  index = jnp.array([3, 6])
+  code_B = np.array([codes_TB[2, 0], codes_TB[5, 1]])
+  found, _ = decode.decode_step(
+    c, params, code_B, index, jax.tree.map(mixed, caches[2], caches[5]), None, True
+  )
+  np.testing.assert_allclose(found, mixed(logits[3], logits[6]), atol=1e-5)
