@@ -1,0 +1,109 @@
+"""Speed of drawing codes, held against the memory that a step has to read.
+
+python -m benchmarks.decode              # GPT-B, 256 codes, 4 pictures, float32
+python -m benchmarks.decode --preset=XL --image-size=384 --batch=32 --dtype=bfloat16
+
+A step multiplies every weight with a few rows, so it cannot be faster than reading
+the weights, and the keys and values written so far, once. That is the bound printed;
+the bandwidth in it is measured in the same run.
+"""
+
+import argparse
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.machine import read_bandwidth
+from llamagen_jax.gpt.cached import decoding_params
+from llamagen_jax.gpt.config import PRESETS, GPTConfig
+from llamagen_jax.gpt.model import init_gpt
+from llamagen_jax.sampling.config import SamplingConfig
+from llamagen_jax.sampling.decode import generate
+from llamagen_jax.training.mesh import unbox
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  add = parser.add_argument
+  add("--preset", default="B", choices=PRESETS)
+  add("--image-size", type=int, default=256)
+  add("--batch", type=int, default=4, help="pictures, two rows each with guidance")
+  add("--dtype", default="float32", choices=("float32", "bfloat16"))
+  add("--guidance", type=float, default=4.0)
+  add("--top-k", type=int, default=2000)
+  add("--repeats", type=int, default=3)
+  args = parser.parse_args()
+
+  config = GPTConfig.preset(args.preset, image_size=args.image_size, dtype=args.dtype)
+  params = decoding_params(config, random_params(config))
+  filtered = SamplingConfig(guidance_scale=args.guidance, top_k=args.top_k)
+  plain = SamplingConfig(guidance_scale=args.guidance, top_k=0)
+  first, seconds = measure(config, params, args.batch, filtered, args.repeats)
+  _, unfiltered = measure(config, params, args.batch, plain, args.repeats)
+
+  rows = args.batch * (2 if args.guidance > 1 else 1)
+  bandwidth = read_bandwidth()
+  bound = bytes_read(config, params, rows) / bandwidth
+  steps = config.image_tokens
+  found = {
+    "seconds": seconds,
+    "ms_per_step": 1e3 * seconds / steps,
+    "pictures_per_second": args.batch / seconds,
+    "bound_seconds": bound,
+    "share_of_bound": bound / seconds,
+    "read_gb_per_second": bandwidth / 1e9,
+    "top_k_share": 1 - unfiltered / seconds,
+    "first_call_seconds": first,
+  }
+  print(
+    f"GPT-{args.preset}, {steps} codes, {args.batch} pictures in {rows} rows,"
+    f" {args.dtype}, top-k {args.top_k}, {jax.devices()[0]}"
+  )
+  print(f"seconds                 {seconds:8.2f}   with compilation {first:.2f}")
+  print(f"milliseconds a step     {found['ms_per_step']:8.1f}")
+  print(f"pictures a second       {found['pictures_per_second']:8.2f}")
+  print(f"bound by memory         {bound:8.2f} s at {bandwidth / 1e9:.1f} GB/s")
+  print(f"share of the bound      {found['share_of_bound']:8.0%}")
+  print(f"top-k's share of a step {found['top_k_share']:8.1%}")
+  print(json.dumps(found))
+
+
+def random_params(config: GPTConfig):
+  """Weights of the right shapes; their values do not change the speed."""
+  shapes = jax.eval_shape(lambda key: unbox(init_gpt(config, key)), jax.random.key(0))
+  rng = np.random.default_rng(0)
+
+  def drawn(shape):
+    return jnp.asarray(0.02 * rng.standard_normal(shape, np.float32))
+
+  return jax.tree.map(lambda leaf: drawn(leaf.shape), shapes)
+
+
+def measure(config, params, batch, sampling, repeats) -> tuple[float, float]:
+  """Seconds of the first call, which compiles, and the median of the next ones."""
+  labels = np.arange(batch) * 37 % config.num_classes
+  times = []
+  for seed in range(repeats + 1):
+    started = time.perf_counter()
+    jax.block_until_ready(
+      generate(config, params, labels, jax.random.key(seed), sampling=sampling)
+    )
+    times.append(time.perf_counter() - started)
+  return times[0], float(np.median(times[1:]))
+
+
+def bytes_read(config: GPTConfig, params, rows: int) -> int:
+  """Of the weights and of what the cache holds, once a step, over all steps."""
+  used = {name: params[name] for name in ("layers", "head", "norm")}
+  weights = sum(leaf.nbytes for leaf in jax.tree.leaves(used))
+  c = config
+  width = 2 * c.layers * c.num_kv_heads * c.head_dim * jnp.dtype(c.dtype).itemsize
+  written = sum(range(c.prefix_tokens, c.prefix_tokens + c.image_tokens))
+  return weights * c.image_tokens + rows * width * written
+
+
+if __name__ == "__main__":
+  main()
