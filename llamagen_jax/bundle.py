@@ -25,8 +25,8 @@ from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.model import init_gpt
 from llamagen_jax.sampling.config import SamplingConfig
+from llamagen_jax.tokenizer import model
 from llamagen_jax.tokenizer.config import TokenizerConfig
-from llamagen_jax.tokenizer.model import VQModel, init_tokenizer
 from llamagen_jax.training.mesh import shardings, unbox
 
 FORMAT_VERSION = 1
@@ -47,11 +47,11 @@ class Tokenizer:
     """Pictures [B, H, W, 3], uint8 or in [-1, 1] -> int32 codes [B, h, w]."""
     if images.dtype == np.uint8:
       images = pictures.from_uint8(images)
-    return _apply_tokenizer(self.config, "encode", self.params, images)
+    return _encode(self.config, self.params, images)
 
   def decode(self, codes: jax.Array) -> jax.Array:
     """Integer codes [B, h, w] -> float32 pictures [B, H, W, 3] in about [-1, 1]."""
-    return _apply_tokenizer(self.config, "decode", self.params, codes)
+    return _decode(self.config, self.params, codes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +75,8 @@ class Deferred:
   load: Callable[[], np.ndarray]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply_tokenizer(config, method, params, x):
-  return VQModel(config).apply({"params": params}, x, method=method)
+_encode = jax.jit(model.encode, static_argnums=0)
+_decode = jax.jit(model.decode, static_argnums=0)
 
 
 def save_tokenizer(
@@ -118,7 +117,9 @@ def load_tokenizer(path: str | os.PathLike, mesh: Mesh | None = None) -> Tokeniz
   """Reads a tokenizer bundle, onto the first device or sharded over a mesh."""
   path = epath.Path(path)
   config, identity = read_tokenizer_config(path)
-  boxed = jax.eval_shape(functools.partial(init_tokenizer, config), jax.random.key(0))
+  boxed = jax.eval_shape(
+    functools.partial(model.init_tokenizer, config), jax.random.key(0)
+  )
   return Tokenizer(config, _load_params(path, boxed, mesh), identity)
 
 

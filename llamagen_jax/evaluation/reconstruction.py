@@ -14,9 +14,9 @@ from llamagen_jax.data.codes import perplexity
 from llamagen_jax.data.loader import Batch
 from llamagen_jax.errors import UserError
 from llamagen_jax.pictures import from_uint8, to_uint8
+from llamagen_jax.tokenizer import model
 from llamagen_jax.tokenizer.config import TokenizerConfig
 from llamagen_jax.tokenizer.lpips import lpips
-from llamagen_jax.tokenizer.model import VQModel
 
 SSIM_WINDOW = 7
 SSIM_K1, SSIM_K2 = 0.01, 0.03
@@ -135,13 +135,11 @@ def _gathered(x: jax.Array) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _compiled(config: TokenizerConfig) -> Callable[..., dict[str, jax.Array]]:
-  model = VQModel(config)
-
   @jax.jit
   def step(params, lpips_params, batch):
     images, weight_B = from_uint8(batch["image"]), batch["weight"]
-    codes = model.apply({"params": params}, images, method="encode")
-    decoded = model.apply({"params": params}, codes, method="decode")
+    codes = model.encode(config, params, images)
+    decoded = model.decode(config, params, codes)
     pictures = to_uint8(decoded)
     # The original measures rounded reconstructions against the float pictures.
     x, y = (images + 1) / 2, pictures.astype(jnp.float32) / 255

@@ -23,8 +23,8 @@ from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.sampling.config import SamplingConfig
 from llamagen_jax.sampling.decode import generate
+from llamagen_jax.tokenizer import model
 from llamagen_jax.tokenizer.config import TokenizerConfig
-from llamagen_jax.tokenizer.model import VQModel
 from llamagen_jax.training.mesh import RULES, batch_sharding
 
 
@@ -235,7 +235,7 @@ def _render(
 ):
   """Codes [B, T] -> uint8 pictures [B, side, side, 3]."""
   codes = codes_BT.reshape(-1, grid, grid)
-  images = VQModel(config).apply({"params": params}, codes, method="decode")
+  images = model.decode(config, params, codes)
   if side != images.shape[1]:
     images = pictures.resize_bicubic(images, side)
   images = pictures.to_uint8(images)

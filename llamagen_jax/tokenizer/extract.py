@@ -34,8 +34,8 @@ from llamagen_jax.data.images import (
 )
 from llamagen_jax.errors import UserError
 from llamagen_jax.pictures import from_uint8
+from llamagen_jax.tokenizer import model
 from llamagen_jax.tokenizer.config import TokenizerConfig
-from llamagen_jax.tokenizer.model import VQModel
 from llamagen_jax.training.mesh import make_mesh
 
 READ_THREADS = 4
@@ -88,8 +88,7 @@ class Encoder:
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(config, params, crops_BNSSC):
   def encode(images):
-    images = from_uint8(images)
-    return VQModel(config).apply({"params": params}, images, method="encode")
+    return model.encode(config, params, from_uint8(images))
 
   # One crop of every picture at a time: the activations are large.
   codes_NBhw = jax.lax.map(encode, crops_BNSSC.swapaxes(0, 1))
@@ -98,8 +97,7 @@ def _encode(config, params, crops_BNSSC):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(config, params, codes_Bhw):
-  images = VQModel(config).apply({"params": params}, codes_Bhw, method="decode")
-  return pictures.to_uint8(images)
+  return pictures.to_uint8(model.decode(config, params, codes_Bhw))
 
 
 def main(argv: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from llamagen_jax import TokenizerConfig, UserError, VQModel, interop
+from llamagen_jax.tokenizer import model
 from llamagen_jax.tokenizer.model import init_tokenizer
 from llamagen_jax.training.mesh import unbox
 from tests import parity
@@ -55,3 +56,17 @@ def test_bad_shapes_are_named(make, words):
   with pytest.raises(UserError) as error:
     make()
   assert all(word in str(error.value) for word in words)
+
+
+def test_enlarging_convolution_equals_enlarging_and_convolving():
+  x_BHWC = jax.random.normal(jax.random.key(0), (2, 5, 6, 4))
+  kernel = jax.random.normal(jax.random.key(1), (3, 3, 4, 7))
+  axes = jax.lax.conv_dimension_numbers(
+    x_BHWC.shape, kernel.shape, ("NHWC", "HWIO", "NHWC")
+  )
+  large = x_BHWC.repeat(2, axis=1).repeat(2, axis=2)
+  np.testing.assert_allclose(
+    model._enlarge_and_convolve(x_BHWC, kernel, dimension_numbers=axes),
+    jax.lax.conv_general_dilated(large, kernel, (1, 1), "SAME", dimension_numbers=axes),
+    atol=1e-5,
+  )
