@@ -113,6 +113,25 @@ def save_gpt(path: str | os.PathLike, gpt: Transformer) -> None:
   _save(epath.Path(path), fields, params)
 
 
+def save_judge(path: str | os.PathLike, kind: str, params: Any, **fields) -> None:
+  """Writes a network that evaluates; `fields` is what else its config.json holds."""
+  _save(epath.Path(path), {"kind": kind, **fields}, params)
+
+
+def load_judge(
+  path: str | os.PathLike, kind: str, abstract: Callable[[dict[str, Any]], Any]
+) -> tuple[dict[str, Any], Any]:
+  """Reads config.json and parameters, as numpy arrays that every host holds whole.
+
+  Args:
+    abstract: config.json -> shapes of the parameters.
+  """
+  path = epath.Path(path)
+  fields = _read_config(path, kind)
+  params = _load_params(path, abstract(fields), None)
+  return fields, jax.tree.map(np.asarray, params)
+
+
 def load_tokenizer(path: str | os.PathLike, mesh: Mesh | None = None) -> Tokenizer:
   """Reads a tokenizer bundle, onto the first device or sharded over a mesh."""
   path = epath.Path(path)
@@ -145,7 +164,7 @@ def read_tokenizer_config(path: str | os.PathLike) -> tuple[TokenizerConfig, str
 
 
 def kind_of(path: str | os.PathLike) -> str:
-  """ "gpt" or "tokenizer"."""
+  """ "gpt", "tokenizer" or a network that evaluates, such as "inception"."""
   return _read_config(epath.Path(path))["kind"]
 
 
@@ -255,7 +274,7 @@ def _read_config(path: epath.Path, kind: str | None = None) -> dict[str, Any]:
 
 def _load_params(path: epath.Path, boxed: Any, mesh: Mesh | None) -> Any:
   if mesh is None:
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     places = jax.tree.map(lambda _: device, unbox(boxed))
   else:
     places = shardings(mesh, boxed)

@@ -5,9 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from llamagen_jax.errors import UserError
 from llamagen_jax.evaluation.sources import Source
 from llamagen_jax.gpt.config import PRESETS
 from llamagen_jax.interop.published import PUBLISHED
+from llamagen_jax.tokenizer.config import TokenizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,19 @@ PROTOCOLS = {
     5_000, 256, 5_000, None, True, "rFID", ("FID", "sFID", "IS"),
   ),
   "custom": Protocol("any samples against any reference"),
+}  # fmt: skip
+
+
+# Protocols that the scores of published transformers were measured by.
+GFID = ("gfid-adm-imagenet256",)
+SHAPE = ("channel_multipliers", "width", "codebook_size", "codebook_dim")
+# rFID by tokenizer and side of its pictures; those above 256 are scored at 256.
+RFID = {
+  "rfid-imagenet256": {
+    ("vq_ds16_c2i", 256): 2.19, ("vq_ds16_c2i", 384): 0.94, ("vq_ds16_c2i", 512): 0.70,
+    ("vq_ds8_c2i", 256): 0.59, ("vq_ds8_c2i", 384): 0.37, ("vq_ds8_c2i", 512): 0.39,
+  },
+  "rfid-coco": {("vq_ds16_c2i", 256): 8.11, ("vq_ds8_c2i", 256): 4.19},
 }  # fmt: skip
 
 
@@ -83,13 +98,59 @@ def _ordered(labels: np.ndarray | None) -> bool:
   )
 
 
-def published_model(settings: dict[str, Any] | None) -> str | None:
-  """The published checkpoint of the shape that drew the samples, if one is."""
-  config = (settings or {}).get("transformer_config", {})
-  shape = tuple(config.get(name) for name in ("layers", "heads", "dim"))
-  for name, known in PUBLISHED.items():
-    same_size = known.image_size == (settings or {}).get("drawn_size")
-    same_shape = PRESETS.get(known.model) == shape
-    if same_size and same_shape and config.get("condition") == "class":
-      return name
+def published_model(name: str, settings: dict[str, Any] | None) -> str | None:
+  """The published checkpoint of the shape that made the samples, if one is."""
+  settings = settings or {}
+  tokenizer = settings.get("tokenizer_config")
+  transformer = settings.get("transformer_config")
+  if name in GFID and transformer:
+    size = settings.get("drawn_size")
+    shape = tuple(transformer.get(field) for field in ("layers", "heads", "dim"))
+    fitting = (
+      known
+      for known, model in PUBLISHED.items()
+      if model.image_size == size
+      and PRESETS.get(model.model) == shape
+      and transformer.get("condition") == "class"
+    )
+    return next(fitting, None)
+  if name in RFID and tokenizer:
+    size = settings.get("image_size")
+    for known in ("vq_ds16_c2i", "vq_ds8_c2i"):
+      preset = dataclasses.asdict(TokenizerConfig.preset(PUBLISHED[known].model))
+      same = all(_listed(tokenizer.get(x)) == _listed(preset[x]) for x in SHAPE)
+      if same and (known, size) in RFID[name]:
+        return f"{known}@{size}"
   return None
+
+
+def _listed(value: Any) -> Any:
+  return list(value) if isinstance(value, tuple) else value
+
+
+def published_scores(name: str, model: str | None) -> dict[str, float]:
+  """What is published for a model by a protocol; nothing for no model.
+
+  Args:
+    model: of `PUBLISHED`; a tokenizer may have the side of its pictures, @384.
+
+  Raises:
+    UserError: for a model that has no score by this protocol.
+  """
+  if model is None:
+    return {}
+  checkpoint, _, size = model.partition("@")
+  known = {}
+  if name in RFID:
+    known = {"rFID": RFID[name].get((checkpoint, int(size or 256)))}
+  elif checkpoint in PUBLISHED and not size:
+    known = PUBLISHED[checkpoint].scores
+  if not known or None in known.values() or "rFID" in known and name not in RFID:
+    with_scores = [m for m, known in PUBLISHED.items() if "FID" in known.scores]
+    if name in RFID:
+      with_scores = [f"{m}@{side}" for m, side in RFID[name]]
+    raise UserError(
+      f"--model={model} has no published score by {name}; these have:"
+      f" {', '.join(with_scores)}"
+    )
+  return dict(known)

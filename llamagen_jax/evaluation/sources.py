@@ -1,6 +1,7 @@
 """Pictures to evaluate, from an npz or a folder, read a batch at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -20,6 +21,7 @@ LOSSLESS = (".png", ".webp", ".bmp")
 LOSSY = (".jpg", ".jpeg")
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 CHUNK = 16 * 2**20
+READERS = 8  # threads that decode the files of a folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Source:
 
   path: epath.Path
   count: int
-  size: tuple[int, int] | None  # height and width, None where they differ or none are
+  size: tuple[int, int] | None  # height and width, None where there are none
   lossy: bool  # holds JPEG files
   labels: np.ndarray | None
   statistics: dict[str, np.ndarray]  # mean and covariance that an npz came with
@@ -56,23 +58,29 @@ class Source:
     except json.JSONDecodeError as error:
       raise UserError(f"{side}: no JSON: {error}") from error
 
-  def batches(self, size: int, limit: int | None = None) -> Iterator[np.ndarray]:
+  def batches(self, size: int) -> Iterator[np.ndarray]:
     """uint8 [B, H, W, 3], all of `size` rows but the last."""
-    count = self.count if limit is None else min(limit, self.count)
+    starts = range(0, self.count, size)
+    return self.read(range(i, min(i + size, self.count)) for i in starts)
+
+  def read(self, parts: Iterable[range]) -> Iterator[np.ndarray]:
+    """Pictures uint8 [B, H, W, 3] of ascending ranges of rows; nothing else is read."""
     if self.path.is_dir():
-      files = _files(self.path)[:count]
-      for start in range(0, count, size):
-        images = [_read_picture(f) for f in files[start : start + size]]
-        if len({image.shape for image in images}) > 1:
-          raise UserError(f"{self.path}: pictures of several sizes; crop them first")
-        yield np.stack(images)
+      yield from self._read_files(parts)
       return
     with _member(self.path, "arr_0") as (stream, shape, dtype):
-      row = int(np.prod(shape[1:]))
-      for start in range(0, count, size):
-        rows = min(size, count - start)
-        data = _read_exactly(stream, rows * row, self.path)
-        yield np.frombuffer(data, dtype).reshape(rows, *shape[1:])
+      first, row = stream.tell(), int(np.prod(shape[1:]))
+      for part in parts:
+        stream.seek(first + part.start * row)
+        data = _read_exactly(stream, len(part) * row, self.path)
+        yield np.frombuffer(data, dtype).reshape(len(part), *shape[1:])
+
+  def _read_files(self, parts: Iterable[range]) -> Iterator[np.ndarray]:
+    files = _files(self.path)
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+      for part in parts:
+        images = list(pool.map(_read_picture, files[part.start : part.stop]))
+        yield np.array(images, np.uint8).reshape(-1, *self.size, 3)
 
 
 def open_source(flag: str, path: str | os.PathLike) -> Source:
@@ -82,10 +90,8 @@ def open_source(flag: str, path: str | os.PathLike) -> Source:
     files = _files(path)
     if not files:
       raise UserError(f"{flag}={path}: no pictures ({', '.join(LOSSLESS + LOSSY)})")
-    shapes = {_size(file) for file in (files[0], files[-1])}
     lossy = any(file.suffix.lower() in LOSSY for file in files)
-    size = shapes.pop() if len(shapes) == 1 else None
-    return Source(path, len(files), size, lossy, None, {})
+    return Source(path, len(files), _common_size(flag, files), lossy, None, {})
   if not path.exists():
     raise UserError(f"{flag}={path}: no such file or folder")
   try:
@@ -137,13 +143,30 @@ def _files(folder: epath.Path) -> list[epath.Path]:
   return sorted(found, key=lambda file: file.name)
 
 
-def _size(file: epath.Path) -> tuple[int, int]:
-  return _read_picture(file).shape[:2]
+def _common_size(flag: str, files: list[epath.Path]) -> tuple[int, int]:
+  """Height and width of all pictures, from their headers."""
+  sizes: dict[tuple[int, int], epath.Path] = {}
+  for file in files:
+    with _opened(file) as picture:
+      sizes.setdefault((picture.height, picture.width), file)
+  if len(sizes) > 1:
+    (one, first), (other, second), *_ = sizes.items()
+    raise UserError(
+      f"{flag}: pictures of several sizes, {first} is {one} and {second} {other}; crop"
+      " them to one"
+    )
+  return next(iter(sizes))
+
+
+@contextlib.contextmanager
+def _opened(file: epath.Path) -> Iterator[Image.Image]:
+  try:
+    with file.open("rb") as stream, Image.open(stream) as picture:
+      yield picture
+  except OSError as error:
+    raise UserError(f"{file}: no picture that can be read: {error}") from error
 
 
 def _read_picture(file: epath.Path) -> np.ndarray:
-  try:
-    with file.open("rb") as stream, Image.open(stream) as picture:
-      return np.asarray(picture.convert("RGB"))
-  except OSError as error:
-    raise UserError(f"{file}: no picture that can be read: {error}") from error
+  with _opened(file) as picture:
+    return np.asarray(picture.convert("RGB"))

@@ -10,6 +10,7 @@ import numpy as np
 from llamagen_jax.errors import UserError
 
 BLOCK_ROWS = 2048  # features a side of a block of distances: 16 MB of them
+LEAST_ROWS = 128  # in the block of a small set
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -93,10 +94,10 @@ def gaussian_distance(
 ) -> float:
   """Frechet distance of two Gaussians, each a mean [C] and a covariance [C, C].
 
-  |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), FID (arXiv 1706.08500). The trace of
-  the root is the sum of the singular values of S1^(1/2) S2^(1/2): two symmetric
-  eigenvalue problems and one of singular values stay real and exact for singular
-  covariances, where scipy's sqrtm turns complex or nan.
+  |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), FID (arXiv 1706.08500). With factors
+  S = F F^T the trace of the root is the sum of the singular values of F1^T F2: two
+  symmetric eigenvalue problems and one of singular values stay real and exact for
+  singular covariances, where scipy's sqrtm turns complex or nan.
 
   Raises:
     UserError: for moments of other widths, or that are not finite or no covariance.
@@ -109,17 +110,19 @@ def gaussian_distance(
     raise UserError(f"moments of {mean1.shape[0]} and {mean2.shape[0]} features")
   if not all(np.isfinite(x).all() for x in (mean1, cov1, mean2, cov2)):
     raise UserError("moments are not finite: no distance can be told")
-  cross = np.linalg.svd(_root(cov1) @ _root(cov2), compute_uv=False).sum()
+  cross = np.linalg.svd(_factor(cov1).T @ _factor(cov2), compute_uv=False).sum()
   distance = np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * cross
   return float(distance)
 
 
-def _root(cov: np.ndarray) -> np.ndarray:
-  """Square root of a symmetric positive semidefinite matrix."""
+def _factor(cov: np.ndarray) -> np.ndarray:
+  """[C, rank], whose product with its transpose is a positive semidefinite matrix."""
   values, vectors = np.linalg.eigh(cov)
-  if values[0] < -1e-6 * max(values[-1], 1e-12):
+  largest = max(values[-1], 0)
+  if values[0] < -1e-6 * max(largest, 1e-12):
     raise UserError(f"a covariance has the negative eigenvalue {values[0]:.3g}")
-  return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+  kept = values > len(values) * np.finfo(np.float64).eps * largest
+  return vectors[:, kept] * np.sqrt(values[kept])
 
 
 def inception_score(logits_NK: np.ndarray, split: int) -> float:
@@ -173,48 +176,50 @@ def precision_recall(
     raise UserError(f"{reference.shape[1]} and {samples.shape[1]} features")
   # Around a common middle, |x|^2 + |y|^2 - 2 x y loses fewer digits.
   middle = np.mean(reference, axis=0, dtype=np.float64).astype(np.float32)
-  reference_radii = _radii(reference, middle, neighbours)
-  sample_radii = _radii(samples, middle, neighbours)
-  sample_hit = np.zeros(len(samples), bool)
-  reference_hit = np.zeros(len(reference), bool)
-  for rows in _blocks(len(reference)):
-    x = _part(reference, rows, middle)
-    x_radii = _padded(reference_radii[rows], -1)
-    for columns in _blocks(len(samples)):
-      y = _part(samples, columns, middle)
-      y_radii = _padded(sample_radii[columns], -1)
+  reference, samples = (_Blocks(x, middle) for x in (reference, samples))
+  reference_radii = _radii(reference, neighbours)
+  sample_radii = _radii(samples, neighbours)
+  sample_hit = np.zeros(samples.count, bool)
+  reference_hit = np.zeros(reference.count, bool)
+  for rows in reference.parts:
+    x, x_radii = reference[rows], reference.padded(reference_radii[rows], -1)
+    for columns in samples.parts:
+      y, y_radii = samples[columns], samples.padded(sample_radii[columns], -1)
       inside_x, inside_y = _hits(x, x_radii, y, y_radii)
       sample_hit[columns] |= np.asarray(inside_x)[: columns.stop - columns.start]
       reference_hit[rows] |= np.asarray(inside_y)[: rows.stop - rows.start]
   return float(sample_hit.mean()), float(reference_hit.mean())
 
 
-def _radii(features: np.ndarray, middle: np.ndarray, neighbours: int) -> np.ndarray:
+class _Blocks:
+  """Features in blocks of one size, so that one program serves all of them."""
+
+  def __init__(self, features_NC: np.ndarray, middle_C: np.ndarray):
+    self.count = len(features_NC)
+    self._features, self._middle = features_NC, middle_C
+    self._rows = min(BLOCK_ROWS, -(-self.count // LEAST_ROWS) * LEAST_ROWS)
+    starts = range(0, self.count, self._rows)
+    self.parts = [slice(i, min(i + self._rows, self.count)) for i in starts]
+
+  def __getitem__(self, part: slice) -> jax.Array:
+    return self.padded(np.asarray(self._features[part], np.float32) - self._middle, 0)
+
+  def padded(self, x: np.ndarray, value: float) -> jax.Array:
+    width = [(0, self._rows - len(x))] + [(0, 0)] * (x.ndim - 1)
+    return jnp.asarray(np.pad(x, width, constant_values=value))
+
+
+def _radii(blocks: _Blocks, neighbours: int) -> np.ndarray:
   """Squared distance to the k-th nearest other row of the set, [N]."""
-  radii = np.empty(len(features), np.float32)
-  for rows in _blocks(len(features)):
-    x = _part(features, rows, middle)
-    nearest = jnp.full((BLOCK_ROWS, neighbours), jnp.inf, jnp.float32)
-    for columns in _blocks(len(features)):
-      y = _part(features, columns, middle)
-      offset = rows.start - columns.start
-      nearest = _nearer(nearest, x, y, offset, columns.stop - columns.start)
+  radii = np.empty(blocks.count, np.float32)
+  for rows in blocks.parts:
+    x = blocks[rows]
+    nearest = jnp.full((len(x), neighbours), jnp.inf, jnp.float32)
+    for columns in blocks.parts:
+      offset, valid = rows.start - columns.start, columns.stop - columns.start
+      nearest = _nearer(nearest, x, blocks[columns], offset, valid)
     radii[rows] = np.asarray(nearest)[: rows.stop - rows.start, -1]
   return radii
-
-
-def _blocks(count: int) -> list[slice]:
-  return [slice(i, min(i + BLOCK_ROWS, count)) for i in range(0, count, BLOCK_ROWS)]
-
-
-def _part(features: np.ndarray, rows: slice, middle: np.ndarray) -> jax.Array:
-  return _padded(np.asarray(features[rows], np.float32) - middle, 0)
-
-
-def _padded(x: np.ndarray, value: float) -> jax.Array:
-  """Whole blocks only, so that one program serves all of them."""
-  width = [(0, BLOCK_ROWS - len(x))] + [(0, 0)] * (x.ndim - 1)
-  return jnp.asarray(np.pad(x, width, constant_values=value))
 
 
 def _squared_distances(x_MC: jax.Array, y_NC: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""`llamagen import-weights`: a checkpoint of the original to a bundle."""
+"""`llamagen import-weights`: a published file of weights to a bundle."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ from llamagen_jax import bundle
 from llamagen_jax.data.classes import imagenet_names
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.config import PRESETS
+from llamagen_jax.interop import inception
 from llamagen_jax.interop.files import Stored, read_weights
 from llamagen_jax.interop.gpt import defer_gpt
 from llamagen_jax.interop.published import PUBLISHED, Published, identify, table
@@ -52,6 +53,9 @@ def main(argv: Sequence[str]) -> None:
   weights, key = read_weights(file, args.key)
   if TOKENIZER_TENSOR in weights:
     text = _import_tokenizer(weights, out)
+  elif inception.SIGN in weights:
+    bundle.save_judge(out, inception.KIND, inception.inception_from_torch(weights))
+    text = "Inception of 2015-12-05, for llamagen evaluate --inception"
   else:
     text = _import_gpt(weights, out, name, args)
   print(f"{out}: {text}; from {file}" + (f", entry {key!r}" if key else ""))

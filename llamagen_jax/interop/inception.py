@@ -4,13 +4,17 @@ from collections.abc import Mapping
 import os
 from typing import Any
 
+from etils import epath
 import flax
 import numpy as np
 
+from llamagen_jax import bundle
 from llamagen_jax.evaluation.inception import CLASSES, FEATURES, abstract_inception
 from llamagen_jax.interop.files import read_weights
 from llamagen_jax.interop.tables import Array, Entry, conv, copy, read_table
 
+KIND = "inception"  # of a bundle
+SIGN = "Mixed_7c.branch_pool.bn.running_var"  # a tensor that no other model has
 HEAD_BIAS = "fc.bias"  # ADM's logits have none
 BATCHNORM = {
   "scale": "weight", "bias": "bias", "mean": "running_mean", "variance": "running_var",
@@ -24,7 +28,9 @@ def inception_from_torch(state_dict: Mapping[str, Array]) -> dict[str, Any]:
 
 
 def load_inception(path: str | os.PathLike) -> dict[str, Any]:
-  """Reads the file; `.safetensors` with the same names will do as well."""
+  """Reads a bundle or the file, numpy; `.safetensors` of its names will do as well."""
+  if epath.Path(path).is_dir():
+    return bundle.load_judge(path, KIND, lambda fields: abstract_inception())[1]
   return inception_from_torch(read_weights(path)[0])
 
 

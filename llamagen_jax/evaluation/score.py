@@ -1,0 +1,179 @@
+"""Two sets of pictures and a protocol -> a result: scores and all they depend on."""
+
+import argparse
+from collections.abc import Mapping
+import json
+import os
+from typing import Any
+
+from etils import epath
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from llamagen_jax.errors import UserError
+from llamagen_jax.evaluation import statistics
+from llamagen_jax.evaluation.features import CACHE, Extractor
+from llamagen_jax.evaluation.protocols import (
+  PROTOCOLS,
+  Protocol,
+  problems,
+  published_model,
+  published_scores,
+)
+from llamagen_jax.evaluation.sources import Source
+from llamagen_jax.interop.inception import load_inception
+from llamagen_jax.training.mesh import make_mesh
+
+SPLIT = 5000  # pictures a split of the Inception Score
+MANIFOLD = 10_000  # reference pictures of precision and recall
+
+
+def add_flags(parser: argparse.ArgumentParser, required: bool) -> None:
+  """What every verb that evaluates can be told."""
+  group = parser.add_argument_group("evaluation")
+  add = group.add_argument
+  about = "; ".join(f"{name}: {p.about}" for name, p in PROTOCOLS.items())
+  add("--protocol", required=required, choices=PROTOCOLS, help=about)
+  add("--inception", required=required, help="its bundle (import-weights), or"
+      " pt_inception-2015-12-05-6726825d.pth")  # fmt: skip
+  add("--model", help="compare with this published checkpoint (import-weights --list);"
+      " default: the one that the samples' settings fit")  # fmt: skip
+  add("--mismatched", action="store_true", help="evaluate what the protocol refuses")
+  add("--inception-batch", type=int, default=32, help="pictures at a time on every"
+      " device (default 32)")  # fmt: skip
+  add("--cache", default=CACHE, help=f"folder of features (default {CACHE})")
+
+
+class Evaluator:
+  """The flags of `add_flags`, ready to evaluate pairs of sources."""
+
+  def __init__(self, args: argparse.Namespace):
+    if args.inception_batch < 1:
+      raise UserError(f"--inception-batch={args.inception_batch}: expected 1 or more")
+    if args.model:
+      published_scores(args.protocol, args.model)
+    self.name, self._model = args.protocol, args.model
+    self._mismatched = args.mismatched
+    params = load_inception(args.inception)
+    self._extract = Extractor(params, make_mesh(), args.inception_batch, args.cache)
+
+  def check(self, samples: Source, reference: Source) -> list[str]:
+    """The pair's problems, where --mismatched allows them."""
+    if not samples.count:
+      raise UserError(f"{samples.path}: holds no pictures to evaluate")
+    found = problems(PROTOCOLS[self.name], samples, reference)
+    if found and not self._mismatched:
+      raise UserError(
+        f"not {self.name}: {'; '.join(found)} (--mismatched evaluates anyway, and the"
+        " result says so)"
+      )
+    return found
+
+  def __call__(self, samples: Source, reference: Source) -> dict[str, Any] | None:
+    """The result as JSON will hold it, on host 0. All hosts call this."""
+    found, protocol = self.check(samples, reference), PROTOCOLS[self.name]
+    scores = _scores(protocol, self._extract, samples, reference)
+    multihost_utils.sync_global_devices("scores")
+    if jax.process_index() != 0:
+      return None
+    model = self._model or published_model(self.name, samples.settings)
+    return {
+      "protocol": self.name,
+      "mismatches": found,
+      "samples": _described(samples),
+      "reference": _described(reference),
+      "inception": self._extract.identity,
+      "settings": samples.settings,
+      "model": model,
+      "scores": _compared(scores, published_scores(self.name, model)),
+    }
+
+
+def _described(source: Source) -> dict[str, Any]:
+  return {
+    "path": str(source.path), "sha256": source.sha256, "count": source.count,
+  }  # fmt: skip
+
+
+def _scores(
+  protocol: Protocol, extract: Extractor, samples: Source, reference: Source
+) -> dict[str, float]:
+  """By name, on host 0."""
+  ours = extract(samples, "samples")
+  theirs = extract(reference, "reference") if reference.count else {}
+  if jax.process_index() != 0:
+    return {}
+  for source, features in ((samples, ours), (reference, theirs)):
+    if features and len(features["pool"]) > 1 and _constant(features["pool"]):
+      raise UserError(
+        f"{source.path}: all {source.count} pictures have the same features: they are"
+        " one picture over and over, and no distribution to compare"
+      )
+
+  def distance(kind: str, names: tuple[str, str]) -> float | None:
+    if names[0] in reference.statistics and names[1] in reference.statistics:
+      gaussian = tuple(reference.statistics[name] for name in names)
+    elif theirs:
+      gaussian = statistics.Moments.of(theirs[kind]).gaussian
+    else:
+      return None
+    own = statistics.Moments.of(ours[kind]).gaussian
+    return statistics.gaussian_distance(own, gaussian)
+
+  scores: dict[str, float | None] = {}
+  if "FID" in protocol.metrics:
+    scores[protocol.fid_name] = distance("pool", ("mu", "sigma"))
+  if "sFID" in protocol.metrics:
+    scores["sFID"] = distance("spatial", ("mu_s", "sigma_s"))
+  if "IS" in protocol.metrics:
+    logits = extract.logits(ours["pool"])
+    scores["IS"] = statistics.inception_score(logits, SPLIT)
+  if "precision" in protocol.metrics and theirs:
+    manifold = theirs["pool"][:MANIFOLD]
+    precision, recall = statistics.precision_recall(manifold, ours["pool"])
+    scores |= {"precision": precision, "recall": recall}
+  return {name: value for name, value in scores.items() if value is not None}
+
+
+def _constant(features_NC: np.ndarray) -> bool:
+  return bool((features_NC == features_NC[0]).all())
+
+
+def _compared(scores: Mapping[str, float], known: Mapping[str, float]):
+  rows = {}
+  for name, value in scores.items():
+    rows[name] = {"ours": value, "published": known.get(name)}
+    if name in known:
+      rows[name]["difference"] = value - known[name]
+  return rows
+
+
+def write(result: dict[str, Any], out: str | os.PathLike) -> None:
+  """Writes the JSON, under its name only when it is complete."""
+  out = epath.Path(out)
+  part = out.with_name(f".{out.name}.part")
+  part.write_text(json.dumps(result, indent=1))
+  part.replace(out)
+
+
+def table(result: dict[str, Any]) -> str:
+  """A result as text."""
+  lines = [f"{'protocol':12}{result['protocol']}"]
+  for name in ("samples", "reference"):
+    entry = result[name]
+    lines.append(f"{name:12}{entry['count']} pictures, sha256 {entry['sha256']}")
+  for text in result["mismatches"]:
+    lines.append(f"{'MISMATCH':12}{text}")
+  sampling = (result["settings"] or {}).get("sampling")
+  if sampling:
+    text = ", ".join(f"{name} {value}" for name, value in sampling.items())
+    lines.append(f"{'settings':12}{text}")
+  lines.append(f"{'model':12}{result['model'] or 'not a published one'}")
+  lines.append(f"{'':12}{'ours':>10}{'published':>11}{'difference':>12}")
+  for name, row in result["scores"].items():
+    line = f"{name:12}{row['ours']:10.4f}"
+    if row["published"] is not None:
+      line += f"{row['published']:11.4f}{row['difference']:+12.4f}"
+    lines.append(line)
+  return "\n".join(lines)
