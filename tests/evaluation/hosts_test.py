@@ -10,11 +10,9 @@ import sys
 import numpy as np
 from PIL import Image
 import pytest
-from safetensors.numpy import save_file
 
 from llamagen_jax import cli
 from llamagen_jax.pictures import save_npz
-from tests import parity
 
 ROOT = pathlib.Path(__file__).parents[2]
 COUNT = 7  # not the same on both hosts
@@ -28,16 +26,14 @@ def folder(tmp_path_factory):
   (folder / "samples").mkdir()
   for i, image in enumerate(images[1]):
     Image.fromarray(image).save(folder / "samples" / f"{i}.png")
-  weights = parity.synthesize(parity.eval_manifest()["inception_2015"])
-  save_file(weights, folder / "inception.safetensors")
   return folder
 
 
-def command(folder, name, *flags):
+def command(folder, inception, name, *flags):
   return [
     "evaluate", f"--samples={folder / 'samples'}", "--protocol=custom",
     f"--reference={folder / 'reference.npz'}", f"--out={folder / name}.json",
-    f"--inception={folder / 'inception.safetensors'}", f"--cache={folder / name}",
+    f"--inception={inception}", f"--cache={folder / name}",
     "--inception-batch=2", *flags,
   ]  # fmt: skip
 
@@ -49,7 +45,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_two_hosts_and_one(folder):
+def test_two_hosts_and_one(folder, inception):
   port = free_port()
   environment = os.environ | {"JAX_PLATFORMS": "cpu"}
   processes = [
@@ -70,7 +66,7 @@ def test_two_hosts_and_one(folder):
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     assert ("sha256" in output) == (host == 0)
-  assert cli.run(command(folder, "one")) == 0
+  assert cli.run(command(folder, inception, "one")) == 0
   one, two = (json.loads((folder / f"{n}.json").read_text()) for n in ("one", "two"))
   assert one["samples"] == two["samples"] and one["inception"] == two["inception"]
   for name, row in one["scores"].items():

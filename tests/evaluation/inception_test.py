@@ -2,12 +2,14 @@
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 
+from llamagen_jax import bundle, cli
 from llamagen_jax.errors import UserError
 from llamagen_jax.evaluation.inception import extract_features
-from llamagen_jax.interop.inception import inception_from_torch
+from llamagen_jax.interop.inception import inception_from_torch, load_inception
 from tests import parity
 
 
@@ -37,3 +39,13 @@ def test_import_is_strict():
   renamed["other"] = renamed.pop(name)
   with pytest.raises(UserError, match=rf"missing {name}.*unexpected other"):
     inception_from_torch(renamed)
+
+
+def test_import_into_a_bundle(inception, tmp_path, capsys):
+  command = ["import-weights", f"--file={inception}", f"--out={tmp_path / 'inception'}"]
+  assert cli.run(command) == 0
+  assert "Inception of 2015-12-05" in capsys.readouterr().out
+  read, expected = (load_inception(p) for p in (tmp_path / "inception", inception))
+  jax.tree.map(np.testing.assert_array_equal, read, expected)
+  with pytest.raises(UserError, match="expected 'gpt'"):
+    bundle.load_gpt(tmp_path / "inception")
