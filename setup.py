@@ -19,6 +19,7 @@ CORE = [
   "optax>=0.2.8",
   "orbax-checkpoint>=0.12.8",
   "pillow>=11",
+  "scipy>=1.15",
   "tensorboardX>=2.6.4",
   "tensorflow-datasets>=4.9.9",
   "tqdm>=4.66",

