@@ -1,11 +1,11 @@
-"""Inception's features of many pictures: over all devices and hosts, kept on disk.
+"""Features of many pictures: over all devices and hosts, kept on disk.
 
-Features are kept in pieces, in a folder that is named by the content of the pictures
-and of the weights. A rerun reads them in seconds, and one that was killed goes on with
+They are kept in pieces, in a folder that is named by the content of the pictures and
+of the weights. A rerun reads them in seconds, and one that was killed goes on with
 the pieces that are missing.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import concurrent.futures
 import hashlib
 import os
@@ -26,45 +26,49 @@ from llamagen_jax.training.mesh import replicated
 
 CACHE = "~/.cache/llamagen_jax/features"
 PIECE = 4096  # pictures whose features are one file
-KINDS = ("pool", "spatial")
 
 
-class Extractor:
-  """Pictures -> features, on a mesh over all devices."""
+class PictureValues:
+  """Runs a network over pictures, over all devices and hosts, and keeps what it says.
 
-  def __init__(
-    self, params: Any, mesh: Mesh, batch_size: int, cache: str | os.PathLike
-  ):
-    """Takes Inception's parameters, whole on every host.
+  All hosts use it together; each reads its share of the pictures. Host 0 alone reads
+  and writes the cache.
+  """
 
-    Args:
-      params: as `interop.inception.load_inception` reads them.
-      mesh: over the devices of all hosts.
-      batch_size: pictures at a time on every device.
-      cache: folder of features, which host 0 reads and writes.
-    """
-    self._mesh = mesh
-    self._params = jax.tree.map(
+  def __init__(self, mesh: Mesh, batch_size: int, cache: str | os.PathLike):
+    """Takes the mesh of all devices, pictures at a time on each, and a folder."""
+    self.mesh, self._batch_size = mesh, batch_size * mesh.size
+    self._cache = epath.Path(os.path.expanduser(cache))
+
+  def replicate(self, params: Any) -> Any:
+    """Parameters that every host has whole -> arrays on all devices."""
+    return jax.tree.map(
       lambda x: jax.make_array_from_callback(
-        x.shape, replicated(self._mesh), lambda index: x[index]
+        x.shape, replicated(self.mesh), lambda index: x[index]
       ),
       params,
     )
-    self.identity = bundle.fingerprint(self._params)
-    self._head = np.asarray(params["head"], np.float64)
-    self._batch_size = batch_size * mesh.size
-    self._cache = epath.Path(os.path.expanduser(cache))
 
-  def __call__(self, source: Source, what: str) -> dict[str, np.ndarray]:
-    """float32 pool [N, 2048] and spatial [N, 2023] on host 0, and nothing elsewhere.
-
-    All hosts call this together; each reads its share of the pictures.
+  def __call__(
+    self,
+    source: Source,
+    what: str,
+    identity: str,
+    apply: Callable[..., dict[str, jax.Array]],
+    prepare: Callable[[np.ndarray], np.ndarray] = lambda images: images,
+    beside: Sequence[np.ndarray] = (),
+  ) -> dict[str, np.ndarray]:
+    """Values of all pictures [N, ..] on host 0, and nothing elsewhere.
 
     Args:
       source: the pictures.
       what: they are, for the progress bar.
+      identity: of the network and of all else that the values depend on.
+      apply: pictures [B, H, W, 3] and rows of `beside` -> values [B, ..] by name.
+      prepare: uint8 pictures -> what `apply` takes, on the host.
+      beside: arrays [N, ..] of which every picture has a row.
     """
-    names = f"{source.sha256} {self.identity}"
+    names = f"{source.sha256} {identity}"
     folder = self._cache / hashlib.sha256(names.encode()).hexdigest()[:40]
     pieces = [
       range(start, min(start + PIECE, source.count))
@@ -74,54 +78,68 @@ class Extractor:
     # One host decides, so that all agree.
     missing = multihost_utils.broadcast_one_to_all(np.array(missing))
     todo = [piece for piece, absent in zip(pieces, missing, strict=True) if absent]
-    if todo:
-      self._extract(source, what, folder, todo)
-    if jax.process_index() != 0:
-      return {}
-    found = [_load(_file(folder, piece)) for piece in pieces]
-    return {kind: np.concatenate([piece[kind] for piece in found]) for kind in KINDS}
-
-  def logits(self, pool_NC: np.ndarray) -> np.ndarray:
-    """Logits without the bias [N, 1008], from pooled features."""
-    return pool_NC.astype(np.float64) @ self._head
-
-  def _extract(
-    self, source: Source, what: str, folder: epath.Path, pieces: list[range]
-  ) -> None:
-    done = source.count - sum(map(len, pieces))
-    batches = [batch for piece in pieces for batch in self._batches(piece)]
-    here = source.read(_share(batch, self._batch_size) for batch in batches)
-    images = _ahead(here)
+    batches = [batch for piece in todo for batch in self._batches(piece)]
+    shares = [self._share(batch) for batch in batches]
+    images = _ahead(map(prepare, source.read(shares)))
     with tqdm.tqdm(
-      total=source.count, initial=done, desc=what, unit="picture", dynamic_ncols=True,
-      disable=jax.process_index() != 0,
+      total=source.count, initial=source.count - sum(map(len, todo)), desc=what,
+      unit="picture", dynamic_ncols=True, disable=jax.process_index() != 0 or not todo,
     ) as bar:  # fmt: skip
-      for piece in pieces:
-        rows: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
+      for piece in todo:
+        parts = []
         for batch in self._batches(piece):
-          found = extract_features(self._params, self._place(next(images)))
-          for kind in KINDS:
-            rows[kind].append(_gathered(getattr(found, kind))[: len(batch)])
+          rows = [next(images), *(x[self._slice(batch)] for x in beside)]
+          found = apply(*map(self._place, rows))
+          parts.append({k: _gathered(v)[: len(batch)] for k, v in found.items()})
           bar.update(len(batch))
         if jax.process_index() == 0:
-          _save(_file(folder, piece), {k: np.concatenate(rows[k]) for k in KINDS})
+          _save(_file(folder, piece), _joined(parts))
+    if jax.process_index() != 0:
+      return {}
+    return _joined([_load(_file(folder, piece)) for piece in pieces])
 
   def _batches(self, piece: range) -> list[range]:
     starts = range(0, len(piece), self._batch_size)
     return [piece[start : start + self._batch_size] for start in starts]
 
-  def _place(self, images: np.ndarray) -> jax.Array:
-    """This host's rows, with empty ones at the end -> the whole batch."""
+  def _share(self, batch: range) -> range:
+    """The rows of a batch that this host reads."""
     rows = self._batch_size // jax.process_count()
-    width = [(0, rows - len(images))] + [(0, 0)] * 3
-    return to_global({"image": np.pad(images, width)}, self._mesh)["image"]
+    first = jax.process_index() * rows
+    return batch[first : first + rows]
+
+  def _slice(self, batch: range) -> slice:
+    share = self._share(batch)
+    return slice(share.start, share.stop)
+
+  def _place(self, rows: np.ndarray) -> jax.Array:
+    """This host's rows, with empty ones at the end -> the whole batch."""
+    wanted = self._batch_size // jax.process_count()
+    width = [(0, wanted - len(rows))] + [(0, 0)] * (rows.ndim - 1)
+    return to_global({"rows": np.pad(rows, width)}, self.mesh)["rows"]
 
 
-def _share(batch: range, batch_size: int) -> range:
-  """The rows of a batch that this host reads."""
-  rows = batch_size // jax.process_count()
-  first = jax.process_index() * rows
-  return batch[first : first + rows]
+class Extractor:
+  """Pictures -> Inception's features: float32 pool [N, 2048] and spatial [N, 2023]."""
+
+  def __init__(self, params: Any, values: PictureValues):
+    """Takes what `interop.inception.load_inception` reads, whole on every host."""
+    self._values, self._params = values, values.replicate(params)
+    self.identity = bundle.fingerprint(self._params)
+    self._head = np.asarray(params["head"], np.float64)
+
+  def __call__(self, source: Source, what: str) -> dict[str, np.ndarray]:
+    """Features on host 0; `what` names the pictures in the progress bar."""
+
+    def apply(images):
+      found = extract_features(self._params, images)
+      return {"pool": found.pool, "spatial": found.spatial}
+
+    return self._values(source, what, self.identity, apply)
+
+  def logits(self, pool_NC: np.ndarray) -> np.ndarray:
+    """Logits without the bias [N, 1008], from pooled features."""
+    return pool_NC.astype(np.float64) @ self._head
 
 
 def _ahead(items: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -136,6 +154,10 @@ def _ahead(items: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 def _gathered(x: jax.Array) -> np.ndarray:
   return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _file(folder: epath.Path, piece: range) -> epath.Path:

@@ -23,6 +23,8 @@ class Protocol:
   reference_statistics: bool | None = None  # it brings its own mean and covariance
   same_order: bool = False  # sample i is made of reference i
   fid_name: str = "FID"  # among the published scores
+  crop_reference: bool = False  # its pictures are centre-cropped to `side`
+  prefix: str = ""  # of every prompt, for the CLIP score
   metrics: tuple[str, ...] = ("FID", "sFID", "IS", "precision", "recall")
 
 
@@ -39,7 +41,13 @@ PROTOCOLS = {
     "reconstructions of the 5 000 pictures of COCO val2017 against themselves",
     5_000, 256, 5_000, None, True, "rFID", ("FID", "sFID", "IS"),
   ),
-  "custom": Protocol("any samples against any reference"),
+  "t2i-coco30k": Protocol(
+    "30 000 pictures of captions of COCO against all of val2014, cropped to 256x256,"
+    " and CLIP score with CLIPScore's prefix",
+    30_000, 256, 40_504, crop_reference=True, prefix="A photo depicts ",
+    metrics=("FID", "CLIP score"),
+  ),
+  "custom": Protocol("any samples against any reference; CLIP score with --clip"),
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import jax
 from llamagen_jax import pictures
 from llamagen_jax.errors import UserError
 from llamagen_jax.evaluation import score, sweep
+from llamagen_jax.evaluation.protocols import PROTOCOLS
 from llamagen_jax.evaluation.sources import open_source
 from llamagen_jax.training import hosts
 
@@ -24,7 +25,9 @@ def main(argv: Sequence[str]) -> None:
   if not args.samples:
     raise UserError("expected --samples or --sweep")
   samples = open_source("--samples", args.samples)
-  reference = open_source("--reference", args.reference)
+  protocol = PROTOCOLS[args.protocol]
+  crop = protocol.side if protocol.crop_reference else None
+  reference = open_source("--reference", args.reference, crop)
   evaluate = score.Evaluator(args)
   evaluate.check(samples, reference)
   if args.export_adm and jax.process_index() == 0:

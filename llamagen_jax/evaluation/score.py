@@ -13,7 +13,8 @@ import numpy as np
 
 from llamagen_jax.errors import UserError
 from llamagen_jax.evaluation import statistics
-from llamagen_jax.evaluation.features import CACHE, Extractor
+from llamagen_jax.evaluation.clip_score import ClipScorer, read_prompts
+from llamagen_jax.evaluation.features import CACHE, Extractor, PictureValues
 from llamagen_jax.evaluation.protocols import (
   PROTOCOLS,
   Protocol,
@@ -43,6 +44,10 @@ def add_flags(parser: argparse.ArgumentParser, required: bool) -> None:
   add("--mismatched", action="store_true", help="evaluate what the protocol refuses")
   add("--inception-batch", type=int, default=32, help="pictures at a time on every"
       " device (default 32)")  # fmt: skip
+  add("--clip", help="folder of a CLIP, of transformers or open_clip, for the CLIP"
+      " score")  # fmt: skip
+  add("--prompts", help="text file, a line for every picture (default: captions.txt"
+      " in the samples' folder)")  # fmt: skip
   add("--cache", default=CACHE, help=f"folder of features (default {CACHE})")
 
 
@@ -57,7 +62,13 @@ class Evaluator:
     self.name, self._model = args.protocol, args.model
     self._mismatched = args.mismatched
     params = load_inception(args.inception)
-    self._extract = Extractor(params, make_mesh(), args.inception_batch, args.cache)
+    values = PictureValues(make_mesh(), args.inception_batch, args.cache)
+    self._extract = Extractor(params, values)
+    needed = "CLIP score" in PROTOCOLS[self.name].metrics and not self._mismatched
+    if needed and not args.clip:
+      raise UserError(f"--protocol={self.name} needs --clip, the folder of a CLIP")
+    self._clip = ClipScorer(args.clip, values) if args.clip else None
+    self._prompts = args.prompts
 
   def check(self, samples: Source, reference: Source) -> list[str]:
     """The pair's problems, where --mismatched allows them."""
@@ -74,7 +85,11 @@ class Evaluator:
   def __call__(self, samples: Source, reference: Source) -> dict[str, Any] | None:
     """The result as JSON will hold it, on host 0. All hosts call this."""
     found, protocol = self.check(samples, reference), PROTOCOLS[self.name]
+    prompts = read_prompts(self._prompts, samples) if self._clip else []
     scores = _scores(protocol, self._extract, samples, reference)
+    if self._clip:
+      cosine_N = self._clip(samples, prompts, protocol.prefix)
+      scores["CLIP score"] = float(np.mean(cosine_N)) if len(cosine_N) else 0.0
     multihost_utils.sync_global_devices("scores")
     if jax.process_index() != 0:
       return None
@@ -85,6 +100,7 @@ class Evaluator:
       "samples": _described(samples),
       "reference": _described(reference),
       "inception": self._extract.identity,
+      "clip": self._clip and self._clip.identity,
       "settings": samples.settings,
       "model": model,
       "differences": differences(samples.settings, model),

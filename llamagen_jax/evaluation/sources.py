@@ -15,6 +15,7 @@ from etils import epath
 import numpy as np
 from PIL import Image
 
+from llamagen_jax.data.images import center_crop
 from llamagen_jax.errors import UserError
 
 LOSSLESS = (".png", ".webp", ".bmp")
@@ -34,11 +35,12 @@ class Source:
   lossy: bool  # holds JPEG files
   labels: np.ndarray | None
   statistics: dict[str, np.ndarray]  # mean and covariance that an npz came with
+  crop: int | None = None  # files are centre-cropped to this side as they are read
 
   @functools.cached_property
   def sha256(self) -> str:
     """Of the npz, or of the names and bytes in the folder."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(b"" if self.crop is None else b"crop %d\0" % self.crop)
     for file in _files(self.path) if self.path.is_dir() else [self.path]:
       if self.path.is_dir():
         digest.update(file.name.encode() + b"\0")
@@ -79,19 +81,33 @@ class Source:
     files = _files(self.path)
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
       for part in parts:
-        images = list(pool.map(_read_picture, files[part.start : part.stop]))
+        images = list(pool.map(self._read_picture, files[part.start : part.stop]))
         yield np.array(images, np.uint8).reshape(-1, *self.size, 3)
 
+  def _read_picture(self, file: epath.Path) -> np.ndarray:
+    with _opened(file) as picture:
+      picture = picture.convert("RGB")
+      return np.asarray(
+        picture if self.crop is None else center_crop(picture, self.crop)
+      )
 
-def open_source(flag: str, path: str | os.PathLike) -> Source:
-  """Looks at an npz or a folder of pictures without reading the pictures."""
+
+def open_source(flag: str, path: str | os.PathLike, crop: int | None = None) -> Source:
+  """Looks at an npz or a folder of pictures without reading the pictures.
+
+  Args:
+    flag: that named it.
+    path: npz or folder.
+    crop: side of the centre crops to take of a folder's files, of any size.
+  """
   path = epath.Path(path)
   if path.is_dir():
     files = _files(path)
     if not files:
       raise UserError(f"{flag}={path}: no pictures ({', '.join(LOSSLESS + LOSSY)})")
     lossy = any(file.suffix.lower() in LOSSY for file in files)
-    return Source(path, len(files), _common_size(flag, files), lossy, None, {})
+    size = (crop, crop) if crop else _common_size(flag, files)
+    return Source(path, len(files), size, lossy, None, {}, crop)
   if not path.exists():
     raise UserError(f"{flag}={path}: no such file or folder")
   try:
@@ -165,8 +181,3 @@ def _opened(file: epath.Path) -> Iterator[Image.Image]:
       yield picture
   except OSError as error:
     raise UserError(f"{file}: no picture that can be read: {error}") from error
-
-
-def _read_picture(file: epath.Path) -> np.ndarray:
-  with _opened(file) as picture:
-    return np.asarray(picture.convert("RGB"))

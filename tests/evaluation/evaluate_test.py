@@ -85,6 +85,12 @@ def test_a_wrong_pair_is_refused(evaluate, capsys):
     assert part in text
 
 
+def test_text_to_image_needs_a_clip(evaluate, cheap, capsys):
+  code, _ = evaluate("samples.npz", "test.npz", "--protocol=t2i-coco30k")
+  err = capsys.readouterr().err
+  assert code == 2 and "needs --clip" in err
+
+
 @pytest.mark.parametrize(
   "samples, message",
   [("one", "1 pictures have no covariance"), ("constant", "have the same features")],

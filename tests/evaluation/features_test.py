@@ -5,9 +5,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from llamagen_jax.data.images import center_crop
 from llamagen_jax.errors import UserError
 from llamagen_jax.evaluation import features
-from llamagen_jax.evaluation.features import Extractor
+from llamagen_jax.evaluation.features import Extractor, PictureValues
 from llamagen_jax.evaluation.inception import Features
 from llamagen_jax.evaluation.sources import open_source
 from llamagen_jax.pictures import save_npz
@@ -45,7 +46,7 @@ def write_npz(path, images):
 
 
 def extractor(folder, params=PARAMS):
-  return Extractor(params, make_mesh(), 3, folder / "cache")
+  return Extractor(params, PictureValues(make_mesh(), 3, folder / "cache"))
 
 
 def test_features_are_kept_by_content(network, tmp_path):
@@ -88,6 +89,24 @@ def test_a_folder_has_the_features_of_its_npz(network, tmp_path):
   png = extractor(tmp_path)(open_source("--samples", tmp_path / "png"), "png")
   npz = extractor(tmp_path)(write_npz(tmp_path / "x.npz", IMAGES), "npz")
   np.testing.assert_array_equal(png["pool"], npz["pool"])
+
+
+def test_files_of_any_size_are_cropped_where_asked(network, tmp_path):
+  folder = tmp_path / "jpg"
+  folder.mkdir()
+  rng = np.random.default_rng(0)
+  for i, shape in enumerate(((40, 60, 3), (90, 35, 3), (33, 33))):
+    picture = Image.fromarray(rng.integers(0, 256, shape, np.uint8))
+    picture.save(folder / f"{i}.jpg")
+  with pytest.raises(UserError, match="several sizes"):
+    open_source("--reference", folder)
+  sources = [open_source("--reference", folder, crop) for crop in (16, 32)]
+  assert [source.size for source in sources] == [(16, 16), (32, 32)]
+  assert sources[0].sha256 != sources[1].sha256
+  (images,) = sources[1].batches(3)
+  with Image.open(folder / "1.jpg") as picture:
+    np.testing.assert_array_equal(images[1], center_crop(picture, 32))
+  assert len(extractor(tmp_path)(sources[0], "x")["pool"]) == 3
 
 
 def test_broken_folders_are_refused(network, tmp_path):

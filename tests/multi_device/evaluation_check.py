@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from llamagen_jax.evaluation.features import Extractor
+from llamagen_jax.evaluation.features import Extractor, PictureValues
 from llamagen_jax.evaluation.sources import open_source
 from llamagen_jax.interop.inception import inception_from_torch
 from llamagen_jax.pictures import save_npz
@@ -20,7 +20,7 @@ def test_features(tmp_path):
   weights = parity.synthesize(parity.eval_manifest()["inception_2015"])
   params = inception_from_torch(weights)
   found = {
-    name: Extractor(params, mesh, batch, tmp_path / name)
+    name: Extractor(params, PictureValues(mesh, batch, tmp_path / name))
     for name, mesh, batch in (("one", one_device(), 8), ("eight", make_mesh(), 1))
   }
   assert found["one"].identity == found["eight"].identity

@@ -1,0 +1,93 @@
+"""CLIP score of a set of pictures: the mean similarity to the prompts of them.
+
+Cosine similarity of CLIP's embeddings (arXiv 2104.08718, section 3), here without the
+factor 2.5 and without the cut at 0 that CLIPScore adds.
+"""
+
+from collections.abc import Sequence
+import concurrent.futures
+import hashlib
+import pathlib
+
+import numpy as np
+from PIL import Image
+
+from llamagen_jax import bundle
+from llamagen_jax.errors import UserError
+from llamagen_jax.evaluation.clip import similarity
+from llamagen_jax.evaluation.features import PictureValues
+from llamagen_jax.evaluation.sources import READERS, Source
+from llamagen_jax.interop.clip import load_clip
+from llamagen_jax.text.clip_tokens import ClipTokens
+
+CAPTIONS = "captions.txt"
+
+
+class ClipScorer:
+  """A CLIP on all devices."""
+
+  def __init__(self, folder: str, values: PictureValues):
+    self._config, params = load_clip(folder)
+    self._tokens = ClipTokens.load(pathlib.Path(folder))
+    if self._tokens.size > self._config.vocab_size:
+      raise UserError(
+        f"--clip={folder}: the tokenizer has {self._tokens.size} tokens, the model"
+        f" {self._config.vocab_size}"
+      )
+    self._values, self._params = values, values.replicate(params)
+    self.identity = bundle.fingerprint(self._params)
+
+  def __call__(self, source: Source, prompts: Sequence[str], prefix: str) -> np.ndarray:
+    """Cosine similarity of every picture and its prompt [N] on host 0.
+
+    Other hosts get an empty array.
+    """
+    config, size = self._config, self._config.image_size
+    ids, ends = self._tokens.rows([prefix + p for p in prompts], config.context)
+    texts = hashlib.sha256(ids.tobytes()).hexdigest()
+
+    def apply(images, ids_BT, end_B):
+      return {"cosine": similarity(config, self._params, ids_BT, end_B, images)}
+
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+
+      def prepare(images):
+        resized = list(pool.map(lambda image: fit(image, size), images))
+        return np.array(resized, np.uint8).reshape(-1, size, size, 3)
+
+      identity = f"clip {self.identity} {config} {texts}"
+      found = self._values(source, "CLIP", identity, apply, prepare, (ids, ends))
+    return found.get("cosine", np.zeros(0, np.float32))
+
+
+def fit(image: np.ndarray, side: int) -> np.ndarray:
+  """uint8 [H, W, 3] -> [side, side, 3]: shorter side resized, bicubic, then centred.
+
+  PIL's bicubic resizing, with antialiasing, as CLIP's pictures were prepared.
+  """
+  height, width = image.shape[:2]
+  scale = side / min(height, width)
+  size = (max(side, int(width * scale)), max(side, int(height * scale)))
+  resized = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+  left, top = (size[0] - side) // 2, (size[1] - side) // 2
+  return np.asarray(resized.crop((left, top, left + side, top + side)))
+
+
+def read_prompts(file: str | None, source: Source) -> list[str]:
+  """One a line and a picture, in the order of the pictures' names or of the npz.
+
+  Args:
+    file: default is captions.txt in the folder of the pictures.
+
+  Raises:
+    UserError: no such file, or not as many lines as pictures.
+  """
+  path = pathlib.Path(file) if file else pathlib.Path(source.path) / CAPTIONS
+  if not path.is_file():
+    raise UserError(
+      f"CLIP score needs the pictures' prompts: no file {path}; --prompts names it"
+    )
+  prompts = path.read_text("utf-8").removesuffix("\n").split("\n")
+  if len(prompts) != source.count:
+    raise UserError(f"{path}: {len(prompts)} prompts for {source.count} pictures")
+  return prompts
