@@ -48,20 +48,17 @@ def free_port() -> int:
 def test_two_hosts_and_one(folder, inception):
   port = free_port()
   environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-  processes = [
-    subprocess.Popen(
-      [sys.executable, "-c", "from llamagen_jax import cli; cli.main()"]
-      + command(
-        folder, "two", f"--coordinator=127.0.0.1:{port}", "--hosts=2", f"--host={host}"
-      ),
-      env=environment,
-      cwd=ROOT,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
+  processes = []
+  for host in range(2):
+    flags = [f"--coordinator=127.0.0.1:{port}", "--hosts=2", f"--host={host}"]
+    words = command(folder, inception, "two", *flags)
+    python = [sys.executable, "-c", "from llamagen_jax import cli; cli.main()"]
+    processes.append(
+      subprocess.Popen(
+        [*python, *words], env=environment, cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+      )
     )  # fmt: skip
-    for host in range(2)
-  ]
   for host, process in enumerate(processes):
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
