@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
+import tqdm
 
 from llamagen_jax.errors import UserError
 
 BLOCK_ROWS = 2048  # features a side of a block of distances: 16 MB of them
+PATIENCE = 5  # seconds before progress is shown
 LEAST_ROWS = 128  # in the block of a small set
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -181,8 +183,17 @@ def precision_recall(
   # Around a common middle, |x|^2 + |y|^2 - 2 x y loses fewer digits.
   middle = np.mean(reference, axis=0, dtype=np.float64).astype(np.float32)
   reference, samples = (_Blocks(x, middle) for x in (reference, samples))
-  reference_radii = _radii(reference, neighbours)
-  sample_radii = _radii(samples, neighbours)
+  pairs = reference.count**2 + samples.count**2 + reference.count * samples.count
+  with tqdm.tqdm(
+    total=pairs, desc="precision and recall", unit="distance", unit_scale=True,
+    dynamic_ncols=True, delay=PATIENCE,
+  ) as bar:  # fmt: skip
+    return _precision_recall(reference, samples, neighbours, bar)
+
+
+def _precision_recall(reference, samples, neighbours: int, bar) -> tuple[float, float]:
+  reference_radii = _radii(reference, neighbours, bar)
+  sample_radii = _radii(samples, neighbours, bar)
   sample_hit = np.zeros(samples.count, bool)
   reference_hit = np.zeros(reference.count, bool)
   for rows in reference.parts:
@@ -192,6 +203,7 @@ def precision_recall(
       inside_x, inside_y = _hits(x, x_radii, y, y_radii)
       sample_hit[columns] |= np.asarray(inside_x)[: columns.stop - columns.start]
       reference_hit[rows] |= np.asarray(inside_y)[: rows.stop - rows.start]
+      bar.update((rows.stop - rows.start) * (columns.stop - columns.start))
   return float(sample_hit.mean()), float(reference_hit.mean())
 
 
@@ -213,7 +225,7 @@ class _Blocks:
     return jnp.asarray(np.pad(x, width, constant_values=value))
 
 
-def _radii(blocks: _Blocks, neighbours: int) -> np.ndarray:
+def _radii(blocks: _Blocks, neighbours: int, bar) -> np.ndarray:
   """Squared distance to the k-th nearest other row of the set, [N]."""
   radii = np.empty(blocks.count, np.float32)
   for rows in blocks.parts:
@@ -223,6 +235,7 @@ def _radii(blocks: _Blocks, neighbours: int) -> np.ndarray:
       offset, valid = rows.start - columns.start, columns.stop - columns.start
       nearest = _nearer(nearest, x, blocks[columns], offset, valid)
     radii[rows] = np.asarray(nearest)[: rows.stop - rows.start, -1]
+    bar.update((rows.stop - rows.start) * blocks.count)
   return radii
 
 

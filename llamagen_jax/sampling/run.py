@@ -22,6 +22,7 @@ from llamagen_jax.interop.t5 import load_t5
 from llamagen_jax.sampling import fid_batch, flags
 from llamagen_jax.sampling.draw import Job, Labels, Seconds, check_pair, draw, slots
 from llamagen_jax.sampling.prompts import Prompts, read_prompts, write_captions
+from llamagen_jax.training import hosts
 from llamagen_jax.training.mesh import make_mesh
 
 BATCH_SIZE = 16
@@ -32,6 +33,7 @@ LABELLED_SIDE = 64  # smaller pictures are too narrow for a name
 def main(argv: Sequence[str]) -> None:
   args = _parse(argv)
   _steady_reductions()
+  hosts.connect(args)
   out = epath.Path(args.out)
   mesh = make_mesh(tensor=args.tensor)
   gpt = bundle.load_gpt(args.gpt, mesh)
@@ -114,6 +116,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
       " activations; default: float32 on CPU, else bfloat16")  # fmt: skip
   add("--seed", type=int, default=0)
   flags.add_sampling_flags(parser, "the bundle's")
+  hosts.add_flags(parser)
   args = parser.parse_args(argv)
   sources = ("classes", "classes_file", "prompts", "prompt_file", "fid_batch")
   if sum(bool(getattr(args, name)) for name in sources) != 1:

@@ -1,11 +1,6 @@
 """`llamagen evaluate` on two hosts."""
 
 import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 
 import numpy as np
 from PIL import Image
@@ -13,8 +8,8 @@ import pytest
 
 from llamagen_jax import cli
 from llamagen_jax.pictures import save_npz
+from tests.processes import on_two_hosts
 
-ROOT = pathlib.Path(__file__).parents[2]
 COUNT = 7  # not the same on both hosts
 
 
@@ -38,31 +33,10 @@ def command(folder, inception, name, *flags):
   ]  # fmt: skip
 
 
-def free_port() -> int:
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    return probe.getsockname()[1]
-
-
 @pytest.mark.slow
 def test_two_hosts_and_one(folder, inception):
-  port = free_port()
-  environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-  processes = []
-  for host in range(2):
-    flags = [f"--coordinator=127.0.0.1:{port}", "--hosts=2", f"--host={host}"]
-    words = command(folder, inception, "two", *flags)
-    python = [sys.executable, "-c", "from llamagen_jax import cli; cli.main()"]
-    processes.append(
-      subprocess.Popen(
-        [*python, *words], env=environment, cwd=ROOT, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
-      )
-    )  # fmt: skip
-  for host, process in enumerate(processes):
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
-    assert ("sha256" in output) == (host == 0)
+  outputs = on_two_hosts(command(folder, inception, "two"))
+  assert ["sha256" in output for output in outputs] == [True, False]
   assert cli.run(command(folder, inception, "one")) == 0
   one, two = (json.loads((folder / f"{n}.json").read_text()) for n in ("one", "two"))
   assert one["samples"] == two["samples"] and one["inception"] == two["inception"]

@@ -1,0 +1,24 @@
+"""`llamagen sample` on two hosts writes the file that one host writes."""
+
+import pytest
+
+from llamagen_jax import cli
+from tests.processes import on_two_hosts
+from tests.sampling import fid_batch_test
+
+saved = fid_batch_test.saved
+
+
+@pytest.mark.slow
+def test_two_hosts_and_one(saved, tmp_path):
+  def command(name):
+    return [
+      "sample", f"--gpt={saved / 'gpt'}", f"--tokenizer={saved / 'vq'}",
+      f"--out={tmp_path / name}.npz", "--fid-batch=11", "--batch-size=3",
+      "--guidance-scale=2", "--seed=5",
+    ]  # fmt: skip
+
+  on_two_hosts(command("two"))
+  assert cli.run(command("one")) == 0
+  one, two = ((tmp_path / f"{name}.npz").read_bytes() for name in ("one", "two"))
+  assert one == two
