@@ -66,17 +66,34 @@ RFID = {
 
 def problems(protocol: Protocol, samples: Source, reference: Source) -> list[str]:
   """Why the pair does not give this protocol's score; empty if it does."""
-  found = []
-  if protocol.samples and samples.count != protocol.samples:
-    found.append(
-      f"{samples.count} samples, expected {protocol.samples}: FID falls with their"
-      " number"
-    )
+  found = sample_problems(protocol, samples) + reference_problems(protocol, reference)
+  if samples.sha256 == reference.sha256:
+    found.append("samples and reference are the same file")
+  return found
+
+
+def sample_problems(protocol: Protocol, samples: Source) -> list[str]:
+  found = count_problems(protocol, samples.count) + _size_problems(
+    protocol, "samples", samples
+  )
   if samples.lossy:
     found.append("the samples are JPEG files, whose artefacts FID sees: use PNG or npz")
-  for name, source in (("samples", samples), ("reference", reference)):
-    if protocol.side and source.size not in (None, (protocol.side,) * 2):
-      found.append(f"the {name} are {source.size}, expected {(protocol.side,) * 2}")
+  if "IS" in protocol.metrics and not protocol.same_order and _ordered(samples.labels):
+    found.append(
+      "the samples are in the order of their classes, but IS is a mean over"
+      " consecutive splits: shuffle them"
+    )
+  return found
+
+
+def count_problems(protocol: Protocol, count: int) -> list[str]:
+  if protocol.samples in (None, count):
+    return []
+  return [f"{count} samples, expected {protocol.samples}: FID falls with their number"]
+
+
+def reference_problems(protocol: Protocol, reference: Source) -> list[str]:
+  found = _size_problems(protocol, "reference", reference)
   wanted = protocol.reference_pictures
   if wanted and reference.count != wanted:
     text = f"the reference has {reference.count} pictures, expected {wanted}"
@@ -90,14 +107,14 @@ def problems(protocol: Protocol, samples: Source, reference: Source) -> list[str
       "the reference has no mu and sigma of the whole training set: it is not"
       " VIRTUAL_imagenet256_labeled.npz"
     )
-  if "IS" in protocol.metrics and not protocol.same_order and _ordered(samples.labels):
-    found.append(
-      "the samples are in the order of their classes, but IS is a mean over"
-      " consecutive splits: shuffle them"
-    )
-  if samples.sha256 == reference.sha256:
-    found.append("samples and reference are the same file")
   return found
+
+
+def _size_problems(protocol: Protocol, name: str, source: Source) -> list[str]:
+  wanted = (protocol.side, protocol.side)
+  if protocol.side is None or source.size in (None, wanted):
+    return []
+  return [f"the {name} are {source.size}, expected {wanted}"]
 
 
 def _ordered(labels: np.ndarray | None) -> bool:

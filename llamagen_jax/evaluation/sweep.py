@@ -13,7 +13,11 @@ from matplotlib import figure
 
 from llamagen_jax.errors import UserError
 from llamagen_jax.evaluation import score
-from llamagen_jax.evaluation.protocols import PROTOCOLS
+from llamagen_jax.evaluation.protocols import (
+  PROTOCOLS,
+  count_problems,
+  reference_problems,
+)
 from llamagen_jax.evaluation.sources import open_source
 from llamagen_jax.interop.published import PUBLISHED
 from llamagen_jax.sampling import flags
@@ -50,6 +54,11 @@ def run(args: argparse.Namespace) -> None:
     raise UserError(f"--protocol={args.protocol} has no number of samples: --count")
   folder, evaluate, results = epath.Path(args.out), None, {}
   reference = open_source("--reference", args.reference)
+  protocol = PROTOCOLS[args.protocol]
+  found = count_problems(protocol, count) + reference_problems(protocol, reference)
+  if found and not args.mismatched:
+    raise UserError(f"not {args.protocol}: {'; '.join(found)} (--mismatched draws and"
+                    " evaluates anyway)")  # fmt: skip
   for value in values:
     samples = folder / f"{args.sweep.partition('=')[0]}-{value}.npz"
     sampling.main(_sampling_argv(args, setting, value, count, samples))

@@ -9,6 +9,7 @@ import flax
 import numpy as np
 
 from llamagen_jax import bundle
+from llamagen_jax.errors import UserError
 from llamagen_jax.evaluation.inception import CLASSES, FEATURES, abstract_inception
 from llamagen_jax.interop.files import read_weights
 from llamagen_jax.interop.tables import Array, Entry, conv, copy, read_table
@@ -31,7 +32,12 @@ def load_inception(path: str | os.PathLike) -> dict[str, Any]:
   """Reads a bundle or the file, numpy; `.safetensors` of its names will do as well."""
   if epath.Path(path).is_dir():
     return bundle.load_judge(path, KIND, lambda fields: abstract_inception())[1]
-  return inception_from_torch(read_weights(path)[0])
+  weights, _ = read_weights(path)
+  if SIGN not in weights:
+    raise UserError(
+      f"{path}: no tensor {SIGN}; expected pt_inception-2015-12-05-6726825d.pth"
+    )
+  return inception_from_torch(weights)
 
 
 def _table() -> list[Entry]:

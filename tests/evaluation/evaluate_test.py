@@ -11,6 +11,7 @@ from llamagen_jax import SamplingConfig, TokenizerConfig, cli
 from llamagen_jax.errors import UserError
 from llamagen_jax.evaluation.protocols import (
   PROTOCOLS,
+  Protocol,
   differences,
   problems,
   published_model,
@@ -83,6 +84,27 @@ def test_a_wrong_pair_is_refused(evaluate, capsys):
   assert code == 2 and text.count("\n") == 1
   for part in (f"{COUNT} samples, expected 50000", "(28, 28)", "no mu and sigma"):
     assert part in text
+
+
+def test_statistics_of_the_reference_are_used(evaluate, cheap, folder, monkeypatch):
+  small = Protocol("", COUNT, 28, 10, True)
+  monkeypatch.setitem(PROTOCOLS, "gfid-adm-imagenet256", small)
+  with np.load(folder / "test.npz") as file:
+    images = file["arr_0"][:10]
+  moments = {}
+  for mean, covariance, width in (("mu", "sigma", 2048), ("mu_s", "sigma_s", 3)):
+    moments |= {mean: np.full(width, 2.0), covariance: np.eye(width)}
+  np.savez(folder / "virtual.npz", arr_0=images, **moments)
+  flags = ("--protocol=gfid-adm-imagenet256", f"--cache={folder}/cheap")
+  code, result = evaluate("samples.npz", "virtual.npz", *flags)
+  assert code == 0 and result["mismatches"] == []
+  with np.load(folder / "samples.npz") as file:
+    features = file["arr_0"].astype(np.float64).mean(axis=(1, 2))
+  own = np.cov(features, rowvar=False)
+  expected = np.sum((features.mean(axis=0) - 2) ** 2) + 3 + np.trace(own)
+  expected -= 2 * np.sqrt(np.maximum(np.linalg.eigvalsh(own), 0)).sum()
+  np.testing.assert_allclose(result["scores"]["sFID"]["ours"], expected, rtol=1e-5)
+  assert {"FID", "IS", "precision", "recall"} < result["scores"].keys()
 
 
 def test_text_to_image_needs_a_clip(evaluate, cheap, capsys):

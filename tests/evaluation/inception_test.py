@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from llamagen_jax import bundle, cli
 from llamagen_jax.errors import UserError
@@ -39,6 +40,12 @@ def test_import_is_strict():
   renamed["other"] = renamed.pop(name)
   with pytest.raises(UserError, match=rf"missing {name}.*unexpected other"):
     inception_from_torch(renamed)
+
+
+def test_another_file_is_refused(tmp_path):
+  save_file({"x": np.zeros(3)}, tmp_path / "x.safetensors")
+  with pytest.raises(UserError, match="expected pt_inception-2015-12-05"):
+    load_inception(tmp_path / "x.safetensors")
 
 
 def test_import_into_a_bundle(inception, tmp_path, capsys):

@@ -74,6 +74,8 @@ def test_values_are_exact_and_both_ends_belong():
     (["--guidance-scale=2"], "sets guidance_scale"),
     (["--samples=x.npz"], "no --samples"),
     (["--gpt="], "needs --gpt"),
+    (["--protocol=gfid-adm-imagenet256"], "9 samples, expected 50000"),
+    (["--protocol=gfid-adm-imagenet256"], "no mu and sigma"),
     (["--protocol=rfid-coco"], "not for samples of a transformer"),
     (["--inception=nowhere"], "--inception=nowhere: no such"),
   ],
