@@ -114,7 +114,7 @@ def _size_problems(protocol: Protocol, name: str, source: Source) -> list[str]:
   wanted = (protocol.side, protocol.side)
   if protocol.side is None or source.size in (None, wanted):
     return []
-  return [f"the {name} are {source.size}, expected {wanted}"]
+  return [f"pictures of the {name} are {source.size}, expected {wanted}"]
 
 
 def _ordered(labels: np.ndarray | None) -> bool:

@@ -1,13 +1,15 @@
-"""Eight devices find the features that one does."""
+"""Eight devices find what one does."""
 
 import numpy as np
 
+from llamagen_jax.evaluation.clip_score import ClipScorer
 from llamagen_jax.evaluation.features import Extractor, PictureValues
 from llamagen_jax.evaluation.sources import open_source
 from llamagen_jax.interop.inception import inception_from_torch
 from llamagen_jax.pictures import save_npz
 from llamagen_jax.training.mesh import make_mesh
 from tests import parity
+from tests.evaluation import clip_test
 from tests.multi_device.sampling_check import one_device
 
 COUNT = 11  # no multiple of the devices
@@ -30,3 +32,20 @@ def test_features(tmp_path):
     assert len(np.unique(one[kind], axis=0)) == COUNT
     scale = np.abs(one[kind]).max()
     np.testing.assert_allclose(eight[kind], one[kind], atol=1e-5 * scale)
+
+
+def test_clip_score(tmp_path):
+  images = np.random.default_rng(0).integers(0, 256, (COUNT, 20, 14, 3), np.uint8)
+  save_npz(tmp_path / "x.npz", [images], COUNT, None)
+  source = open_source("--samples", tmp_path / "x.npz")
+  clip_test.write_transformers(tmp_path / "clip", vocab_size=526)
+  clip_test.write_openai_merges(tmp_path / "clip")
+  prompts = [f"the cat {i}" for i in range(COUNT)]
+  one, eight = (
+    ClipScorer(tmp_path / "clip", PictureValues(mesh, batch, tmp_path / name))(
+      source, prompts, "a "
+    )
+    for name, mesh, batch in (("one", one_device(), 8), ("eight", make_mesh(), 1))
+  )
+  assert len(np.unique(one)) == COUNT
+  np.testing.assert_allclose(eight, one, atol=1e-6)
