@@ -17,6 +17,7 @@ from llamagen_jax.data.features import BFLOAT16, KIND, FeatureRecord
 from llamagen_jax.data.loader import to_global
 from llamagen_jax.interop.t5 import TextEncoder, load_t5
 from llamagen_jax.text.t5 import encode
+from llamagen_jax.training import hosts as cluster
 from llamagen_jax.training.mesh import AXES
 
 WINDOW = 32  # batches whose captions are sorted by length before they are encoded
@@ -32,7 +33,9 @@ def main(argv: Sequence[str]) -> None:
   add("--tokens", type=int, default=120, help="longer captions are cut (default 120)")
   add("--batch-size", type=int, default=256, help="captions at a time, on every host")
   add("--dtype", default="bfloat16", help="of the encoder: bfloat16 or float32")
+  cluster.add_flags(parser)
   args = parser.parse_args(argv)
+  cluster.connect(args)
   manifest = extract_text(
     args.t5,
     args.captions,

@@ -36,6 +36,7 @@ from llamagen_jax.errors import UserError
 from llamagen_jax.pictures import from_uint8
 from llamagen_jax.tokenizer import model
 from llamagen_jax.tokenizer.config import TokenizerConfig
+from llamagen_jax.training import hosts as cluster
 from llamagen_jax.training.mesh import make_mesh
 
 READ_THREADS = 4
@@ -116,7 +117,9 @@ def main(argv: Sequence[str]) -> None:
   add("--max-bad-share", type=float, default=0.01, help="bad pictures that are let by")
   add("--workers", type=int, default=0, help="processes that decode; 0 = threads")
   add("--check", type=int, default=0, help="random codes to draw in OUT/check.png")
+  cluster.add_flags(parser)
   args = parser.parse_args(argv)
+  cluster.connect(args)
   try:
     ranges = tuple(float(r) for r in args.ranges.split(","))
   except ValueError as error:
