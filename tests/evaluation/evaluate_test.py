@@ -183,7 +183,9 @@ def test_published_scores_belong_to_a_protocol():
   assert published_scores("rfid-imagenet256", "vq_ds16_c2i@384") == {"rFID": 0.94}
   assert published_scores("rfid-coco", "vq_ds16_c2i") == {"rFID": 8.11}
   assert published_scores("gfid-adm-imagenet256", "c2i_B_384")["FID"] == 6.09
+  assert published_scores("gfid-adm-imagenet256", "ADM-G+U")["IS"] == 215.837
   for protocol, model in (
+    ("rfid-coco", "ADM-G+U"),
     ("gfid-adm-imagenet256", "vq_ds16_c2i"),
     ("rfid-coco", "c2i_B_384"),
     ("rfid-coco", "vq_ds8_c2i@384"),
