@@ -18,20 +18,22 @@ from llamagen_jax.training.recipe import parse_arg
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  """`fast` trains for a smoke test only; `gan`, `rows=`, `alive`."""
-  arg = parse_arg(arg, fast=False, gan=False, rows=128, alive=False)
-  fast, steps = arg.fast, 600 if arg.gan else 300
+  """`fast` trains for a smoke test only; `coloured`, `gan`, `rows=`, `alive`."""
+  arg = parse_arg(arg, fast=False, coloured=False, gan=False, rows=0, alive=False)
+  fast, coloured = arg.fast, arg.coloured
+  steps = 600 if arg.gan else 500 if coloured else 300
+  rows = arg.rows or (256 if coloured else 128)
   config = ml_collections.ConfigDict()
   model = TokenizerConfig(
     channel_multipliers=(1, 1, 2),  # downsample 4: 64 codes a digit
     width=16,
     res_blocks=1,
     latent_width=32,
-    codebook_size=arg.rows,
+    codebook_size=rows,
     codebook_dim=8,
     norm_groups=8,
     # Keeps the small codebook in use from the first step on.
-    entropy_ratio=0.02 if arg.rows == 128 else 0.0,
+    entropy_ratio=0.02 if rows <= 256 else 0.0,
   )
   config.model = dataclasses.asdict(model)
   config.loss = {
@@ -50,7 +52,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "eval_source": "folder:quickstart/digits/val",
     "image_size": 32,
     "batch_size": 16 if fast else 32,
-    "largest_resize": 1.2,
+    "largest_resize": 1.1 if coloured else 1.2,
     "mirror": False,  # mirrored digits are no digits
     "min_side": 16,
     "max_bad_share": 0.01,

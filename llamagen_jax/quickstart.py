@@ -57,22 +57,25 @@ def main(argv: Sequence[str]) -> None:
   parser = argparse.ArgumentParser("llamagen quickstart", description=__doc__)
   add = parser.add_argument
   add("--workdir", default="quickstart", help="everything lands here")
+  add("--text", action="store_true", help="coloured digits, drawn from sentences")
   add("--fast", action="store_true", help="a smoke run of every step, under a minute")
   args = parser.parse_args(argv)
   if args.fast:  # nearly all of its time is compilation
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
-  run(pathlib.Path(args.workdir), FAST if args.fast else FULL)
+  run(pathlib.Path(args.workdir), FAST if args.fast else FULL, args.text)
 
 
-def run(workdir: pathlib.Path, size: Size) -> dict[str, float]:
+def run(workdir: pathlib.Path, size: Size, text: bool = False) -> dict[str, float]:
   """Runs what is not done yet and returns the measurements of `metrics.json`."""
   started = time.perf_counter()
-  _claim(workdir, size)
+  _claim(workdir, size, text)
   with _step("digits", "real digits as pictures in folders"):
     write_digits(workdir / "digits", size.digits)
+  if text:
+    return _run_text(workdir, size, started)
   with _step("tokenizer", "train the VQ tokenizer"):
-    _train(tokenizer_train, "vq_digits", size, workdir / "tokenizer", {
+    _train(tokenizer_train, "vq_digits", size.config, workdir / "tokenizer", {
         "source": f"folder:{workdir}/digits/train",
         "eval_source": f"folder:{workdir}/digits/val",
     })  # fmt: skip
@@ -80,7 +83,7 @@ def run(workdir: pathlib.Path, size: Size) -> dict[str, float]:
     for split in ("train", "val"):
       _extract(workdir, split, size)
   with _step("gpt", "train the transformer on the codes"):
-    _train(gpt_train, "c2i_digits", size, workdir / "gpt", {
+    _train(gpt_train, "c2i_digits", size.config, workdir / "gpt", {
         "codes": f"{workdir}/codes/train",
         "eval_codes": f"{workdir}/codes/val",
     })  # fmt: skip
@@ -162,9 +165,24 @@ def judge(workdir: pathlib.Path, size: Size) -> dict[str, float]:
   }
 
 
-def _claim(workdir: pathlib.Path, size: Size) -> None:
+def _run_text(workdir: pathlib.Path, size: Size, started: float) -> dict[str, float]:
+  from llamagen_jax import quickstart_text  # needs the extra `text`
+
+  path = workdir / "metrics.json"
+  if not path.exists():
+    metrics = quickstart_text.run(workdir, size.config, size.samples, _step, _train)
+    part = path.with_name(".metrics.json.part")
+    part.write_text(json.dumps(metrics, indent=1))
+    part.rename(path)
+  metrics = json.loads(path.read_text())
+  quickstart_text.print_table(metrics, workdir, time.perf_counter() - started)
+  return metrics
+
+
+def _claim(workdir: pathlib.Path, size: Size, text: bool) -> None:
   """Refuses to mix the smoke run and the real one in one folder."""
-  path, wanted = workdir / "size.json", json.dumps(dataclasses.asdict(size))
+  wanted = json.dumps(dataclasses.asdict(size) | ({"text": True} if text else {}))
+  path = workdir / "size.json"
   if path.exists() and path.read_text() != wanted:
     raise UserError(
       f"--workdir={workdir} holds a run of another size ({path.read_text()}): choose"
@@ -174,11 +192,11 @@ def _claim(workdir: pathlib.Path, size: Size) -> None:
   path.write_text(wanted)
 
 
-def _train(trainer, name: str, size: Size, workdir: pathlib.Path, data: dict) -> None:
+def _train(trainer, name: str, arg: str, workdir: pathlib.Path, data: dict) -> None:
   if (workdir / "bundle" / bundle.CONFIG).exists():
     return
   module = importlib.import_module(f"llamagen_jax.configs.{name}")
-  config = module.get_config(size.config)
+  config = module.get_config(arg)
   config.data.update(data)
   trainer.train(config, workdir)
 

@@ -10,12 +10,14 @@ from llamagen_jax.tokenizer.train import TokenizerRecipe
 from llamagen_jax.training.recipe import build
 
 TOKENIZERS = {
-  "vq_digits": ["", "fast", "gan", "rows=512,alive"],
+  "vq_digits": ["", "fast", "coloured", "gan", "rows=512,alive"],
   "vq_imagenet": ["", "VQ-8", "VQ-16,finetune", "VQ-16,runlocal"],
 }
 TRANSFORMERS = {
   "c2i_digits": ["", "fast"],
   "c2i_imagenet": ["", "L,image_size=384", "3B,image_size=384,epochs=50", "runlocal"],
+  "t2i_digits": ["", "fast"],
+  "t2i_laion": ["", "stage2", "stage1,runlocal"],
 }
 
 

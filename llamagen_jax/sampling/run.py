@@ -148,22 +148,12 @@ def _of_prompts(args: argparse.Namespace) -> bool:
 def _prompts(args: argparse.Namespace, gpt: bundle.Transformer, dtype: str) -> Prompts:
   if gpt.config.condition != "caption":
     raise UserError(f"--gpt={args.gpt} draws classes: give --classes")
-  if not args.t5:
+  if not args.t5:  # a bundle names its encoder, and does not hold it
     raise UserError("prompts need --t5, the folder of their text encoder")
   texts = args.prompts or read_prompts(args.prompt_file)
   encoder = load_t5(args.t5, dtype=dtype)
-  if gpt.text_encoder and encoder.identity != gpt.text_encoder:
-    raise UserError(
-      f"--t5={args.t5} is {encoder.identity[:12]}, the transformer was trained with"
-      f" {gpt.text_encoder[:12]}"
-    )
-  if encoder.config.dim != gpt.config.caption_dim:
-    raise UserError(
-      f"--t5={args.t5}: features of width {encoder.config.dim}, the model expects"
-      f" {gpt.config.caption_dim}"
-    )
   repeated = tuple(text for text in texts for _ in range(args.count))
-  return Prompts(repeated, encoder, gpt.config.caption_tokens, args.negative_prompt)
+  return Prompts.of(gpt, encoder, repeated, args.negative_prompt)
 
 
 def _labels(args: argparse.Namespace, gpt: bundle.Transformer) -> Labels:

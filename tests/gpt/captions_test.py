@@ -230,7 +230,7 @@ def test_training_stage_one_and_two(data, tmp_path):
   second = config(data, short_share=0.3)
   second.data.update(codes=str(tmp_path / "codes"), eval_codes=str(tmp_path / "codes"))
   second.model = dataclasses.asdict(wide)
-  second.init_from = str(tmp_path / "stored" / "bundle")
+  second.init_from = str(tmp_path / "stored")
   second.optimizer.lr = 0.0
   second.optimizer.weight_decay = 0.0
   begun = gpt_train.train(second, tmp_path / "second")
