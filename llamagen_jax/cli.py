@@ -14,6 +14,7 @@ VERBS = {
   "prepare-captions": ("data.captions", "pictures with captions to caption shards"),
   "extract-text": ("text.extract", "caption shards to shards of T5 features"),
   "train-gpt": ("gpt.train", "train a transformer on code shards"),
+  "compile-for-pod": ("pod.compile", "prove that a config fits a pod, without one"),
   "sample": ("sampling.run", "draw pictures"),
   "evaluate": ("evaluation.run", "FID and its kin of two sets of pictures"),
   "import-weights": ("interop.import_weights", "published weights to a bundle"),

@@ -5,6 +5,7 @@ this file alone says which mesh axis a named axis lies on.
 """
 
 import collections
+from collections.abc import Sequence
 import math
 from typing import Any
 
@@ -28,22 +29,30 @@ RULES = {
 }
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(
+  data: int = -1,
+  fsdp: int = 1,
+  tensor: int = 1,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
   """A mesh over all devices; a size of -1 takes the devices that are left."""
+  devices = jax.devices() if devices is None else devices
   sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
-  devices = jax.device_count()
   free = [axis for axis, size in sizes.items() if size == -1]
   fixed = math.prod(size for size in sizes.values() if size != -1)
   if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
     raise UserError(f"mesh {sizes}: sizes are positive, and one of them may be -1")
   if free:
-    sizes[free[0]] = devices // fixed
-  if math.prod(sizes.values()) != devices:
+    sizes[free[0]] = len(devices) // fixed
+  if math.prod(sizes.values()) != len(devices):
     raise UserError(
-      f"mesh {sizes} holds {math.prod(sizes.values())} devices, but {devices} are here"
+      f"mesh {sizes} holds {math.prod(sizes.values())} devices, but"
+      f" {len(devices)} are here"
     )
   # Flax layers leave the placement of intermediates to the compiler.
-  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3)
+  kinds = (AxisType.Auto,) * len(AXES)
+  shape = tuple(sizes.values())
+  return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
 
 
 def spec(mesh: Mesh, shape: tuple[int, ...], names: tuple) -> PartitionSpec:

@@ -59,13 +59,6 @@ def parse_command(verb: str, argv: Sequence[str]) -> Command:
   With them come the flags of several hosts, which are joined here.
   """
   values = flags.FlagValues()
-  config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Config file, with its argument after a colon.",
-    flag_values=values,
-    sys_argv=[verb, *argv],
-  )
   flags.DEFINE_string(
     "workdir", None, "Folder of checkpoints, logs and the bundle.", flag_values=values
   )
@@ -76,6 +69,26 @@ def parse_command(verb: str, argv: Sequence[str]) -> Command:
     flag_values=values,
   )
   hosts.define_flags(values)
+  config = parse_config(verb, argv, values, required=("workdir",))
+  hosts.connect(values)
+  return Command(config, epath.Path(values.workdir), values["init-from"].value)
+
+
+def parse_config(
+  verb: str, argv: Sequence[str], values: flags.FlagValues, required: Sequence[str] = ()
+) -> ml_collections.ConfigDict:
+  """Parses `--config` with its overrides, and the flags that `values` defines.
+
+  Raises:
+    UserError: a flag that is unknown or missing, or a field that no config has.
+  """
+  config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Config file, with its argument after a colon.",
+    flag_values=values,
+    sys_argv=[verb, *argv],
+  )
   flags.DEFINE_bool("help", False, "Show this help.", flag_values=values)
   try:
     rest = values([verb, *argv])[1:]
@@ -88,17 +101,15 @@ def parse_command(verb: str, argv: Sequence[str]) -> Command:
     raise SystemExit(0)
   if rest:
     raise UserError(f"unexpected argument {rest[0]!r}")
-  for name in ("config", "workdir"):
+  for name in ("config", *required):
     if values[name].value is None:
       raise UserError(f"--{name} is required")
-  config = values.config
-  if not isinstance(config, ml_collections.ConfigDict):
+  if not isinstance(values.config, ml_collections.ConfigDict):
     file = config_flags.get_config_filename(values["config"])
     raise UserError(
       f"--config={file}: no such file, or get_config() gives no ConfigDict"
     )
-  hosts.connect(values)
-  return Command(config, epath.Path(values.workdir), values["init-from"].value)
+  return values.config
 
 
 def _one_line(error: object) -> str:

@@ -53,7 +53,7 @@ class TrainState:
 
 def abstract_state(init: Callable[[jax.Array], Any], mesh: Mesh) -> Any:
   """Shapes, dtypes and shardings of `init(key)`, whose parameters are boxed."""
-  boxed = jax.eval_shape(init, jax.random.key(0))
+  boxed = jax.eval_shape(lambda: init(jax.random.key(0)))
   return jax.tree.map(
     lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
     unbox(boxed),

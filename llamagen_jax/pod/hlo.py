@@ -1,0 +1,448 @@
+"""Counts what one chip does in a compiled program, from its optimised HLO.
+
+The compiler's own cost analysis counts the body of a loop once. Here every
+computation counts as often as it runs: loops by their trip counts.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from typing import Any
+
+import numpy as np
+
+BYTES = {
+  "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1,
+  "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4,
+  "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
+}  # fmt: skip
+COLLECTIVES = (
+  "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
+  "collective-permute", "collective-broadcast",
+)  # fmt: skip
+# They move nothing themselves.
+FREE = {
+  "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all",
+  "partition-id", "replica-id", "opt-barrier", "while", "call", "conditional",
+}  # fmt: skip
+ALIASES = ("copy", "bitcast", "convert", "copy-start", "copy-done", "reshape")
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes of a chip's HBM while the program runs."""
+
+  arguments: int
+  outputs: int  # beyond those that overwrite a donated argument
+  temporaries: int
+  code: int
+
+  @property
+  def total(self) -> int:
+    return self.arguments + self.outputs + self.temporaries + self.code
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """All runs of one kind of exchange between groups of one size."""
+
+  kind: str
+  group: int  # chips that exchange
+  count: int
+  size: int  # bytes of the whole arrays, summed over the runs
+  largest: int  # bytes of the largest single run
+
+  @property
+  def sent(self) -> float:
+    """Bytes that a chip sends in a ring, the least that any algorithm needs."""
+    share = (self.group - 1) / max(self.group, 1)
+    return self.size * {"all-reduce": 2 * share, "collective-permute": 1}.get(
+      self.kind, share
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+  """An array that is copied from HBM to HBM."""
+
+  shape: str
+  count: int
+  size: int  # bytes of one
+  op_name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+  """What one chip does in one run of a program."""
+
+  memory: Memory
+  flops: float  # of matrix products and convolutions, a multiply-add being two
+  bytes: float  # read from and written to HBM
+  collectives: tuple[Collective, ...]
+  copies: tuple[Copy, ...]  # the most expensive first
+
+
+def analyse(compiled: Any) -> Analysis:
+  """Analyses a `jax.stages.Compiled`."""
+  m = compiled.memory_analysis()
+  memory = Memory(
+    m.argument_size_in_bytes,
+    m.output_size_in_bytes - m.alias_size_in_bytes,
+    m.temp_size_in_bytes,
+    m.generated_code_size_in_bytes,
+  )
+  return analyse_text(compiled.as_text(), memory)
+
+
+def analyse_text(text: str, memory: Memory) -> Analysis:
+  counter = _Counter(*_parse(text))
+  counter.run()
+  collectives = [
+    Collective(kind, group, *totals)
+    for (kind, group), totals in sorted(counter.collectives.items())
+  ]
+  copies = [Copy(*key[:1], count, *key[1:]) for key, count in counter.copies.items()]
+  copies.sort(key=lambda copy: -copy.count * copy.size)
+  return Analysis(
+    memory, counter.flops, counter.bytes, tuple(collectives), tuple(copies)
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Array:
+  dtype: str
+  shape: tuple[int, ...]
+  in_hbm: bool
+
+  @property
+  def bytes(self) -> int:
+    return int(math.prod(self.shape) * BYTES.get(self.dtype, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Op:
+  name: str
+  kind: str
+  arrays: tuple[_Array, ...]  # of the result, tuples flattened
+  operands: tuple[str, ...]
+  literal: str  # what stands between the parentheses
+  attributes: str
+
+  def attribute(self, name: str) -> str:
+    found = re.search(rf"[ ,]{name}=(%?[\w.\-]+)", self.attributes)
+    return found[1].lstrip("%") if found else ""
+
+
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_ASSIGN = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+
+
+def _parse(text: str) -> tuple[dict[str, dict[str, _Op]], dict[str, _Op], str]:
+  """Computations by name, their roots, and the name of the entry."""
+  computations, roots, entry, current = {}, {}, "", ""
+  for line in text.splitlines():
+    line = re.sub(r"/\*.*?\*/", "", line)
+    if head := _HEAD.match(line):
+      current = head[2]
+      computations[current] = {}
+      entry = current if head[1] else entry
+    elif (assign := _ASSIGN.match(line)) and current:
+      op = _parse_op(assign[2], line[assign.end() :])
+      computations[current][op.name] = op
+      if assign[1]:
+        roots[current] = op
+  return computations, roots, entry
+
+
+def _parse_op(name: str, text: str) -> _Op:
+  end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+  opened = text.index("(", end)
+  closed = _closing(text, opened)
+  literal = text[opened + 1 : closed]
+  arrays = [
+    _Array(
+      dtype,
+      tuple(int(size) for size in shape.split(",") if size),
+      not re.search(r"S\([1-9]", layout),
+    )
+    for dtype, shape, layout in _ARRAY.findall(text[:end])
+  ]
+  return _Op(
+    name,
+    text[end:opened].strip(),
+    tuple(arrays),
+    tuple(re.findall(r"%([\w.\-]+)", literal)),
+    literal,
+    text[closed + 1 :],
+  )
+
+
+def _closing(text: str, opened: int) -> int:
+  """Index of the parenthesis that closes the one at `opened`."""
+  depth = 0
+  for found in re.compile(r"[()]").finditer(text, opened):
+    depth += 1 if found[0] == "(" else -1
+    if not depth:
+      return found.start()
+  raise ValueError(f"unbalanced HLO: {text[:80]}")
+
+
+class _Counter:
+  """Walks the program from its entry, multiplying by trip counts."""
+
+  def __init__(self, computations, roots, entry):
+    self._computations, self._roots, self._entry = computations, roots, entry
+    self.flops = self.bytes = 0.0
+    self.collectives = collections.defaultdict(lambda: [0, 0, 0])
+    self.copies = collections.Counter()
+
+  def run(self) -> None:
+    self._walk(self._entry, 1, fused=False)
+
+  def _walk(self, computation: str, runs: int, fused: bool) -> None:
+    ops = self._computations[computation]
+    for op in ops.values():
+      if op.kind == "while":
+        trips = self._trips(ops, op)
+        self._walk(op.attribute("body"), runs * trips, fused)
+      elif op.kind in ("fusion", "call", "async-start"):
+        inside = fused or op.kind == "fusion"
+        callee = op.attribute("calls") or op.attribute("to_apply")
+        if _is_reduce_scatter(op):
+          self._exchange("reduce-scatter", self._inner_reduce(callee), runs, callee)
+        else:
+          self._walk(callee, runs, inside)
+      elif op.kind == "conditional":
+        for branch in _branches(op):
+          self._walk(branch, runs, fused)
+      elif op.kind == "dot":
+        self.flops += runs * _dot_flops(ops, op)
+      elif op.kind == "convolution":
+        self.flops += runs * _convolution_flops(ops, op)
+      elif op.kind == "custom-call":
+        self.flops += runs * _declared(op, "flops")
+      elif (kind := op.kind.removesuffix("-start")) in COLLECTIVES:
+        self._exchange(kind, op, runs, computation)
+      if not fused:
+        self.bytes += runs * self._moved(ops, op)
+        self._note_copy(ops, op, runs)
+
+  def _inner_reduce(self, computation: str) -> _Op:
+    ops = self._computations[computation].values()
+    return next(op for op in ops if op.kind.startswith(("all-reduce", "reduce-sc")))
+
+  def _exchange(self, kind: str, op: _Op, runs: int, computation: str) -> None:
+    """Notes a collective; its size is that of the whole arrays."""
+    ops = self._computations[computation]
+    given = sum(
+      a.bytes for name in op.operands if name in ops for a in ops[name].arrays
+    )
+    group = _group_size(op)
+    # Operands are parts of what is gathered, and the whole of all else.
+    size = given * group if kind == "all-gather" else given
+    totals = self.collectives[kind, group]
+    totals[0] += runs
+    totals[1] += runs * size
+    totals[2] = max(totals[2], size)
+
+  def _trips(self, ops: dict[str, _Op], loop: _Op) -> int:
+    """How often a loop that counts to a constant runs its body."""
+    known = re.search(r'known_trip_count\D*?"?n"?:"?(\d+)', loop.attributes)
+    if known:
+      return int(known[1])
+    condition, body = loop.attribute("condition"), loop.attribute("body")
+    inside, test = self._computations[condition], self._roots[condition]
+    names = test.operands
+    if test.kind == "fusion":
+      parameters, test = self._callee(test)
+      names = [names[parameters[name]] for name in test.operands]
+    start = ops[loop.operands[0]]
+    if test.kind != "compare":
+      raise ValueError(f"loop {loop.name}: no trip count in its condition")
+
+    def resolve(name):
+      op = _source(inside, name)
+      if op.kind == "get-tuple-element":
+        index = int(re.search(r"index=(\d+)", op.attributes)[1])
+        return _source(ops, start.operands[index]), index
+      return op, None
+
+    (first, index), (limit, _) = (resolve(name) for name in names)
+    step = self._step(body, index)
+    trips = (int(limit.literal) - int(first.literal)) / step
+    inclusive = re.search(r"direction=(LE|GE)", test.attributes) is not None
+    return max(0, math.floor(trips) + 1 if inclusive else math.ceil(trips))
+
+  def _callee(self, fusion: _Op) -> tuple[dict[str, int], _Op]:
+    callee = fusion.attribute("calls")
+    parameters = {
+      op.name: int(op.literal)
+      for op in self._computations[callee].values()
+      if op.kind == "parameter"
+    }
+    return parameters, self._roots[callee]
+
+  def _step(self, body: str, index: int) -> int:
+    """What the loop's counter grows by."""
+    ops, root = self._computations[body], self._roots[body]
+    update = _source(ops, root.operands[index])
+    if update.kind == "add":
+      for name in update.operands:
+        if _source(ops, name).kind == "constant":
+          return int(_source(ops, name).literal)
+    return 1
+
+  def _moved(self, ops: dict[str, _Op], op: _Op) -> float:
+    """Bytes of HBM that an operation outside of fusions reads and writes."""
+    if op.kind in FREE or op.kind.endswith("-done") or op.kind == "async-start":
+      return 0
+    if op.kind == "custom-call":
+      if declared := _declared(op, "bytes_accessed"):
+        return declared
+      if "tpu_custom_call" not in op.attributes:
+        return 0
+    written = op.arrays[1:2] if op.kind.endswith("-start") else op.arrays
+    total = sum(a.bytes for a in written if a.in_hbm)
+    if op.kind in ("slice-start", "dynamic-slice", "slice", "gather"):
+      return total + sum(a.bytes for a in written)
+    if op.kind == "dynamic-update-slice":
+      return 2 * sum(a.bytes for a in ops[op.operands[1]].arrays)
+    if op.kind == "fusion":
+      return self._fusion_moved(ops, op, total)
+    return total + sum(
+      a.bytes
+      for name in op.operands
+      if name in ops
+      for a in ops[name].arrays
+      if a.in_hbm
+    )
+
+  def _fusion_moved(self, ops: dict[str, _Op], op: _Op, written: float) -> float:
+    """A fusion reads only the slices it takes, and writes only those it updates."""
+    callee = self._computations[op.attribute("calls")]
+    users = collections.defaultdict(list)
+    for inner in callee.values():
+      for position, name in enumerate(inner.operands):
+        users[name].append((inner, position))
+    total = written
+    for inner in callee.values():
+      if inner.kind == "dynamic-update-slice":
+        update = sum(a.bytes for a in callee[inner.operands[1]].arrays)
+        total -= max(0, min(total, sum(a.bytes for a in inner.arrays)) - update)
+      if inner.kind != "parameter":
+        continue
+      outer = ops[op.operands[int(inner.literal)]]
+      whole = sum(a.bytes for a in outer.arrays if a.in_hbm)
+      total += min(whole, sum(_read(user, at, whole) for user, at in users[inner.name]))
+    return total
+
+  def _note_copy(self, ops: dict[str, _Op], op: _Op, runs: int) -> None:
+    if op.kind not in ("copy", "copy-start") or not op.operands:
+      return
+    source = ops[op.operands[0]].arrays[0]
+    target = op.arrays[0]
+    if source.in_hbm and target.in_hbm and source.shape == target.shape:
+      if op.kind == "copy-start" and not op.arrays[1].in_hbm:
+        return
+      shape = f"{target.dtype}[{','.join(map(str, target.shape))}]"
+      name = re.search(r'op_name="([^"]*)"', op.attributes)
+      self.copies[shape, target.bytes, name[1] if name else ""] += runs
+
+
+def _read(user: _Op, position: int, whole: int) -> int:
+  """Bytes of an operand that an operation inside a fusion looks at."""
+  if user.kind in ("dynamic-slice", "slice", "gather") and position == 0:
+    return sum(a.bytes for a in user.arrays)
+  if user.kind == "dynamic-update-slice" and position == 0:
+    return 0
+  return whole
+
+
+def _source(ops: dict[str, _Op], name: str) -> _Op:
+  """The operation that a scalar comes from."""
+  op = ops[name]
+  while op.kind in ALIASES and op.operands:
+    op = ops[op.operands[0]]
+  return op
+
+
+def _branches(op: _Op) -> list[str]:
+  listed = re.search(r"branch_computations=\{([^}]*)\}", op.attributes)
+  if listed:
+    return re.findall(r"%?([\w.\-]+)", listed[1])
+  return [op.attribute("true_computation"), op.attribute("false_computation")]
+
+
+def _is_reduce_scatter(op: _Op) -> bool:
+  """The TPU writes reduce-scatter as all-reduce and slice, fused under that name."""
+  return op.kind == "fusion" and "all-reduce-scatter" in op.attribute("calls")
+
+
+def _group_size(op: _Op) -> int:
+  """Chips that take part in one exchange."""
+  text = op.attributes
+  if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
+    sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
+    return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", found[2]))
+  if found := re.search(r"replica_groups=\[([\d,]+)\]<=", text):
+    return int(found[1].split(",")[-1])
+  if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+    return found[1].count(",") + 1
+  return 2  # collective-permute: a chip and its neighbour
+
+
+def _declared(op: _Op, what: str) -> float:
+  """What a hand-written kernel says it costs."""
+  found = re.search(rf'"{what}":\s*"?(\d+)', op.attributes)
+  return float(found[1]) if found and "tpu_custom_call" in op.attributes else 0.0
+
+
+def _dot_flops(ops: dict[str, _Op], op: _Op) -> float:
+  lhs = ops[op.operands[0]].arrays[0].shape
+  axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes)[1]
+  contracted = math.prod(lhs[int(axis)] for axis in axes.split(",") if axis)
+  return 2.0 * math.prod(op.arrays[0].shape) * contracted
+
+
+def _convolution_flops(ops: dict[str, _Op], op: _Op) -> float:
+  """Multiply-adds on elements that exist: neither padding nor dilation's holes.
+
+  The TPU's matrix products are convolutions too, batch axes being dilated so far
+  that every output element sees one element only.
+  """
+  found = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
+  lhs, rhs, out = (
+    dict(zip(labels, array.shape, strict=True))
+    for labels, array in zip(
+      found.groups(),
+      (*(ops[name].arrays[0] for name in op.operands[:2]), op.arrays[0]),
+      strict=True,
+    )
+  )
+  spatial = sorted(label for label in out if label.isdigit())
+  window = _window(op.attributes, len(spatial))
+  flops = 2.0 * out["b"] * out["f"] * rhs["i"]
+  for axis, label in enumerate(spatial):
+    stride, low, dilation, kernel_dilation = window[axis]
+    at = np.add.outer(
+      np.arange(out[label]) * stride - low, np.arange(rhs[label]) * kernel_dilation
+    )
+    valid = (at >= 0) & (at <= (lhs[label] - 1) * dilation) & (at % dilation == 0)
+    flops *= np.count_nonzero(valid)
+  return flops
+
+
+def _window(attributes: str, axes: int) -> list[tuple[int, int, int, int]]:
+  """Stride, low padding and the dilations of input and kernel, an axis each."""
+  if not axes:
+    return []
+  text = re.search(r"window=\{([^}]*)\}", attributes)
+  fields = dict(f.split("=") for f in text[1].split()) if text else {}
+  ones = "x".join(["1"] * axes)
+  columns = [fields.get(n, ones) for n in ("stride", "lhs_dilate", "rhs_dilate")]
+  stride, dilation, kernel = ([int(v) for v in c.split("x")] for c in columns)
+  padding = fields.get("pad", "x".join(["0_0"] * axes)).split("x")
+  low = [int(pad.split("_")[0]) for pad in padding]
+  return list(zip(stride, low, dilation, kernel, strict=True))

@@ -1,0 +1,80 @@
+"""The verb, on a model that compiles in seconds."""
+
+import json
+
+import jax
+import pytest
+
+from llamagen_jax import cli
+from llamagen_jax.gpt.model import init_gpt
+from llamagen_jax.pod.flops import matmul_weights, train_flops
+from llamagen_jax.training.mesh import unbox
+from tests import tiny
+
+CONFIG = "configs/c2i_imagenet.py:runlocal"
+
+
+def compile_for_pod(*flags: str) -> int:
+  command = ["compile-for-pod", f"--config={CONFIG}", "--config.data.batch_size=16"]
+  return cli.run([*command, *flags])
+
+
+def test_model_flops_count_the_matrices_of_the_model():
+  params = jax.eval_shape(lambda: unbox(init_gpt(tiny.GPT, jax.random.key(0))))
+  sizes = {
+    jax.tree_util.keystr(path): leaf.size
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+  used = [n for name, n in sizes.items() if "norm" not in name and "embedd" not in name]
+  condition = sum(n for name, n in sizes.items() if "condition" in name)
+  assert matmul_weights(tiny.GPT) == sum(used) - condition
+  assert train_flops(tiny.GPT, 6) == 3 * train_flops(tiny.GPT, 2)
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("mesh", ["data=-1", "fsdp=-1", "tensor=-1"])
+def test_a_small_config_compiles_for_four_chips(mesh, tmp_path, capsys):
+  pytest.importorskip("libtpu", reason="compiles for a TPU")
+  axis, size = mesh.split("=")
+  flags = [f"--config.mesh.{axis}={size}", f"--json={tmp_path}/figures.json"]
+  if axis != "data":
+    flags.append("--config.mesh.data=1")
+  assert compile_for_pod("--topology=v5e:2x2", *flags) == 0
+  printed = capsys.readouterr().out
+  assert "4 x v5e" in printed and "fits" in printed
+  found = json.loads((tmp_path / "figures.json").read_text())
+  assert found["fits"] and found["chips"] == 4
+  # 1.0 but for what every chip repeats of the small matrices that do not divide.
+  assert 0.95 < found["flops"] / found["model_flops"] < 1.2
+  kinds = {c["kind"] for c in found["collectives"]}
+  assert "all-reduce" in kinds or "reduce-scatter" in kinds
+  if axis == "data":
+    assert "all-to-all" not in kinds
+
+
+@pytest.mark.parametrize(
+  "flags, words",
+  [
+    (["--topology=v9:2x2"], "topology 'v9:2x2': expected such as v5e:2x4"),
+    (["--topology=v5p:2x2"], "v5p has 3 axes"),
+    ([], "--topology is required"),
+    (["--topology=v5e:2x2", "--config.model.dimm=3"], "config has no field"),
+  ],
+)
+def test_bad_commands(flags, words, capsys):
+  assert compile_for_pod(*flags) == 2
+  assert words in capsys.readouterr().err
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize(
+  "flags, words",
+  [
+    (["--config.mesh.data=8"], "holds 8 devices, but 4 are here"),
+    (["--config.data.batch_size=6"], "data.batch_size=6 is not a multiple"),
+  ],
+)
+def test_configs_that_do_not_go_on_the_topology(flags, words, capsys):
+  pytest.importorskip("libtpu", reason="compiles for a TPU")
+  assert compile_for_pod("--topology=v5e:2x2", *flags) == 2
+  assert words in capsys.readouterr().err
