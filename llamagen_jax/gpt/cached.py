@@ -13,6 +13,7 @@ kv head, C = G + 2 (queries, key, value), H head dim, N = K G H, F ffn, V vocabu
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 
 from llamagen_jax.gpt.config import GPTConfig
@@ -106,17 +107,32 @@ def cached_forward(
   new_cache = []
   for layer, old in zip(params["layers"], cache, strict=True):
     normed = rms_norm(x_BTD, layer["attention_norm"], config.norm_eps)
-    mixed, new = _attention(layer, normed, rope, mask_BTS, old, position)
+    mixed, new = _attention(layer, normed, rope, mask_BTS, _pinned(old), position)
     x_BTD = x_BTD + mixed
     normed = rms_norm(x_BTD, layer["ffn_norm"], config.norm_eps)
     x_BTD = x_BTD + _ffn(layer, normed)
-    new_cache.append(new)
+    new_cache.append(_pinned(new))
   last_BD = rms_norm(x_BTD[:, -1], params["norm"], config.norm_eps)
   logits_VB = jnp.einsum(
     "VD,BD->VB", params["head"], last_BD, preferred_element_type=jnp.float32
   )
   # Without the barrier the compiler turns the product around, which is slower.
   return jax.lax.optimization_barrier(logits_VB).T, tuple(new_cache)
+
+
+def _pinned(cache: LayerCache) -> LayerCache:
+  """Keeps positions in a TPU's lanes, where a loop carries a cache.
+
+  Left to itself the compiler puts the batch there, because that makes the writes
+  cheapest: every cache is then copied before and after the loop, and padded to
+  128 rows in between.
+  """
+
+  def pin(cache):
+    positions_last = LayerCache(Layout((0, 1, 2, 3)), Layout((0, 1, 3, 2)))
+    return with_layout_constraint(cache, positions_last)
+
+  return jax.lax.platform_dependent(cache, tpu=pin, default=lambda cache: cache)
 
 
 def _attention(layer, x_BTD, rope, mask_BTS, cache: LayerCache, position):

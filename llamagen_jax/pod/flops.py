@@ -21,3 +21,14 @@ def train_flops(config: GPTConfig, batch_size: int) -> float:
   weights = 6 * matmul_weights(c) * c.length
   attention = 12 * c.layers * c.dim * c.length**2
   return float(batch_size * (weights + attention))
+
+
+def sampling_flops(config: GPTConfig, pictures: int, guidance: bool) -> float:
+  """Model FLOPs of drawing pictures: two a weight and token, and attention.
+
+  A token attends to what came before it: half of the square.
+  """
+  c = config
+  weights = 2 * matmul_weights(c) * (c.length - 1)
+  attention = 2 * c.layers * c.dim * c.length**2
+  return float(pictures * (2 if guidance else 1) * (weights + attention))

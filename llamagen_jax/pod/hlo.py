@@ -303,7 +303,11 @@ class _Counter:
         return declared
       if "tpu_custom_call" not in op.attributes:
         return 0
-    written = op.arrays[1:2] if op.kind.endswith("-start") else op.arrays
+    written = op.arrays
+    if op.kind == "copy-start":
+      written = op.arrays[:1]  # (target, source, ..), while others begin with sources
+    elif op.kind.endswith("-start"):
+      written = op.arrays[1:2]
     total = sum(a.bytes for a in written if a.in_hbm)
     if op.kind in ("slice-start", "dynamic-slice", "slice", "gather"):
       return total + sum(a.bytes for a in written)

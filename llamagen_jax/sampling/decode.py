@@ -61,13 +61,13 @@ def generate(
     key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
   params = decoding_params(config, params)
   rows = sampling.rows(batch)
-  return _generate(
+  return generate_codes(
     config, sampling.stages, params, condition, key, condition_mask, rows
   )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "stages"))
-def _generate(
+def generate_codes(
   config: GPTConfig,
   stages: Stages,
   params: dict[str, Any],
@@ -76,6 +76,7 @@ def _generate(
   condition_mask: jax.Array | None,
   rows: Rows,
 ) -> jax.Array:
+  """`generate`, compiled: `params` from `decoding_params`, `rows` of settings."""
   c = config
   ends = segment_ends(c)
   logits, cache = prefill(
@@ -84,23 +85,40 @@ def _generate(
   code_B = draw_codes(c, stages, logits, jnp.int32(0), keys_B, rows)
   drawn, start = [code_B[None]], 1
   for end in ends:
-    length = c.prefix_tokens + end - 1
-    cache = grow_cache(cache, length)
-
-    def step(carry, index):
-      code_B, cache = carry
-      logits, cache = decode_step(
-        c, params, code_B, index, cache, condition_mask, stages.guidance
-      )
-      code_B = draw_codes(c, stages, logits, index, keys_B, rows)
-      return (code_B, cache), code_B
-
-    (code_B, cache), codes_TB = jax.lax.scan(
-      step, (code_B, cache), jnp.arange(start, end)
+    cache = grow_cache(cache, c.prefix_tokens + end - 1)
+    codes_TB, cache = decode_segment(
+      c, stages, params, code_B, start, end, cache, keys_B, condition_mask, rows
     )
     drawn.append(codes_TB)
-    start = end
+    code_B, start = codes_TB[-1], end
   return jnp.concatenate(drawn).T
+
+
+def decode_segment(
+  config: GPTConfig,
+  stages: Stages,
+  params: dict[str, Any],
+  code_B: jax.Array,
+  start: int,
+  end: int,
+  cache: Cache,
+  keys_B: jax.Array,
+  condition_mask: jax.Array | None,
+  rows: Rows,
+) -> tuple[jax.Array, Cache]:
+  """Draws codes number `start` .. `end` - 1 after `code_B`; int32 [end - start, B]."""
+
+  def step(carry, index):
+    code_B, cache = carry
+    logits, cache = decode_step(
+      config, params, code_B, index, cache, condition_mask, stages.guidance
+    )
+    code_B = draw_codes(config, stages, logits, index, keys_B, rows)
+    return (code_B, cache), code_B
+
+  indices = jnp.arange(start, end)
+  (_, cache), codes_TB = jax.lax.scan(step, (code_B, cache), indices)
+  return codes_TB, cache
 
 
 def segment_ends(config: GPTConfig) -> list[int]:

@@ -1,0 +1,132 @@
+"""The sampler, compiled for a pod: prefill and every code of a batch of pictures."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llamagen_jax.gpt.cached import Cache, decoding_params, init_cache
+from llamagen_jax.gpt.config import GPTConfig
+from llamagen_jax.gpt.model import init_gpt
+from llamagen_jax.pod import topology
+from llamagen_jax.pod.flops import sampling_flops
+from llamagen_jax.pod.verdict import Verdict, analysed
+from llamagen_jax.sampling.config import SamplingConfig
+from llamagen_jax.sampling.decode import generate_codes, segment_ends
+from llamagen_jax.training.mesh import batch_sharding, replicated, shardings, unbox
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerVerdict(Verdict):
+  """All codes of a batch of pictures."""
+
+  pictures: int  # on all chips
+  codes: int  # of one picture
+  least_bytes: float  # of the run, on one chip: weights and cache read once a step
+
+  @property
+  def pictures_per_second(self) -> float:
+    """On one chip, if the binding resource were used to the full."""
+    return self.pictures / self.chips / self.least_seconds
+
+  def lines(self) -> list[str]:
+    step = 1e3 * self.least_seconds / self.codes
+    return [
+      *super().lines(),
+      f"bytes read      {self.found.bytes / self.least_bytes:.2f} x weights and"
+      " the written cache once a step",
+      f"at best         {step:.2f} ms a step, {self.pictures_per_second:.2f}"
+      " pictures/s a chip",
+    ]
+
+  def figures(self) -> dict[str, Any]:
+    return super().figures() | {
+      "pictures": self.pictures,
+      "codes": self.codes,
+      "least_bytes": self.least_bytes,
+      "pictures_per_second": self.pictures_per_second,
+    }
+
+
+def compile_sampler(
+  config: GPTConfig, sampling: SamplingConfig, pictures: int, tensor: int, where: str
+) -> SamplerVerdict:
+  """Compiles what `sample` runs for a topology, `v5e:1x1` say.
+
+  Args:
+    config: shape of the model.
+    sampling: guidance doubles the rows.
+    pictures: drawn at once by a group of `tensor` chips.
+    tensor: chips that share a model.
+    where: the topology.
+  """
+  mesh = topology.mesh(where, -1, 1, tensor)
+  batch = pictures * mesh.shape["data"]
+  place, every = batch_sharding(mesh), replicated(mesh)
+  with jax.set_mesh(mesh):
+    params = abstract_params(config, mesh)
+    rows = jax.eval_shape(lambda: sampling.rows(batch))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    condition, mask = _condition(config, batch, place)
+    lowered = generate_codes.lower(
+      config,
+      sampling.stages,
+      params,
+      condition,
+      _placed(keys, place),
+      mask,
+      _placed(rows, every),
+    )
+    found = analysed(lowered)
+  guided = sampling.guidance_scale > 1
+  flops = sampling_flops(config, batch, guided) / mesh.size
+  least = _least_bytes(config, params, pictures * (2 if guided else 1), tensor)
+  return SamplerVerdict(
+    topology.chip(mesh), mesh.size, flops, found, batch, config.image_tokens, least
+  )
+
+
+def abstract_params(config: GPTConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """Shapes and places of `decoding_params` on a mesh; run under `jax.set_mesh`."""
+  boxed = jax.eval_shape(lambda: init_gpt(config, jax.random.key(0)))
+  trained = jax.tree.map(_shape, unbox(boxed), shardings(mesh, boxed))
+  lay_out = jax.jit(functools.partial(decoding_params, config))
+  lowered = lay_out.lower(trained)
+  return jax.tree.map(_shape, lowered.out_info, lowered.compile().output_shardings)
+
+
+def _shape(leaf, place):
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+
+def _placed(tree, place):
+  return jax.tree.map(lambda leaf: _shape(leaf, place), tree)
+
+
+def _condition(config: GPTConfig, batch: int, place):
+  c = config
+  if c.condition == "class":
+    return jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=place), None
+  shape = (batch, c.caption_tokens, c.caption_dim)
+  return (
+    jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place),
+    jax.ShapeDtypeStruct(shape[:2], jnp.int32, sharding=place),
+  )
+
+
+def _least_bytes(config: GPTConfig, params, rows: int, tensor: int) -> float:
+  """Weights and cache, read once a step, by one chip of a group of `tensor`."""
+  weights = _bytes(params) - _bytes(params["code_embedding"])
+  total, start = 0.0, 1
+  for end in segment_ends(config):
+    length = config.prefix_tokens + end - 1
+    cache: Cache = jax.eval_shape(lambda n=length: init_cache(config, rows, n))
+    total += (end - start) * (weights + _bytes(cache)) / tensor
+    start = end
+  return total
+
+
+def _bytes(tree) -> int:
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

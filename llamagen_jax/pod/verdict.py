@@ -1,0 +1,113 @@
+"""What the compiler's output says about a program on a pod."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from llamagen_jax.errors import UserError
+from llamagen_jax.pod import hlo
+from llamagen_jax.pod.chips import Chip
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """What a chip of the pod does in one run of a program."""
+
+  chip: Chip
+  chips: int
+  model_flops: float  # of the run, on one chip
+  found: hlo.Analysis
+
+  @property
+  def fits(self) -> bool:
+    return self.found.memory.total <= self.chip.hbm_bytes
+
+  @property
+  def seconds(self) -> dict[str, float]:
+    """Least time of a run by resource; exchanges in one ring, both directions."""
+    sent = sum(c.sent for c in self.found.collectives)
+    return {
+      "compute": self.found.flops / self.chip.peak_flops,
+      "HBM": self.found.bytes / self.chip.hbm_bandwidth,
+      "ICI": sent / (2 * self.chip.link_bandwidth),
+    }
+
+  @property
+  def binding(self) -> str:
+    return max(self.seconds, key=self.seconds.get)
+
+  @property
+  def least_seconds(self) -> float:
+    return self.seconds[self.binding]
+
+  @property
+  def mfu(self) -> float:
+    """Model FLOP/s utilisation if the binding resource were used to the full."""
+    return self.model_flops / self.chip.peak_flops / self.least_seconds
+
+  def lines(self) -> list[str]:
+    """The verdict for the user."""
+    m = self.found.memory
+    over = (m.total - self.chip.hbm_bytes) / GIB
+    lines = [
+      f"{self.chips} x {self.chip.name}",
+      f"HBM a chip      arguments {m.arguments / GIB:.2f}, temporaries"
+      f" {m.temporaries / GIB:.2f}, total {m.total / GIB:.2f} of"
+      f" {self.chip.hbm_bytes / GIB:.0f} GiB:"
+      f" {'fits' if self.fits else f'over by {over:.2f}'}",
+      f"FLOPs a chip    {self.found.flops:.3g},"
+      f" {self.found.flops / self.model_flops:.2f} x the model's"
+      f" {self.model_flops:.3g}",
+      f"bytes a chip    {self.found.bytes / 1e9:.2f} GB",
+    ]
+    for c in self.found.collectives:
+      lines.append(
+        f"  {c.kind:20} {c.count:5} among {c.group}: {c.sent / 1e6:.1f} MB sent,"
+        f" the largest of {c.largest / 1e6:.1f} MB"
+      )
+    times = ", ".join(f"{name} {1e3 * t:.1f}" for name, t in self.seconds.items())
+    return [*lines, f"least ms        {times}: {self.binding} binds"]
+
+  def figures(self) -> dict[str, Any]:
+    """The verdict as numbers."""
+    return {
+      "chip": self.chip.name,
+      "chips": self.chips,
+      "fits": self.fits,
+      "memory": dataclasses.asdict(self.found.memory),
+      "flops": self.found.flops,
+      "model_flops": self.model_flops,
+      "bytes": self.found.bytes,
+      "collectives": [
+        dataclasses.asdict(c) | {"sent": c.sent} for c in self.found.collectives
+      ],
+      "seconds": self.seconds,
+      "mfu": self.mfu,
+    }
+
+
+def analysed(lowered: jax.stages.Lowered) -> hlo.Analysis:
+  """Compiles a program and counts what it does.
+
+  Raises:
+    UserError: the compiler cannot place it, or writes what jaxlib cannot read.
+  """
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    # The compiler gives up where no schedule fits a chip's memory.
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    raise UserError(f"the compiler refuses: {' '.join(lines[:2])}") from error
+  try:
+    return hlo.analyse(compiled)
+  except jax.errors.JaxRuntimeError as error:
+    m = compiled.memory_analysis()
+    used = (m.argument_size_in_bytes + m.temp_size_in_bytes) / GIB
+    reason = " ".join(str(error).split())[:120]
+    raise UserError(
+      f"it compiles, with {used:.2f} GiB a chip, but this jaxlib cannot read what"
+      f" libtpu wrote: {reason}"
+    ) from error
