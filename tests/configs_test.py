@@ -15,7 +15,13 @@ TOKENIZERS = {
 }
 TRANSFORMERS = {
   "c2i_digits": ["", "fast"],
-  "c2i_imagenet": ["", "L,image_size=384", "3B,image_size=384,epochs=50", "runlocal"],
+  "c2i_imagenet": [
+    "",
+    "L,image_size=384",
+    "3B,image_size=384,epochs=50",
+    "L,strong",
+    "runlocal",
+  ],
   "t2i_digits": ["", "fast"],
   "t2i_laion": ["", "stage2", "stage1,runlocal"],
 }

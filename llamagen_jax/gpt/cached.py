@@ -44,8 +44,14 @@ def decoding_params(config: GPTConfig, params: dict[str, Any]) -> dict[str, Any]
     return jnp.transpose(x, order).astype(config.dtype)
 
   stack = params["layers"]
+
+  def head_norms(i):
+    names = ("q_norm", "k_norm") if config.qk_norm else ()
+    return {name: stack["attention"][name][i] for name in names}
+
   layers = tuple(
-    {
+    head_norms(i)
+    | {
       "attention_norm": stack["attention_norm"][i],
       "qkv_KCHD": matrix(stack["attention"]["qkv"][i], 1, 2, 3, 0),
       "out_DN": matrix(stack["attention"]["out"][i].reshape(-1, config.dim), 1, 0),
@@ -107,7 +113,9 @@ def cached_forward(
   new_cache = []
   for layer, old in zip(params["layers"], cache, strict=True):
     normed = rms_norm(x_BTD, layer["attention_norm"], config.norm_eps)
-    mixed, new = _attention(layer, normed, rope, mask_BTS, _pinned(old), position)
+    mixed, new = _attention(
+      layer, normed, rope, mask_BTS, _pinned(old), position, config.norm_eps
+    )
     x_BTD = x_BTD + mixed
     normed = rms_norm(x_BTD, layer["ffn_norm"], config.norm_eps)
     x_BTD = x_BTD + _ffn(layer, normed)
@@ -135,11 +143,15 @@ def _pinned(cache: LayerCache) -> LayerCache:
   return jax.lax.platform_dependent(cache, tpu=pin, default=lambda cache: cache)
 
 
-def _attention(layer, x_BTD, rope, mask_BTS, cache: LayerCache, position):
+def _attention(layer, x_BTD, rope, mask_BTS, cache: LayerCache, position, eps):
   K, C, H, _ = layer["qkv_KCHD"].shape
   B, T = x_BTD.shape[:2]
   qkv_KCHBT = jnp.einsum("KCHD,BTD->KCHBT", layer["qkv_KCHD"], x_BTD)
   qkv_BTKCH = qkv_KCHBT.transpose(3, 4, 0, 1, 2)
+  if "q_norm" in layer:
+    q_BTKGH = rms_norm(qkv_BTKCH[..., :-2, :], layer["q_norm"], eps)
+    k_BTK1H = rms_norm(qkv_BTKCH[..., -2:-1, :], layer["k_norm"], eps)
+    qkv_BTKCH = jnp.concatenate([q_BTKGH, k_BTK1H, qkv_BTKCH[..., -1:, :]], axis=3)
   turned = apply_rope(qkv_BTKCH[..., :-1, :].reshape(B, T, -1, H), *rope)
   turned_BTKCH = turned.reshape(B, T, K, C - 1, H)
   q_BTKGH, k_BTKH = turned_BTKCH[..., :-1, :], turned_BTKCH[..., -1, :]

@@ -42,6 +42,7 @@ class GPTConfig:
   # Released weights were trained with cos = sin = 0 on condition positions
   # ("zero"); "identity" leaves queries and keys there as they are.
   prefix_rope: str = "zero"
+  qk_norm: bool = False  # RMSNorm of queries and keys; released weights have none
   embedding_dropout: float = 0.1
   residual_dropout: float = 0.1  # output of attention and of the FFN
   attention_dropout: float = 0.0

@@ -62,8 +62,11 @@ class Attention(nn.Module):
     qkv_BTKCH = jnp.einsum("BTD,DKCH->BTKCH", x_BTD, qkv_DKCH.astype(x_BTD.dtype))
     B, T = x_BTD.shape[:2]
     q_BTNH = qkv_BTKCH[..., :G, :].reshape(B, T, K * G, H)
+    k_BTKH = qkv_BTKCH[..., G, :]
+    if c.qk_norm:
+      q_BTNH, k_BTKH = self._norm("q_norm", q_BTNH), self._norm("k_norm", k_BTKH)
     q_BTKGH = apply_rope(q_BTNH, *rope).reshape(B, T, K, G, H)
-    k_BKTH = apply_rope(qkv_BTKCH[..., G, :], *rope).swapaxes(1, 2)
+    k_BKTH = apply_rope(k_BTKH, *rope).swapaxes(1, 2)
     v_BKTH = qkv_BTKCH[..., G + 1, :].swapaxes(1, 2)
 
     weights_BKGTS = attention_weights(q_BTKGH, k_BKTH, mask_BTS)
@@ -71,6 +74,12 @@ class Attention(nn.Module):
     weights_BKGTS = drop(weights_BKGTS).astype(x_BTD.dtype)
     mixed_BTKGH = jnp.einsum("BKGTS,BKSH->BTKGH", weights_BKGTS, v_BKTH)
     return jnp.einsum("BTKGH,KGHD->BTD", mixed_BTKGH, out_KGHD.astype(x_BTD.dtype))
+
+  def _norm(self, name, x):
+    """RMSNorm of every head, one scale for all of them (arXiv 2302.05442)."""
+    init = nn.with_logical_partitioning(nn.initializers.ones, (None,))
+    scale_H = self.param(name, init, (self.config.head_dim,))
+    return rms_norm(x, scale_H, self.config.norm_eps)
 
 
 class SwiGLU(nn.Module):

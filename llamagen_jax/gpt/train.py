@@ -20,7 +20,15 @@ from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.captions import Captions, FeatureStream, PairSource
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.model import GPT, init_gpt
+from llamagen_jax.gpt.objective import (
+  ObjectiveConfig,
+  accumulated,
+  cross_entropy,
+  objective,
+  sample_weights,
+)
 from llamagen_jax.sampling.config import SamplingConfig
+from llamagen_jax.training.guard import GuardConfig, guard
 from llamagen_jax.training.loop import Evaluation, Metrics, Task, fit
 from llamagen_jax.training.optimizer import (
   OptimizerConfig,
@@ -56,6 +64,9 @@ class GPTRecipe:
   sampling: SamplingConfig  # stored in the bundle as its defaults
   mesh: MeshConfig
   run: RunConfig
+  objective: ObjectiveConfig = ObjectiveConfig()
+  guard: GuardConfig = GuardConfig()
+  log_update_norm: bool = False  # costs a pass over the weights
   init_from: str = ""  # run or bundle whose weights a fresh run starts with
 
 
@@ -94,6 +105,7 @@ def make_task(recipe: GPTRecipe) -> Task:
     export=functools.partial(export, r, source, captions),
     curves=("loss", "eval/loss"),
     load=functools.partial(load_weights, r, source) if r.init_from else None,
+    give_up=r.guard.give_up,
   )
 
 
@@ -120,18 +132,6 @@ def decay_mask(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def cross_entropy(logits_BTV: jax.Array, codes_BT: jax.Array) -> jax.Array:
-  """-log p of every code, float32 [B, T]."""
-  return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, codes_BT)
-
-
-def mean_loss(loss_BT: jax.Array, valid_B: jax.Array | None) -> jax.Array:
-  """The mean over the codes of valid samples; 0 where there are none."""
-  if valid_B is None:
-    return jnp.mean(loss_BT)
-  return jnp.sum(jnp.mean(loss_BT, axis=1) * valid_B) / jnp.maximum(valid_B.sum(), 1)
-
-
 def condition_of(batch: Batch) -> tuple[jax.Array, jax.Array | None]:
   """The model's condition and its mask: labels, or features of captions."""
   if "label" in batch:
@@ -154,27 +154,51 @@ def train_step(
   c = recipe.model
   step_key = jax.random.fold_in(jax.random.key(recipe.run.seed), state.step)
   drop_key, dropout_key = jax.random.split(step_key)
-  condition, mask = condition_of(batch)
-  drop_B = jax.random.bernoulli(drop_key, c.condition_dropout, condition.shape[:1])
+  size = batch["codes"].shape[:1]
+  batch = batch | {
+    "drop": jax.random.bernoulli(drop_key, c.condition_dropout, size),
+    "share": sample_weights(batch),
+  }
 
-  def loss_fn(params):
+  def loss_fn(params, part, key):
+    condition, mask = condition_of(part)
     logits_BTV = GPT(c, training=True).apply(
       {"params": params},
-      batch["codes"],
+      part["codes"],
       condition,
       mask,
-      drop_B=drop_B,
-      rngs={"dropout": dropout_key},
+      drop_B=part["drop"],
+      rngs={"dropout": key},
     )
-    return mean_loss(cross_entropy(logits_BTV, batch["codes"]), batch.get("valid"))
+    loss_BT = cross_entropy(logits_BTV, part["codes"])
+    minimised_BT = objective(recipe.objective, logits_BTV, loss_BT)
+    means = (jnp.sum(jnp.mean(x, 1) * part["share"]) for x in (minimised_BT, loss_BT))
+    return tuple(means)
 
-  loss, grads = jax.value_and_grad(loss_fn)(state.params)
+  def loss_and_grads(part, number):
+    key = jax.random.fold_in(dropout_key, number)
+    grad = jax.value_and_grad(loss_fn, has_aux=True)
+    (_, loss), grads = grad(state.params, part, key)
+    return loss, grads
+
+  loss, grads = accumulated(loss_and_grads, batch, recipe.objective.accumulate)
   metrics = {
     "loss": loss,
     "grad_norm": optax.global_norm(grads),
     "lr": learning_rate(recipe.optimizer, recipe.run.steps)(state.step),
   }
-  return state.update(grads, _optimizer(recipe), recipe.optimizer.ema), metrics
+  new = state.update(grads, _optimizer(recipe), recipe.optimizer.ema, loss=loss)
+  if recipe.log_update_norm:
+    metrics["update_norm"] = optax.global_norm(
+      jax.tree.map(jnp.subtract, new.params, state.params)
+    )
+  if recipe.guard.on:
+    skipped = new.opt_state.in_a_row > 0
+    ema = jax.tree.map(lambda o, n: jnp.where(skipped, o, n), state.ema, new.ema)
+    new = new.replace(ema=ema)
+    metrics["skipped"] = new.opt_state.skipped
+    metrics["skipped_in_a_row"] = new.opt_state.in_a_row
+  return new, metrics
 
 
 def evaluate(
@@ -258,4 +282,5 @@ def export(
 
 
 def _optimizer(recipe: GPTRecipe):
-  return make_optimizer(recipe.optimizer, recipe.run.steps, decay_mask)
+  optimizer = make_optimizer(recipe.optimizer, recipe.run.steps, decay_mask)
+  return guard(optimizer, recipe.guard) if recipe.guard.on else optimizer

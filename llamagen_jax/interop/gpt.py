@@ -100,6 +100,8 @@ def _gpt_config(state_dict, num_heads, image_tokens, changes) -> GPTConfig:
 
 def _gpt_table(config: GPTConfig) -> list[Entry]:
   c = config
+  if c.qk_norm:
+    raise UserError("model.qk_norm: the PyTorch model has no norm of queries and keys")
   D, K, G, H, F = (
       c.dim, c.num_kv_heads, c.heads // c.num_kv_heads, c.head_dim, c.ffn_dim,
   )  # fmt: skip

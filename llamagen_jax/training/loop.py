@@ -54,6 +54,7 @@ class Task:
   later: Mapping[int, Step] = dataclasses.field(default_factory=dict)
   # Fresh state -> the same with weights from elsewhere; not called on resuming.
   load: Callable[[Any], Any] | None = None
+  give_up: int = 1  # steps in a row that may be skipped before the run fails
 
   def step_at(self, step: int) -> Step:
     begun = [start for start in self.later if start <= step]
@@ -143,6 +144,7 @@ class _Reporter:
   def __init__(self, workdir: pathlib.Path, run: RunConfig, start: int, task: Task):
     self._workdir, self._run, self._curves = workdir, run, task.curves
     self._batch_size = task.stream.batch_size
+    self._give_up = task.give_up
     self._main = jax.process_index() == 0
     self._log = MetricsLog(workdir, start) if self._main else None
     self._bar = tqdm.tqdm(
@@ -169,7 +171,14 @@ class _Reporter:
     self, step: int, metrics: Metrics, waited: float, last_good: int | None
   ) -> None:
     loss = float(metrics["loss"])
-    for name in (n for n in metrics if n.endswith("loss")):
+    skipped = int(metrics.get("skipped_in_a_row", 0))
+    if skipped:
+      logging.warning("step %d skipped, loss %s; %d in a row", step, loss, skipped)
+    if skipped and skipped >= self._give_up:
+      raise RunFailed(
+        f"{skipped} steps in a row were skipped, the last is {step}, loss {loss}"
+      )
+    for name in (n for n in metrics if n.endswith("loss") and not skipped):
       if not np.isfinite(value := float(metrics[name])):
         good = "none was saved" if last_good is None else f"step {last_good}"
         raise RunFailed(

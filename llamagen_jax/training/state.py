@@ -36,8 +36,11 @@ class TrainState:
     grads: Params,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
+    **known,
   ) -> "TrainState":
-    updates, opt_state = optimizer.update(grads, self.opt_state, self.params)
+    """One update; `known` is what the optimizer may look at besides, the loss say."""
+    optimizer = optax.with_extra_args_support(optimizer)
+    updates, opt_state = optimizer.update(grads, self.opt_state, self.params, **known)
     params = optax.apply_updates(self.params, updates)
     ema = self.ema
     if ema is not None:

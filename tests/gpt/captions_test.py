@@ -18,7 +18,7 @@ from llamagen_jax.errors import UserError
 from llamagen_jax.gpt import train as gpt_train
 from llamagen_jax.gpt.captions import Captions, PairInput, PairSource, padded_features
 from llamagen_jax.gpt.model import GPT, init_gpt
-from llamagen_jax.gpt.train import cross_entropy, mean_loss
+from llamagen_jax.gpt.objective import cross_entropy, sample_weights
 from llamagen_jax.interop.t5 import load_t5
 from llamagen_jax.text.extract import extract_text
 from llamagen_jax.text.t5 import T5Config, init_t5
@@ -88,7 +88,8 @@ def loss(params, batch):
   logits = GPT(MODEL).apply(
     {"params": params}, batch["codes"], batch["features"], batch["mask"]
   )
-  return mean_loss(cross_entropy(logits, batch["codes"]), batch["valid"])
+  loss_B = jnp.mean(cross_entropy(logits, batch["codes"]), axis=1)
+  return jnp.sum(loss_B * sample_weights(batch))
 
 
 def test_features_on_disk(data):

@@ -9,7 +9,7 @@ from llamagen_jax import GPT, GPTConfig, interop
 from llamagen_jax.gpt.cached import cached_forward, decoding_params, init_cache
 from llamagen_jax.gpt.conditioning import attention_mask, embed_condition
 from llamagen_jax.gpt.model import embed_codes, init_gpt
-from llamagen_jax.gpt.train import cross_entropy
+from llamagen_jax.gpt.objective import cross_entropy
 from llamagen_jax.training.mesh import unbox
 from tests import parity
 
@@ -100,7 +100,11 @@ def test_causality_by_gradient(config):
 
 
 @pytest.mark.parametrize("kv_heads", [0, 2])
-@pytest.mark.parametrize("config", [TINY, TINY_CAPTION], ids=["class", "caption"])
+@pytest.mark.parametrize(
+  "config",
+  [TINY, TINY_CAPTION, dataclasses.replace(TINY, qk_norm=True)],
+  ids=["class", "caption", "qk_norm"],
+)
 def test_cached_decoding_equals_the_full_forward(config, kv_heads):
   config = dataclasses.replace(config, kv_heads=kv_heads)
   params = random_params(config)

@@ -1,0 +1,73 @@
+"""Steps that are not taken: a loss that is no number, or one that jumps."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llamagen_jax.errors import UserError
+
+SETTLE = 100  # steps before a loss can count as a spike
+AVERAGE = 0.99  # decay of the average that a spike is measured against
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+  """Which steps leave the weights as they were. The batch is lost, not repeated."""
+
+  skip_nonfinite: bool = False  # loss or gradient is inf or NaN
+  skip_spike: float = 0.0  # loss above its running mean by so many nats; 0 = never
+  give_up: int = 10  # skipped steps in a row that end the run
+
+  def __post_init__(self):
+    if self.skip_spike < 0 or self.give_up < 1:
+      raise UserError("guard: expected skip_spike >= 0 and give_up >= 1")
+
+  @property
+  def on(self) -> bool:
+    return self.skip_nonfinite or self.skip_spike > 0
+
+
+class GuardState(NamedTuple):
+  inner: Any  # state of the optimizer
+  loss: jax.Array  # float32, running mean over the steps taken
+  taken: jax.Array  # int32
+  skipped: jax.Array  # int32
+  in_a_row: jax.Array  # int32, skipped since the last step taken
+
+
+def guard(
+  optimizer: optax.GradientTransformation, config: GuardConfig
+) -> optax.GradientTransformationExtraArgs:
+  """`optimizer`, whose `update(.., loss=)` does nothing on a bad step."""
+
+  def init(params):
+    zero = jnp.zeros((), jnp.int32)
+    return GuardState(optimizer.init(params), jnp.zeros(()), zero, zero, zero)
+
+  def update(grads, state, params=None, *, loss, **_):
+    bad = jnp.zeros((), bool)
+    if config.skip_nonfinite:
+      bad |= ~jnp.isfinite(loss) | ~jnp.isfinite(optax.global_norm(grads))
+    if config.skip_spike:
+      bad |= (state.taken >= SETTLE) & (loss > state.loss + config.skip_spike)
+    updates, inner = optimizer.update(grads, state.inner, params)
+
+    def choose(old, new):
+      return jax.tree.map(lambda o, n: jnp.where(bad, o, n), old, new)
+
+    mean = jnp.where(
+      state.taken == 0, loss, AVERAGE * state.loss + (1 - AVERAGE) * loss
+    )
+    new = GuardState(
+      choose(state.inner, inner),
+      jnp.where(bad, state.loss, mean),
+      state.taken + ~bad,
+      state.skipped + bad,
+      jnp.where(bad, state.in_a_row + 1, 0),
+    )
+    return choose(jax.tree.map(jnp.zeros_like, updates), updates), new
+
+  return optax.GradientTransformationExtraArgs(init, update)
