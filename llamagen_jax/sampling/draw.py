@@ -14,7 +14,7 @@ import time
 from typing import Protocol
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from llamagen_jax import bundle, pictures
@@ -249,11 +249,18 @@ def _render(
   config: TokenizerConfig, grid: int, side: int, mesh: Mesh | None, params, codes_BT
 ):
   """Codes [B, T] -> uint8 pictures [B, side, side, 3]."""
-  codes = codes_BT.reshape(-1, grid, grid)
-  images = model.decode(config, params, codes)
-  if side != images.shape[1]:
-    images = pictures.resize_bicubic(images, side)
-  images = pictures.to_uint8(images)
+
+  def render(params, codes_BT):
+    images = model.decode(config, params, codes_BT.reshape(-1, grid, grid))
+    if side != images.shape[1]:
+      images = pictures.resize_bicubic(images, side)
+    return pictures.to_uint8(images)
+
   if mesh is None:
-    return images
-  return jax.lax.with_sharding_constraint(images, batch_sharding(mesh))
+    return render(params, codes_BT)
+  # Left to the compiler, devices that share a batch would round otherwise than one.
+  rows = PartitionSpec(RULES["batch"])
+  local = jax.shard_map(
+    render, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False
+  )
+  return local(params, codes_BT)

@@ -1,0 +1,60 @@
+"""`--fid-batch 64` writes the same file on one device and on eight."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from llamagen_jax import SamplingConfig, TokenizerConfig, bundle
+from llamagen_jax.gpt.model import init_gpt
+from llamagen_jax.tokenizer.model import init_tokenizer
+from llamagen_jax.training.mesh import unbox
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("models")
+  # As wide as the digits' own, so that sums are long enough to round.
+  vq = TokenizerConfig(
+    (1, 1, 2), width=16, latent_width=32, codebook_size=128, norm_groups=8
+  )
+  params = unbox(init_tokenizer(vq, jax.random.key(0)))
+  identity = bundle.save_tokenizer(folder / "vq", vq, params)
+  config = dataclasses.replace(tiny.GPT, grid=8, vocab_size=128)
+  params = unbox(init_gpt(config, jax.random.key(1)))
+  params["head"] = jax.random.normal(jax.random.key(2), params["head"].shape)
+  model = bundle.Transformer(config, params, SamplingConfig(top_k=20), identity)
+  bundle.save_gpt(folder / "gpt", model)
+  return folder
+
+
+def sample(saved, out, devices):
+  """Runs the verb on a number of fake devices, which share as many threads."""
+  flags = f"--xla_force_host_platform_device_count={devices}"
+  command = (
+    f"sample --gpt {saved}/gpt --tokenizer {saved}/vq --fid-batch 64 --batch-size 8"
+    f" --seed 3 --out {out}"
+  )
+  subprocess.run(
+    [
+      sys.executable,
+      "-c",
+      "from llamagen_jax.cli import main; main()",
+      *command.split(),
+    ],
+    # XLA takes as many threads as there are devices or, if more, cores; and how it
+    # cuts a loop into threads decides which numbers the vector unit rounds.
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": "8", "XLA_FLAGS": flags},
+    check=True,
+  )
+  return out.read_bytes()
+
+
+@pytest.mark.slow
+def test_one_device_and_eight(saved, tmp_path):
+  one = sample(saved, tmp_path / "one.npz", 1)
+  assert sample(saved, tmp_path / "eight.npz", 8) == one
