@@ -27,6 +27,7 @@ from llamagen_jax.gpt.objective import (
   objective,
   sample_weights,
 )
+from llamagen_jax.pod.flops import train_flops
 from llamagen_jax.sampling.config import SamplingConfig
 from llamagen_jax.training.guard import GuardConfig, guard
 from llamagen_jax.training.loop import Evaluation, Metrics, Task, fit
@@ -36,6 +37,7 @@ from llamagen_jax.training.optimizer import (
   make_optimizer,
 )
 from llamagen_jax.training.recipe import MeshConfig, RunConfig, build, parse_command
+from llamagen_jax.training.speed import Work
 from llamagen_jax.training.state import TrainState
 
 
@@ -75,13 +77,16 @@ def main(argv: Sequence[str]) -> None:
   if command.init_from:
     with command.config.unlocked():
       command.config.init_from = command.init_from
-  train(command.config, command.workdir)
+  train(command.config, command.workdir, command.profile)
 
 
-def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> TrainState:
+def train(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, profile: int = 0
+) -> TrainState:
   """Trains as the config says, resuming what `workdir` holds; see `fit`."""
   recipe = build(GPTRecipe, config)
-  return fit(make_task(recipe), recipe.run, recipe.mesh, workdir, config.to_dict())
+  task = make_task(recipe)
+  return fit(task, recipe.run, recipe.mesh, workdir, config.to_dict(), profile)
 
 
 def make_task(recipe: GPTRecipe) -> Task:
@@ -106,6 +111,9 @@ def make_task(recipe: GPTRecipe) -> Task:
     curves=("loss", "eval/loss"),
     load=functools.partial(load_weights, r, source) if r.init_from else None,
     give_up=r.guard.give_up,
+    work=Work(
+      r.data.batch_size * r.model.length, train_flops(r.model, r.data.batch_size)
+    ),
   )
 
 

@@ -112,15 +112,16 @@ def main(argv: Sequence[str]) -> None:
   if command.init_from:
     with config.unlocked():
       config.init = {**config.get("init", {}), "source": command.init_from}
-  train(config, command.workdir)
+  train(config, command.workdir, command.profile)
 
 
-def train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> TokenizerState:
+def train(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, profile: int = 0
+) -> TokenizerState:
   """Trains as the config says, resuming what `workdir` holds; see `fit`."""
   recipe = build(TokenizerRecipe, config)
-  return fit(
-    make_task(recipe, workdir), recipe.run, recipe.mesh, workdir, config.to_dict()
-  )
+  task = make_task(recipe, workdir)
+  return fit(task, recipe.run, recipe.mesh, workdir, config.to_dict(), profile)
 
 
 def make_task(recipe: TokenizerRecipe, workdir: pathlib.Path) -> Task:

@@ -24,7 +24,9 @@ from llamagen_jax.training.checkpoint import Checkpoints
 from llamagen_jax.training.hosts import StopSignal
 from llamagen_jax.training.mesh import make_mesh, replicated
 from llamagen_jax.training.metrics import MetricsLog
+from llamagen_jax.training.profile import Profile
 from llamagen_jax.training.recipe import MeshConfig, RunConfig
+from llamagen_jax.training.speed import Work, memory, speed
 from llamagen_jax.training.state import abstract_state, init_state
 
 Metrics = dict[str, jax.Array]
@@ -55,6 +57,7 @@ class Task:
   # Fresh state -> the same with weights from elsewhere; not called on resuming.
   load: Callable[[Any], Any] | None = None
   give_up: int = 1  # steps in a row that may be skipped before the run fails
+  work: Work | None = None  # of a step, for the log
 
   def step_at(self, step: int) -> Step:
     begun = [start for start in self.later if start <= step]
@@ -67,11 +70,13 @@ def fit(
   mesh_config: MeshConfig,
   workdir: pathlib.Path,
   config: dict[str, Any],
+  profile: int = 0,
 ) -> Any:
   """Trains to `run.steps`, from the newest checkpoint of `workdir` if there is one.
 
   Leaves there: checkpoints, config.json, metrics.jsonl, event files, loss.png,
-  the evaluation's pictures, and the finished model in `bundle`. Returns the state.
+  the evaluation's pictures, and the finished model in `bundle`; with `profile`, a
+  trace of so many steps in `profile`. Returns the state.
   """
   mesh = make_mesh(**dataclasses.asdict(mesh_config))
   with (
@@ -91,15 +96,18 @@ def fit(
       start = position["next_step"]
     if jax.process_index() == 0:  # which holds a part of the values only
       parameter_overview.log_parameter_overview(state.params, include_stats=False)
-    with _Reporter(workdir, run, start, task) as reporter:
+    with (
+      _Reporter(workdir, run, start, task) as reporter,
+      Profile(workdir / "profile", profile, start) as trace,
+    ):
       state = _train(
-        task, run, mesh, state, abstract, start, checkpoints, reporter, stop
+        task, run, mesh, state, abstract, start, checkpoints, reporter, stop, trace
       )
     task.export(state, workdir / "bundle")
   return state
 
 
-def _train(task, run, mesh, state, abstract, start, checkpoints, reporter, stop):
+def _train(task, run, mesh, state, abstract, start, checkpoints, reporter, stop, trace):
   places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
   @functools.cache
@@ -129,6 +137,9 @@ def _train(task, run, mesh, state, abstract, start, checkpoints, reporter, stop)
       break
     if stopped:
       raise Stopped(f"stopped at step {step} and saved; resume with the same command")
+    if trace.turns(step):
+      settle()
+      trace.turn()
     waited = time.perf_counter()
     batch = next(batches)
     waited = time.perf_counter() - waited
@@ -144,7 +155,7 @@ class _Reporter:
   def __init__(self, workdir: pathlib.Path, run: RunConfig, start: int, task: Task):
     self._workdir, self._run, self._curves = workdir, run, task.curves
     self._batch_size = task.stream.batch_size
-    self._give_up = task.give_up
+    self._give_up, self._work = task.give_up, task.work
     self._main = jax.process_index() == 0
     self._log = MetricsLog(workdir, start) if self._main else None
     self._bar = tqdm.tqdm(
@@ -192,9 +203,13 @@ class _Reporter:
     now, (last_step, last_time) = time.perf_counter(), self._last
     elapsed = now - last_time
     row = {name: float(value) for name, value in metrics.items()}
+    row["step_seconds"] = elapsed / (step - last_step)
     row["steps_per_second"] = (step - last_step) / elapsed
     row["samples_per_second"] = row["steps_per_second"] * self._batch_size
     row["data_wait"] = self._waited / elapsed
+    if self._work is not None:
+      row |= speed(self._work, row["step_seconds"])
+    row |= memory(jax.local_devices()[0])
     self._last, self._waited = (step, now), 0.0
     self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
     if self._main:

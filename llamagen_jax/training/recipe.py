@@ -50,12 +50,14 @@ class Command:
   config: ml_collections.ConfigDict
   workdir: epath.Path  # local, or gs://
   init_from: str  # where a fresh run takes its weights from; "" = nowhere
+  profile: int  # steps to trace
 
 
 def parse_command(verb: str, argv: Sequence[str]) -> Command:
   """Parses `--config=FILE[:ARG] [--config.x.y=VALUE ...] --workdir=DIR`.
 
-  `--init-from=DIR` names another run or a bundle that a fresh run starts from.
+  `--init-from=DIR` names another run or a bundle that a fresh run starts from,
+  `--profile=N` traces N steps.
   With them come the flags of several hosts, which are joined here.
   """
   values = flags.FlagValues()
@@ -68,10 +70,19 @@ def parse_command(verb: str, argv: Sequence[str]) -> Command:
     "Run or bundle whose weights a fresh run starts from, at step 0.",
     flag_values=values,
   )
+  flags.DEFINE_integer(
+    "profile",
+    0,
+    "Steps to trace for XProf, into the workdir's folder profile.",
+    0,
+    flag_values=values,
+  )
   hosts.define_flags(values)
   config = parse_config(verb, argv, values, required=("workdir",))
   hosts.connect(values)
-  return Command(config, epath.Path(values.workdir), values["init-from"].value)
+  return Command(
+    config, epath.Path(values.workdir), values["init-from"].value, values.profile
+  )
 
 
 def parse_config(

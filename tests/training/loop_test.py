@@ -84,6 +84,21 @@ def test_a_run_leaves_a_bundle_logs_and_a_curve(trainer, tmp_path):
   )
 
 
+def test_a_few_steps_are_traced(tmp_path):
+  config = tiny.gpt_config(tiny.write_codes(tmp_path / "data"), 8)
+  plain = gpt_train.train(config, tmp_path / "plain")
+  traced = gpt_train.train(config, tmp_path / "traced", profile=2)
+  assert list((tmp_path / "traced/profile").rglob("*.xplane.pb"))
+  assert not (tmp_path / "plain/profile").exists()
+  jax.tree.map(np.testing.assert_array_equal, traced, plain)
+
+
+def test_a_run_that_ends_in_its_trace_writes_it(tmp_path):
+  config = tiny.gpt_config(tiny.write_codes(tmp_path / "data"), 5)
+  gpt_train.train(config, tmp_path / "run", profile=100)
+  assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
+
+
 def test_a_workdir_of_another_config_is_refused(trainer, tmp_path):
   module, config = trainer
   workdir = tmp_path / "run"
