@@ -6,6 +6,7 @@ what it computes, moves and exchanges. Needs the `libtpu` wheel and no TPU.
 """
 
 from collections.abc import Sequence
+import dataclasses
 import json
 
 from absl import flags
@@ -13,6 +14,7 @@ from absl import flags
 from llamagen_jax.gpt.train import GPTRecipe
 from llamagen_jax.pod import topology
 from llamagen_jax.pod.sampler import compile_sampler
+from llamagen_jax.pod.search import HEADER, Trial, search
 from llamagen_jax.pod.train_step import compile_train_step
 from llamagen_jax.pod.verdict import Verdict
 from llamagen_jax.training.recipe import build, parse_config
@@ -36,14 +38,39 @@ def main(argv: Sequence[str]) -> None:
   flags.DEFINE_integer(
     "tensor", 1, "Chips that share a model in the sampler.", 1, flag_values=values
   )
+  flags.DEFINE_bool(
+    "search",
+    False,
+    "Try meshes, recomputation and batch sizes of the train step, and rank them.",
+    flag_values=values,
+  )
   flags.DEFINE_string("json", "", "File for the figures, too.", flag_values=values)
   config = parse_config("compile-for-pod", argv, values, required=("topology",))
-  with topology.quiet():
-    verdict = judge(build(GPTRecipe, config), values)
-  print("\n".join(verdict.lines()))
+  recipe = build(GPTRecipe, config)
+  if values.search:
+    with topology.quiet() as errors:
+      trials = search(recipe, values.topology, errors)
+    lines, figures = [HEADER, *(trial.line() for trial in trials)], _tried(trials)
+  else:
+    with topology.quiet():
+      verdict = judge(recipe, values)
+    lines, figures = verdict.lines(), verdict.figures()
+  print("\n".join(lines))
   if values.json:
     with open(values.json, "w") as file:
-      json.dump(verdict.figures(), file, indent=1)
+      json.dump(figures, file, indent=1)
+
+
+def _tried(trials: Sequence[Trial]) -> list[dict]:
+  return [
+    {
+      "mesh": dataclasses.asdict(t.recipe.mesh),
+      "remat": t.recipe.model.remat,
+      "batch_size": t.recipe.data.batch_size,
+      "verdict": t.verdict.figures() if t.verdict else t.refusal,
+    }
+    for t in trials
+  ]
 
 
 def judge(recipe: GPTRecipe, values: flags.FlagValues) -> Verdict:

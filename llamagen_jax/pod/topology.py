@@ -65,11 +65,15 @@ def torus(mesh: Mesh) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def quiet():
-  """Hides what libtpu prints on standard error about the TPU that is not there."""
+  """Hides what libtpu prints on standard error about the TPU that is not there.
+
+  Yields the real standard error, for what a user should see.
+  """
   saved, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
   try:
     os.dup2(sink, 2)
-    yield
+    with open(saved, "w", closefd=False) as errors:
+      yield errors
   finally:
     os.dup2(saved, 2)
     os.close(saved)
