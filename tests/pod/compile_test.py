@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from llamagen_jax import cli
+from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.model import init_gpt
 from llamagen_jax.pod.flops import matmul_weights, train_flops
 from llamagen_jax.training.mesh import unbox
@@ -50,6 +51,45 @@ def test_a_small_config_compiles_for_four_chips(mesh, tmp_path, capsys):
   assert "all-reduce" in kinds or "reduce-scatter" in kinds
   if axis == "data":
     assert "all-to-all" not in kinds
+
+
+@pytest.mark.extra
+@pytest.mark.slow
+def test_what_chips_exchange_when_they_share_the_weights(tmp_path):
+  """Weights come a matrix at a time; rows change place in look-ups and nowhere else."""
+  pytest.importorskip("libtpu", reason="compiles for a TPU")
+  config = GPTConfig.preset("B", image_size=256)
+  command = (
+    "compile-for-pod --config=configs/c2i_imagenet.py:B --config.model.layers=4"
+    " --config.data.batch_size=16 --config.mesh.data=1 --config.mesh.fsdp=-1"
+    f" --topology=v5e:2x2 --json={tmp_path}/figures.json"
+  )
+  assert cli.run(command.split()) == 0
+  found = json.loads((tmp_path / "figures.json").read_text())
+  kinds = {c["kind"]: c for c in found["collectives"]}
+  assert set(kinds) == {"all-gather", "reduce-scatter", "all-reduce", "all-to-all"}
+  table = config.vocab_size * config.dim
+  assert kinds["all-gather"]["largest"] <= 2 * table  # the head in bfloat16
+  assert kinds["reduce-scatter"]["largest"] <= 4 * table  # its float32 gradient
+  # Tables are sharded over D and activations over B: codes forward in bfloat16,
+  # gradients of codes and labels back in float32.
+  rows = 16 // 4 * config.dim
+  assert kinds["all-to-all"]["size"] <= rows * (6 * config.length + 4)
+
+
+@pytest.mark.extra
+@pytest.mark.slow
+@pytest.mark.parametrize("remat, limit", [("none", 1.05), ("full", 1.40)])
+def test_flops_against_the_models(remat, limit, tmp_path):
+  pytest.importorskip("libtpu", reason="compiles for a TPU")
+  command = (
+    "compile-for-pod --config=configs/c2i_imagenet.py:B --config.model.layers=4"
+    f" --config.data.batch_size=16 --config.model.remat={remat}"
+    f" --topology=v5e:2x2 --json={tmp_path}/figures.json"
+  )
+  assert cli.run(command.split()) == 0
+  found = json.loads((tmp_path / "figures.json").read_text())
+  assert 1.0 <= found["flops"] / found["model_flops"] <= limit
 
 
 @pytest.mark.parametrize(
