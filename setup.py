@@ -34,11 +34,23 @@ TEXT = [
   "sentencepiece>=0.2.1",
   "tokenizers>=0.22",
 ]
-TEST = [*QUICKSTART, *TEXT, "pytest==9.2.0", "pytest-xdist==3.8.0", "ruff==0.17.6"]
+# The HTTP server.
+SERVE = ["fastapi>=0.165", "prometheus-client>=0.26", "uvicorn>=0.54"]
+TEST = [
+  *QUICKSTART,
+  *TEXT,
+  *SERVE,
+  "httpx>=0.28",
+  "openai>=3.54",
+  "pytest==9.2.0",
+  "pytest-xdist==3.8.0",
+  "ruff==0.17.6",
+]
 EXTRAS = {
   "tpu": ["jax[tpu]>=0.10.2"],
   "quickstart": QUICKSTART,
   "text": TEXT,
+  "serve": SERVE,
   # Published PyTorch weights.
   "convert": ["torch>=2.13", "safetensors>=0.8", "huggingface_hub>=1.0"],
   "test": TEST,
@@ -46,6 +58,7 @@ EXTRAS = {
   "test-extra": [
     "torch==2.13.0",
     "libtpu",
+    "schemathesis>=4.32",
     "transformers>=5.0",
     "safetensors>=0.8",
     "huggingface_hub>=1.0",

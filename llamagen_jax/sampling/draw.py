@@ -197,7 +197,7 @@ def draw(
         jax.block_until_ready(codes)
       with seconds.clock("tokenizer"):
         shape = (gpt.config.grid, job.image_size)
-        images = _render(tokenizer.config, *shape, mesh, tokenizer.params, codes)
+        images = render(tokenizer.config, *shape, mesh, tokenizer.params, codes)
         jax.block_until_ready(images)
     for shard in images.addressable_shards:
       slot = (shard.index[0].start or 0) // b
@@ -245,22 +245,26 @@ def _keys(seed: int, rows_B: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _render(
+def render(
   config: TokenizerConfig, grid: int, side: int, mesh: Mesh | None, params, codes_BT
 ):
   """Codes [B, T] -> uint8 pictures [B, side, side, 3]."""
 
-  def render(params, codes_BT):
+  def local_render(params, codes_BT):
     images = model.decode(config, params, codes_BT.reshape(-1, grid, grid))
     if side != images.shape[1]:
       images = pictures.resize_bicubic(images, side)
     return pictures.to_uint8(images)
 
   if mesh is None:
-    return render(params, codes_BT)
+    return local_render(params, codes_BT)
   # Left to the compiler, devices that share a batch would round otherwise than one.
   rows = PartitionSpec(RULES["batch"])
   local = jax.shard_map(
-    render, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False
+    local_render,
+    mesh=mesh,
+    in_specs=(PartitionSpec(), rows),
+    out_specs=rows,
+    check_vma=False,
   )
   return local(params, codes_BT)

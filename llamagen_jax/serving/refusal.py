@@ -1,0 +1,102 @@
+"""Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+
+import json
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from llamagen_jax.serving.schema import ErrorBody
+
+TYPES = {
+  401: "authentication_error",
+  429: "rate_limit_error",
+  500: "server_error",
+  503: "server_error",
+}
+CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+
+
+class Refusal(Exception):
+  """A request that is answered with an error."""
+
+  def __init__(
+    self,
+    status: int,
+    message: str,
+    *,
+    code: str | None = None,
+    param: str | None = None,
+    retry_after: int | None = None,  # seconds
+  ):
+    super().__init__(message)
+    self.status, self.message = status, _encodable(message)
+    self.code = code or CODES.get(status)
+    self.param, self.retry_after = param and _encodable(param), retry_after
+
+  def body(self) -> dict[str, Any]:
+    return ErrorBody.of(
+      message=self.message,
+      type=TYPES.get(self.status, "invalid_request_error"),
+      param=self.param,
+      code=self.code,
+    ).model_dump()
+
+  def body_json(self) -> str:
+    return json.dumps(self.body())
+
+  def response(self) -> JSONResponse:
+    headers = {}
+    if self.retry_after is not None:
+      headers["Retry-After"] = str(self.retry_after)
+    if self.status == 401:
+      headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(self.body(), self.status, headers)
+
+
+def _encodable(text: str) -> str:
+  """JSON may hold half a surrogate pair, which no response can hold."""
+  return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def add_handlers(app: FastAPI) -> None:
+  """Answers every exception, the framework's too, in OpenAI's shape."""
+
+  @app.exception_handler(Refusal)
+  async def refused(request: Request, refusal: Refusal):
+    return refusal.response()
+
+  @app.exception_handler(RequestValidationError)
+  async def invalid(request: Request, error: RequestValidationError):
+    return from_validation(error.errors()[0]).response()
+
+  @app.exception_handler(HTTPException)
+  async def http_error(request: Request, error: HTTPException):
+    where = f"{request.method} {request.url.path}"
+    response = Refusal(error.status_code, f"{where}: {error.detail}").response()
+    response.headers.update(error.headers or {})
+    return response
+
+  @app.exception_handler(Exception)
+  async def crashed(request: Request, error: Exception):
+    return Refusal(500, "the server failed on this request").response()
+
+
+def from_validation(error: dict[str, Any]) -> Refusal:
+  """One of pydantic's errors -> a message that names the field."""
+  kind, message = error["type"], error["msg"]
+  path = [str(part) for part in error["loc"][1:]]  # without "body"
+  field = path[0] if path else None
+  if kind == "json_invalid":
+    return Refusal(400, f"the body is not valid JSON: {message}", code="invalid_json")
+  if kind == "extra_forbidden":
+    return Refusal(
+      400, f"Unknown parameter: '{field}'.", code="unknown_parameter", param=field
+    )
+  if field is None:
+    message = "the body must be a JSON object, sent as Content-Type: application/json"
+    return Refusal(400, message, code="invalid_json")
+  code = "invalid_type" if kind.endswith("_type") else "invalid_value"
+  return Refusal(400, f"Invalid '{field}': {message}.", code=code, param=field)

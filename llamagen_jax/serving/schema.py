@@ -1,0 +1,174 @@
+"""What goes over the wire: OpenAI's images API, and what this server adds to it.
+
+Fields that OpenAI documents and that change nothing here (quality, user, style, ...)
+are read and checked; one that nobody documents is an error.
+"""
+
+import time
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from llamagen_jax.sampling.config import SCHEDULES
+
+LONGEST_PROMPT = 32_000  # characters, as OpenAI's
+LARGEST_SEED = 2**31 - 1  # JAX makes keys of int32
+
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+ClassLabel = (
+  Annotated[int, Field(ge=0, le=2**31 - 1)]
+  | Annotated[str, Field(min_length=1, max_length=200)]
+)
+Schedule = Literal[*SCHEDULES]
+
+
+class ImageRequest(BaseModel):
+  """Body of POST /v1/images/generations."""
+
+  model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+  prompt: str | None = Field(
+    None,
+    max_length=LONGEST_PROMPT,
+    description="A text; for a model of classes `class:207`, an index or a name.",
+  )
+  model: str | None = None
+  n: int | None = Field(None, ge=1, description="Pictures of the prompt; default 1.")
+  size: str | None = Field(None, description="The model's only size, or `auto`.")
+  response_format: Literal["b64_json", "url"] | None = None
+  output_format: Literal["png", "jpeg", "webp"] | None = None
+  output_compression: int | None = Field(
+    None, ge=0, le=100, description="Quality of jpeg and webp; 100 is best."
+  )
+  stream: bool | None = None
+  partial_images: int | None = Field(
+    None, ge=0, le=3, description="Unfinished pictures sent along with `stream`."
+  )
+  # Checked and without effect.
+  quality: (
+    Literal["standard", "hd", "low", "medium", "high", "xhigh", "max", "auto"] | None
+  ) = None
+  background: Literal["opaque", "auto"] | None = Field(
+    None, description="Pictures are opaque."
+  )
+  style: Literal["vivid", "natural"] | None = None
+  moderation: Literal["low", "auto"] | None = None
+  user: str | None = Field(None, max_length=512)
+  safety_identifier: str | None = Field(None, max_length=512)
+  # Ours.
+  seed: Seed | None = Field(
+    None, description="Same seed and settings, same pictures; drawn if not given."
+  )
+  guidance_scale: float | None = Field(None, ge=1, le=1000)
+  guidance_schedule: Schedule | None = None
+  temperature: float | None = Field(None, ge=1e-3, le=1000)
+  top_k: int | None = Field(None, ge=0, le=2**31 - 1)
+  top_p: float | None = Field(None, gt=0, le=1)
+  class_label: ClassLabel | None = Field(
+    None, description="Index or name of a class; stands in for the prompt."
+  )
+  class_labels: list[ClassLabel] | None = Field(
+    None,
+    min_length=1,
+    max_length=1000,
+    description="Several classes, `n` pictures of each.",
+  )
+
+
+class InputDetails(BaseModel):
+  text_tokens: int
+  image_tokens: int = 0
+
+
+class Usage(BaseModel):
+  """Tokens of condition and codes of the pictures."""
+
+  input_tokens: int
+  input_tokens_details: InputDetails
+  output_tokens: int
+  total_tokens: int
+
+  @classmethod
+  def of(cls, condition_tokens: int, codes: int) -> "Usage":
+    return cls(
+      input_tokens=condition_tokens,
+      input_tokens_details=InputDetails(text_tokens=condition_tokens),
+      output_tokens=codes,
+      total_tokens=condition_tokens + codes,
+    )
+
+
+class Style(BaseModel):
+  """How the pictures of a response are stored; part of responses and of events."""
+
+  background: Literal["opaque"] = "opaque"
+  output_format: Literal["png", "jpeg", "webp"]
+  quality: Literal["auto"] = "auto"
+  size: str
+
+
+class Image(BaseModel):
+  b64_json: str | None = None
+  url: str | None = None
+
+
+def now() -> int:
+  return int(time.time())
+
+
+class ImagesResponse(Style):
+  created: int = Field(default_factory=now)
+  data: list[Image]
+  usage: Usage
+  seed: int = Field(description="What to send to get these pictures again.")
+
+
+class PartialImage(Style):
+  """Event: the rows of a picture that are drawn, grey below them."""
+
+  type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+  b64_json: str
+  created_at: int = Field(default_factory=now)
+  partial_image_index: int
+  image_index: int = Field(description="Which of the n pictures this is.")
+
+
+class Completed(Style):
+  """Event: a finished picture."""
+
+  type: Literal["image_generation.completed"] = "image_generation.completed"
+  b64_json: str | None = None
+  url: str | None = None
+  created_at: int = Field(default_factory=now)
+  image_index: int
+  usage: Usage
+  seed: int
+
+
+class Model(BaseModel):
+  id: str
+  object: Literal["model"] = "model"
+  created: int
+  owned_by: str = "llamagen"
+
+
+class ModelList(BaseModel):
+  object: Literal["list"] = "list"
+  data: list[Model]
+
+
+class ErrorDetail(BaseModel):
+  message: str
+  type: str
+  param: str | None
+  code: str | None
+
+
+class ErrorBody(BaseModel):
+  """Every response that is not 2xx."""
+
+  error: ErrorDetail
+
+  @classmethod
+  def of(cls, **fields: Any) -> "ErrorBody":
+    return cls(error=ErrorDetail(**fields))
