@@ -79,22 +79,40 @@ def _uniform(bound, key, shape, dtype):
 
 
 class NormSwish(nn.Module):
-  """GroupNorm with the exact variance, then x * sigmoid(x)."""
+  """GroupNorm, then x * sigmoid(x)."""
 
   config: TokenizerConfig
   swish: bool = True
 
   @nn.compact
   def __call__(self, x_BHWC):
-    norm = nn.GroupNorm(
-      self.config.norm_groups,
-      epsilon=GROUP_NORM_EPS,
-      use_fast_variance=False,
-      dtype=self.config.dtype,
-    )
-    nn.share_scope(self, norm)
-    x_BHWC = norm(x_BHWC)
+    c, channels = self.config, x_BHWC.shape[-1:]
+    scale_C = self.param("scale", nn.initializers.ones, channels)
+    bias_C = self.param("bias", nn.initializers.zeros, channels)
+    x_BHWC = group_norm(x_BHWC, scale_C, bias_C, c.norm_groups).astype(c.dtype)
     return nn.swish(x_BHWC) if self.swish else x_BHWC
+
+
+def group_norm(
+  x_BHWC: jax.Array, scale_C: jax.Array, bias_C: jax.Array, groups: int
+) -> jax.Array:
+  """Pictures with mean 0 and variance 1 in every group of channels (arXiv 1803.08494).
+
+  In float32, with the exact variance. Sums go over pixels first and over a group's
+  channels then, so that channels stay in a vector's lanes: on a CPU that takes two
+  thirds of Flax's time on large pictures.
+  """
+
+  def group_mean(x_BHWC):
+    mean_BC = jnp.mean(x_BHWC, axis=(1, 2))
+    mean_BG = jnp.mean(mean_BC.reshape(len(mean_BC), groups, -1), axis=-1)
+    return jnp.repeat(mean_BG, mean_BC.shape[-1] // groups, axis=-1)[:, None, None]
+
+  x_BHWC = x_BHWC.astype(jnp.float32)
+  mean_B11C = group_mean(x_BHWC)
+  variance_B11C = group_mean(jnp.square(x_BHWC - mean_B11C))
+  scale_B11C = jax.lax.rsqrt(variance_B11C + GROUP_NORM_EPS) * scale_C
+  return (x_BHWC - mean_B11C) * scale_B11C + bias_C
 
 
 class ResBlock(nn.Module):
