@@ -56,6 +56,19 @@ def embed_condition(config: GPTConfig, **kwargs) -> nn.Module:
   return kind(config, **kwargs)
 
 
+def visible_tokens(
+  config: GPTConfig, condition_mask_BP: jax.Array | None, length: int
+) -> jax.Array | None:
+  """False [B, length] on the padding of captions; None where there is none."""
+  if condition_mask_BP is None:
+    return None
+  return jnp.pad(
+    condition_mask_BP.astype(bool),
+    ((0, 0), (0, length - config.prefix_tokens)),
+    constant_values=True,
+  )
+
+
 def attention_mask(
   config: GPTConfig,
   condition_mask_BP: jax.Array | None,
@@ -73,11 +86,7 @@ def attention_mask(
   causal = key_S <= query
   if causal.ndim == 2:
     causal = causal[None]
-  if condition_mask_BP is None:
+  visible_BS = visible_tokens(config, condition_mask_BP, length)
+  if visible_BS is None:
     return causal
-  visible_BS = jnp.pad(
-    condition_mask_BP.astype(bool),
-    ((0, 0), (0, length - config.prefix_tokens)),
-    constant_values=True,
-  )
   return (causal & visible_BS[:, None, :]) | (key_S == query)

@@ -50,12 +50,16 @@ class GPTConfig:
   condition_dropout: float = 0.1  # share of samples trained without condition
   dtype: str = "float32"  # of activations and matmul inputs: float32 | bfloat16
   remat: str = "none"  # none | dots | full
+  attention: str = "xla"  # of training: xla | splash, the TPU's kernel
 
   def __post_init__(self):
     _one_of("condition", self.condition, ("class", "caption"))
     _one_of("prefix_rope", self.prefix_rope, ("zero", "identity"))
     _one_of("dtype", self.dtype, ("float32", "bfloat16"))
     _one_of("remat", self.remat, ("none", "dots", "full"))
+    _one_of("attention", self.attention, ("xla", "splash"))
+    if self.attention == "splash" and self.attention_dropout:
+      raise UserError("model.attention='splash' has no model.attention_dropout")
     if self.dim % self.heads or self.head_dim % 4:
       raise UserError(
         f"model.dim={self.dim} with model.heads={self.heads}: 2-D RoPE needs"

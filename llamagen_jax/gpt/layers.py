@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from llamagen_jax.gpt.attention import attention_weights, mix, splash_attention
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.rope import apply_rope
 from llamagen_jax.training.mesh import constrain
@@ -22,18 +23,6 @@ def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
   return normed.astype(x_BTD.dtype) * scale_D.astype(x_BTD.dtype)
 
 
-def attention_weights(
-  q_BTKGH: jax.Array, k_BKSH: jax.Array, mask_BTS: jax.Array
-) -> jax.Array:
-  """Softmax of scaled scores, float32 [B, K, G, T, S]; mask True = visible."""
-  scores = jnp.einsum(
-    "BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32
-  )
-  scores *= q_BTKGH.shape[-1] ** -0.5
-  scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-  return jax.nn.softmax(scores, axis=-1)
-
-
 def drop_path(x_BTD: jax.Array, rate: jax.Array, key: jax.Array) -> jax.Array:
   """Stochastic depth (arXiv 1603.09382): drops a sample's whole branch."""
   keep_B = jax.random.bernoulli(key, 1.0 - rate, (x_BTD.shape[0],))
@@ -45,13 +34,14 @@ class Attention(nn.Module):
 
   The projection keeps a kv head together with its G query heads, its key and
   its value ([D, K, G + 2, H]): one matmul, and tensor parallelism cuts along K.
+  `mask` is what the config's kind of attention takes.
   """
 
   config: GPTConfig
   training: bool = False
 
   @nn.compact
-  def __call__(self, x_BTD, rope, mask_BTS):
+  def __call__(self, x_BTD, rope, mask):
     c = self.config
     K, G, H = c.num_kv_heads, c.heads // c.num_kv_heads, c.head_dim
     qkv_init = nn.with_logical_partitioning(INIT, ("embed", "kv_heads", None, None))
@@ -66,13 +56,13 @@ class Attention(nn.Module):
     if c.qk_norm:
       q_BTNH, k_BTKH = self._norm("q_norm", q_BTNH), self._norm("k_norm", k_BTKH)
     q_BTKGH = apply_rope(q_BTNH, *rope).reshape(B, T, K, G, H)
-    k_BKTH = apply_rope(k_BTKH, *rope).swapaxes(1, 2)
-    v_BKTH = qkv_BTKCH[..., G + 1, :].swapaxes(1, 2)
-
-    weights_BKGTS = attention_weights(q_BTKGH, k_BKTH, mask_BTS)
-    drop = nn.Dropout(c.attention_dropout, deterministic=not self.training)
-    weights_BKGTS = drop(weights_BKGTS).astype(x_BTD.dtype)
-    mixed_BTKGH = jnp.einsum("BKGTS,BKSH->BTKGH", weights_BKGTS, v_BKTH)
+    k_BTKH, v_BTKH = apply_rope(k_BTKH, *rope), qkv_BTKCH[..., G + 1, :]
+    if c.attention == "splash":
+      mixed_BTKGH = splash_attention(q_BTKGH, k_BTKH, v_BTKH, mask)
+    else:
+      weights_BKRS = attention_weights(q_BTKGH, k_BTKH, mask)
+      drop = nn.Dropout(c.attention_dropout, deterministic=not self.training)
+      mixed_BTKGH = mix(drop(weights_BKRS).astype(x_BTD.dtype), v_BTKH)
     return jnp.einsum("BTKGH,KGHD->BTD", mixed_BTKGH, out_KGHD.astype(x_BTD.dtype))
 
   def _norm(self, name, x):
@@ -106,10 +96,10 @@ class Block(nn.Module):
   training: bool = False
 
   @nn.compact
-  def __call__(self, x_BTD, drop_path_rate, rope, mask_BTS) -> tuple[jax.Array, None]:
+  def __call__(self, x_BTD, drop_path_rate, rope, mask) -> tuple[jax.Array, None]:
     c = self.config
     attention = Attention(c, self.training, name="attention")
-    mixed = attention(self._norm("attention_norm", x_BTD), rope, mask_BTS)
+    mixed = attention(self._norm("attention_norm", x_BTD), rope, mask)
     x_BTD = x_BTD + self._branch(mixed, drop_path_rate)
     hidden = SwiGLU(c, name="ffn")(self._norm("ffn_norm", x_BTD))
     x_BTD = x_BTD + self._branch(hidden, drop_path_rate)

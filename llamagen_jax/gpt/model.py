@@ -10,7 +10,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llamagen_jax.gpt.conditioning import attention_mask, embed_condition
+from llamagen_jax.gpt.conditioning import (
+  attention_mask,
+  embed_condition,
+  visible_tokens,
+)
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.layers import INIT, Block, rms_norm
 from llamagen_jax.gpt.rope import rope_table
@@ -80,7 +84,10 @@ class GPT(nn.Module):
     x_BSD = constrain(x_BSD, "batch", None, None)
 
     rates_L = jnp.linspace(0.0, c.drop_path, c.layers)
-    mask = attention_mask(c, condition_mask, jnp.arange(c.length))
+    if c.attention == "splash":
+      mask = visible_tokens(c, condition_mask, c.length)
+    else:
+      mask = attention_mask(c, condition_mask, jnp.arange(c.length))
     x_BSD, _ = self.layers(x_BSD, rates_L, rope_table(c), mask)
     return rms_norm(x_BSD[:, c.prefix_tokens - 1 :], self.norm, c.norm_eps)
 

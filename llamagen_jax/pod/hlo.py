@@ -81,6 +81,7 @@ class Analysis:
   bytes: float  # read from and written to HBM
   collectives: tuple[Collective, ...]
   copies: tuple[Copy, ...]  # the most expensive first
+  silent_kernels: int = 0  # runs of kernels that do not say what they compute
 
 
 def analyse(compiled: Any) -> Analysis:
@@ -105,7 +106,12 @@ def analyse_text(text: str, memory: Memory) -> Analysis:
   copies = [Copy(*key[:1], count, *key[1:]) for key, count in counter.copies.items()]
   copies.sort(key=lambda copy: -copy.count * copy.size)
   return Analysis(
-    memory, counter.flops, counter.bytes, tuple(collectives), tuple(copies)
+    memory,
+    counter.flops,
+    counter.bytes,
+    tuple(collectives),
+    tuple(copies),
+    counter.silent_kernels,
   )
 
 
@@ -195,6 +201,7 @@ class _Counter:
   def __init__(self, computations, roots, entry):
     self._computations, self._roots, self._entry = computations, roots, entry
     self.flops = self.bytes = 0.0
+    self.silent_kernels = 0
     self.collectives = collections.defaultdict(lambda: [0, 0, 0])
     self.copies = collections.Counter()
 
@@ -222,7 +229,10 @@ class _Counter:
       elif op.kind == "convolution":
         self.flops += runs * _convolution_flops(ops, op)
       elif op.kind == "custom-call":
-        self.flops += runs * _declared(op, "flops")
+        declared = _declared(op, "flops")
+        self.flops += runs * declared
+        if "tpu_custom_call" in op.attributes and not declared:
+          self.silent_kernels += runs
       elif (kind := op.kind.removesuffix("-start")) in COLLECTIVES:
         self._exchange(kind, op, runs, computation)
       if not fused:

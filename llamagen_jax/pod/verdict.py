@@ -52,6 +52,8 @@ class Verdict:
     """The verdict for the user."""
     m = self.found.memory
     over = (m.total - self.chip.hbm_bytes) / GIB
+    silent = self.found.silent_kernels
+    unsaid = f"; {silent} runs of kernels not counted" if silent else ""
     lines = [
       f"{self.chips} x {self.chip.name}",
       f"HBM a chip      arguments {m.arguments / GIB:.2f}, temporaries"
@@ -60,7 +62,7 @@ class Verdict:
       f" {'fits' if self.fits else f'over by {over:.2f}'}",
       f"FLOPs a chip    {self.found.flops:.3g},"
       f" {self.found.flops / self.model_flops:.2f} x the model's"
-      f" {self.model_flops:.3g}",
+      f" {self.model_flops:.3g}{unsaid}",
       f"bytes a chip    {self.found.bytes / 1e9:.2f} GB",
     ]
     for c in self.found.collectives:
@@ -81,6 +83,7 @@ class Verdict:
       "flops": self.found.flops,
       "model_flops": self.model_flops,
       "bytes": self.found.bytes,
+      "silent_kernels": self.found.silent_kernels,
       "collectives": [
         dataclasses.asdict(c) | {"sent": c.sent} for c in self.found.collectives
       ],

@@ -54,6 +54,18 @@ def test_a_small_config_compiles_for_four_chips(mesh, tmp_path, capsys):
 
 
 @pytest.mark.extra
+@pytest.mark.parametrize("mesh", ["data=4", "tensor=2"])
+def test_the_kernel_of_attention_compiles(mesh, tmp_path, capsys):
+  pytest.importorskip("libtpu", reason="compiles for a TPU")
+  flags = ["--config.model.attention=splash", "--config.model.dtype=bfloat16"]
+  flags += [f"--config.mesh.{mesh}", f"--json={tmp_path}/figures.json"]
+  assert compile_for_pod("--topology=v5e:2x2", *flags) == 0
+  assert "runs of kernels not counted" in capsys.readouterr().out
+  found = json.loads((tmp_path / "figures.json").read_text())
+  assert found["silent_kernels"] == 4 * 3  # layers; forward and two backward
+
+
+@pytest.mark.extra
 @pytest.mark.slow
 def test_what_chips_exchange_when_they_share_the_weights(tmp_path):
   """Weights come a matrix at a time; rows change place in look-ups and nowhere else."""
