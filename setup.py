@@ -36,6 +36,7 @@ TEXT = [
 ]
 # The HTTP server.
 SERVE = ["fastapi>=0.165", "prometheus-client>=0.26", "uvicorn>=0.54"]
+DEMO = [*SERVE, "gradio>=6.31"]
 TEST = [
   *QUICKSTART,
   *TEXT,
@@ -51,11 +52,15 @@ EXTRAS = {
   "quickstart": QUICKSTART,
   "text": TEXT,
   "serve": SERVE,
+  # Its web page.
+  "demo": DEMO,
   # Published PyTorch weights.
   "convert": ["torch>=2.13", "safetensors>=0.8", "huggingface_hub>=1.0"],
   "test": TEST,
   # What the tests marked `extra` need on top; without it they are skipped.
   "test-extra": [
+    *DEMO,
+    "playwright>=1.65",  # drives Debian's chromium
     "torch==2.13.0",
     "libtpu",
     "schemathesis>=4.32",

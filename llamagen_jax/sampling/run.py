@@ -32,7 +32,7 @@ LABELLED_SIDE = 64  # smaller pictures are too narrow for a name
 
 def main(argv: Sequence[str]) -> None:
   args = _parse(argv)
-  _steady_reductions()
+  steady_reductions()
   hosts.connect(args)
   out = epath.Path(args.out)
   mesh = make_mesh(tensor=args.tensor)
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"{len(job.conditions)} pictures in {out}, {seconds}")
 
 
-def _steady_reductions() -> None:
+def steady_reductions() -> None:
   """Makes sums on CPU independent of the number of threads, so of fake devices.
 
   XLA's library for reductions splits them by threads, which shows in the last bits

@@ -68,10 +68,10 @@ def make_app(service: Service, store: Store, api_key: str = "") -> FastAPI:
 
   @contextlib.asynccontextmanager
   async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    # Answers /health while it compiles.
-    starting = asyncio.create_task(service.start())
+    service.drawer.start()
+    warming = asyncio.create_task(service.warm_up())  # /health is answered meanwhile
     yield
-    starting.cancel()
+    warming.cancel()
     await to_thread.run_sync(service.drawer.stop)
 
   app = FastAPI(

@@ -60,9 +60,8 @@ class Service:
   def alive(self) -> bool:
     return self.drawer.alive
 
-  async def start(self) -> None:
-    """Starts the drawer; comes back when everything is compiled, here."""
-    self.drawer.start()
+  async def warm_up(self) -> None:
+    """Compiles what runs on this side; requests are refused until then."""
     await to_thread.run_sync(self.studio.warm_up)
     self._warm = True
 

@@ -43,11 +43,13 @@ class Live:
 
 
 @contextlib.contextmanager
-def serve(studio: Studio, *, limits=LIMITS, folder=None, key="", **fake):
+def serve(studio: Studio, *, limits=LIMITS, folder=None, key="", mount=None, **fake):
   """Yields a `Live` server; the fake's settings are keywords."""
   drawer = FakeDrawer(studio.render, studio.gpt.config.image_tokens, **fake)
   service = Service(studio, drawer, limits)
   app = make_app(service, Store(folder), key)
+  if mount is not None:
+    mount(app, service, key)
   with socket.socket() as listening:
     listening.bind(("127.0.0.1", 0))
     config = uvicorn.Config(app, log_level="warning")
