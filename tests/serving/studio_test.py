@@ -1,0 +1,82 @@
+"""A model as the API sees it: prompts, pairs that do not fit, partial pictures."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("fastapi")
+
+from llamagen_jax import bundle  # noqa: E402
+from llamagen_jax.errors import UserError  # noqa: E402
+from llamagen_jax.interop.t5 import load_t5  # noqa: E402
+from llamagen_jax.sampling.prompts import Prompts  # noqa: E402
+from llamagen_jax.serving.refusal import Refusal  # noqa: E402
+from llamagen_jax.serving.schema import ImageRequest  # noqa: E402
+from llamagen_jax.serving.studio import GREY, Studio  # noqa: E402
+from llamagen_jax.text.t5 import T5Config, init_t5  # noqa: E402
+from llamagen_jax.training.mesh import unbox  # noqa: E402
+from tests import tiny  # noqa: E402
+from tests.serving import live  # noqa: E402
+
+T5 = T5Config(60, 16, layers=1, heads=2, head_dim=8, ffn_dim=16)
+
+
+@pytest.fixture(scope="module")
+def of_classes():
+  return live.tiny_studio()
+
+
+@pytest.fixture(scope="module")
+def of_captions(of_classes, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("t5")
+  t5 = jax.device_get(unbox(init_t5(T5, jax.random.key(0))))
+  encoder = load_t5(tiny.write_t5(folder, T5, t5), dtype="float32")
+  config = dataclasses.replace(
+    of_classes.gpt.config, condition="caption", caption_tokens=10, caption_dim=16
+  )
+  gpt = dataclasses.replace(
+    of_classes.gpt, config=config, text_encoder=encoder.identity
+  )
+  return Studio("text", gpt, of_classes.tokenizer, encoder)
+
+
+def test_prompts_become_features(of_captions):
+  prompt = "a red fox on a green hill"
+  requests = of_captions.requests(ImageRequest(prompt=prompt, n=2), seed=0)
+  prompts = Prompts.of(of_captions.gpt, of_captions.encoder, [prompt])
+  features, mask = prompts.take(np.array([0]))
+  for request in requests:
+    np.testing.assert_array_equal(request.condition, features[0])
+    np.testing.assert_array_equal(request.condition_mask, mask[0])
+  assert of_captions.usage(2).input_tokens == 20
+
+
+@pytest.mark.parametrize("body, param", [
+  ({"prompt": " "}, "prompt"), ({}, "prompt"), ({"class_label": 1}, "class_label"),
+  ({"prompt": "a cat", "class_labels": [1]}, "class_labels"),
+])  # fmt: skip
+def test_a_model_of_captions_wants_a_prompt(of_captions, body, param):
+  with pytest.raises(Refusal) as refusal:
+    of_captions.requests(ImageRequest(**body), seed=0)
+  assert (refusal.value.status, refusal.value.param) == (400, param)
+
+
+def test_refuses_models_that_do_not_fit(of_classes, of_captions):
+  with pytest.raises(UserError, match="--t5"):
+    Studio("x", of_captions.gpt, of_classes.tokenizer)
+  stranger = dataclasses.replace(of_captions.gpt, text_encoder="another")
+  with pytest.raises(UserError, match="text encoder"):
+    Studio("x", stranger, of_classes.tokenizer, of_captions.encoder)
+  tokenizer = bundle.Tokenizer(tiny.TOKENIZER, None, "another")
+  with pytest.raises(UserError, match="tokenizer"):
+    Studio("x", of_classes.gpt, tokenizer)
+
+
+@pytest.mark.parametrize("drawn", [1, 6, 15])
+def test_a_partial_picture_is_grey_where_no_code_is(of_classes, drawn):
+  codes = np.random.default_rng(0).integers(0, 16, 16, np.int32)
+  picture = of_classes.render_partly(codes[:drawn])
+  blocks = picture.reshape(4, 2, 4, 2, 3).swapaxes(1, 2).reshape(16, -1)
+  assert (blocks[drawn:] == GREY).all() and (blocks[:drawn] != GREY).any(axis=1).all()
