@@ -6,6 +6,7 @@ Without a source, JPEG files of 500x375 are made first: ImageNet's usual size.
 """
 
 import argparse
+import json
 import os
 import pathlib
 import tempfile
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from llamagen_jax.data.images import TrainingPicture, open_source
-from llamagen_jax.data.loader import Stream
+from llamagen_jax.data.loader import READ_THREADS, Stream
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
     source = open_source(spec)
     transform = TrainingPicture(source, args.image_size, 1.25, True, 16)
     print(f"{spec}, crops of {args.image_size}, {os.cpu_count()} cores")
-    best = 0.0
+    best, found = 0.0, {}
     for workers in (int(w) for w in args.workers.split(",")):
       stream = Stream(source, transform, args.batch_size, 0, workers, 1.0)
       speed = measure(stream, args.batches)
@@ -41,18 +42,22 @@ def main() -> None:
       print(f"{name:>12}  {speed:8.1f} pictures/s", flush=True)
       if workers:
         best = max(best, speed / workers)
+      found[name] = speed
     if best:
       print(
         f"{args.target:g} pictures/s need {np.ceil(args.target / best):.0f} workers at"
         f" {best:.1f} pictures/s each"
       )
+    print(json.dumps({"source": spec, "pictures_per_second": found}))
 
 
 def measure(stream: Stream, batches: int) -> float:
   """Pictures a second once the workers run."""
   rows = stream.host_batches(0)
-  for _ in range(max(2, 2 * stream.workers)):  # what was read ahead while starting
+  ahead = 2 * stream.workers or READ_THREADS  # batches under way at a time
+  for _ in range(ahead):
     next(rows)
+  batches = max(batches, 2 * ahead)
   started = time.perf_counter()
   for _ in range(batches):
     next(rows)

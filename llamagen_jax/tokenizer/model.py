@@ -59,11 +59,16 @@ def _enlarge_and_convolve(x_BHWC, kernel_33CF, *args, dimension_numbers, **kwarg
   """
   del args, kwargs  # plain stride and padding
   B, H, W, _ = x_BHWC.shape
-  # Rows of the kernel that fall on the first and the second pixel, for each parity.
-  falls = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], kernel_33CF.dtype)
+
+  def fold(kernel, axis, parity):
+    """Sums what falls on the first and on the second of two pixels."""
+    first, middle, last = jnp.split(kernel, 3, axis)
+    pair = (first, middle + last) if parity == 0 else (first + middle, last)
+    return jnp.concatenate(pair, axis)
+
   parities = []
   for i, j in np.ndindex(2, 2):
-    kernel = jnp.einsum("yh,xw,hwcf->yxcf", falls[i], falls[j], kernel_33CF)
+    kernel = fold(fold(kernel_33CF, 0, i), 1, j)
     padding = ((1 - i, i), (1 - j, j))
     parities.append(
       jax.lax.conv_general_dilated(
