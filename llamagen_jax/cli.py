@@ -16,6 +16,7 @@ VERBS = {
   "train-gpt": ("gpt.train", "train a transformer on code shards"),
   "compile-for-pod": ("pod.compile", "prove that a config fits a pod, without one"),
   "sample": ("sampling.run", "draw pictures"),
+  "serve": ("serving.run", "draw pictures over HTTP, with a web demo"),
   "evaluate": ("evaluation.run", "FID and its kin of two sets of pictures"),
   "import-weights": ("interop.import_weights", "published weights to a bundle"),
   "export-weights": ("interop.export_weights", "a bundle to published weights"),

@@ -10,6 +10,8 @@ Axes: B batch, T tokens, S cache length, D model, K kv heads, G query heads per
 kv head, C = G + 2 (queries, key, value), H head dim, N = K G H, F ffn, V vocabulary.
 """
 
+from collections.abc import Callable, Sequence
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -101,31 +103,59 @@ def cached_forward(
     params: from `decoding_params`.
     x_BTD: embedded tokens, condition or codes.
     cache: from `init_cache` or the step before.
-    position: of the first token, one for the batch or one a row [B].
+    position: of the first token.
     mask_BTS: bool [B or 1, T, S], which cache entries a token sees.
 
   Returns:
     float32 logits [B, V] after the last of the tokens, and the new cache.
   """
-  position = jnp.asarray(position)
-  at = position[..., None] + jnp.arange(x_BTD.shape[1])  # [T] or [B, T]
-  rope = tuple(jnp.asarray(table)[at] for table in rope_table(config))
-  new_cache = []
-  for layer, old in zip(params["layers"], cache, strict=True):
-    normed = rms_norm(x_BTD, layer["attention_norm"], config.norm_eps)
-    mixed, new = _attention(
-      layer, normed, rope, mask_BTS, _pinned(old), position, config.norm_eps
+  new_cache = list(cache)
+
+  def attend(layer: int, q_BTKGH, k_BTKH, v_BTKH):
+    old = _pinned(cache[layer])
+    new = LayerCache(
+      write(old.keys, k_BTKH.transpose(0, 2, 3, 1), position, axis=3),
+      write(old.values, v_BTKH.swapaxes(1, 2), position, axis=2),
     )
-    x_BTD = x_BTD + mixed
+    new_cache[layer] = _pinned(new)
+    if q_BTKGH.shape[1] > 1:
+      return _attend(q_BTKGH, new, mask_BTS)
+    return attend_one(q_BTKGH, [new], [mask_BTS])
+
+  at_T = jnp.asarray(position) + jnp.arange(x_BTD.shape[1])
+  return forward(config, params, x_BTD, at_T, attend), tuple(new_cache)
+
+
+def forward(
+  config: GPTConfig,
+  params: dict[str, Any],
+  x_BTD: jax.Array,
+  position: jax.Array,
+  attend: Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+  """Runs embedded tokens [B, T, D] at `position`, [T] or [B, T].
+
+  What a token attends to is the caller's: `attend(layer, q_BTKGH, k_BTKH, v_BTKH)`
+  gives the mixed values [B, T, K, G, H] of a layer.
+
+  Returns:
+    float32 logits [B, V] after the last of the tokens.
+  """
+  rope = tuple(jnp.asarray(table)[position] for table in rope_table(config))
+  for i, layer in enumerate(params["layers"]):
+    normed = rms_norm(x_BTD, layer["attention_norm"], config.norm_eps)
+    mixed_BTKGH = attend(i, *_project(layer, normed, rope, config.norm_eps))
+    mixed_BTN = mixed_BTKGH.reshape(*x_BTD.shape[:2], -1)
+    out_DBT = jnp.einsum("DN,BTN->DBT", layer["out_DN"], mixed_BTN)
+    x_BTD = x_BTD + out_DBT.transpose(1, 2, 0)
     normed = rms_norm(x_BTD, layer["ffn_norm"], config.norm_eps)
     x_BTD = x_BTD + _ffn(layer, normed)
-    new_cache.append(_pinned(new))
   last_BD = rms_norm(x_BTD[:, -1], params["norm"], config.norm_eps)
   logits_VB = jnp.einsum(
     "VD,BD->VB", params["head"], last_BD, preferred_element_type=jnp.float32
   )
   # Without the barrier the compiler turns the product around, which is slower.
-  return jax.lax.optimization_barrier(logits_VB).T, tuple(new_cache)
+  return jax.lax.optimization_barrier(logits_VB).T
 
 
 def _pinned(cache: LayerCache) -> LayerCache:
@@ -143,7 +173,8 @@ def _pinned(cache: LayerCache) -> LayerCache:
   return jax.lax.platform_dependent(cache, tpu=pin, default=lambda cache: cache)
 
 
-def _attention(layer, x_BTD, rope, mask_BTS, cache: LayerCache, position, eps):
+def _project(layer, x_BTD, rope, eps) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Queries [B, T, K, G, H] and keys, normed and turned, and values [B, T, K, H]."""
   K, C, H, _ = layer["qkv_KCHD"].shape
   B, T = x_BTD.shape[:2]
   qkv_KCHBT = jnp.einsum("KCHD,BTD->KCHBT", layer["qkv_KCHD"], x_BTD)
@@ -154,16 +185,7 @@ def _attention(layer, x_BTD, rope, mask_BTS, cache: LayerCache, position, eps):
     qkv_BTKCH = jnp.concatenate([q_BTKGH, k_BTK1H, qkv_BTKCH[..., -1:, :]], axis=3)
   turned = apply_rope(qkv_BTKCH[..., :-1, :].reshape(B, T, -1, H), *rope)
   turned_BTKCH = turned.reshape(B, T, K, C - 1, H)
-  q_BTKGH, k_BTKH = turned_BTKCH[..., :-1, :], turned_BTKCH[..., -1, :]
-  cache = LayerCache(
-    _write(cache.keys, k_BTKH.transpose(0, 2, 3, 1), position, axis=3),
-    _write(cache.values, qkv_BTKCH[..., -1, :].swapaxes(1, 2), position, axis=2),
-  )
-  attend = _attend_one if T == 1 else _attend
-  mixed_BTKGH = attend(q_BTKGH, cache, mask_BTS)
-  mixed_BTN = mixed_BTKGH.reshape(B, T, -1)
-  out_DBT = jnp.einsum("DN,BTN->DBT", layer["out_DN"], mixed_BTN)
-  return out_DBT.transpose(1, 2, 0), cache
+  return turned_BTKCH[..., :-1, :], turned_BTKCH[..., -1, :], qkv_BTKCH[..., -1, :]
 
 
 def _ffn(layer, x_BTD):
@@ -172,13 +194,9 @@ def _ffn(layer, x_BTD):
   return jnp.einsum("DF,FBT->DBT", layer["out_DF"], hidden_FBT).transpose(1, 2, 0)
 
 
-def _write(old: jax.Array, new: jax.Array, position: jax.Array, axis: int):
+def write(old: jax.Array, new: jax.Array, position: jax.Array | int, axis: int):
   """Writes at `position` of `axis`, in place where the caller lets go of `old`."""
-  new = new.astype(old.dtype)
-  if position.ndim:
-    update = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))
-    return update(old, new, position, axis - 1)
-  return jax.lax.dynamic_update_slice_in_dim(old, new, position, axis)
+  return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), position, axis)
 
 
 def _attend(q_BTKGH, cache: LayerCache, mask_BTS):
@@ -190,19 +208,34 @@ def _attend(q_BTKGH, cache: LayerCache, mask_BTS):
   return jnp.einsum("BKGTS,BKSH->BTKGH", weights, cache.values)
 
 
-def _attend_one(q_B1KGH, cache: LayerCache, mask_B1S):
-  """Attention of one token: products and sums that stream through the cache.
+def attend_one(
+  q_B1KGH: jax.Array, parts: Sequence[LayerCache], masks_B1S: Sequence[jax.Array]
+) -> jax.Array:
+  """Attention of one token over the parts of a cache, which it streams through.
 
-  Equals `_attend`; a matmul with a single row would leave a matrix unit idle and
+  Products and sums: a matmul with a single row would leave a matrix unit idle and
   is not faster on a CPU either. Query heads of a group go one by one, because a
   group axis of size 1 in the product costs a CPU a factor of 20.
+
+  Returns:
+    [B, 1, K, G, H].
   """
-  keys, values = (x.astype(jnp.float32) for x in cache)
+  parts = [jax.tree.map(lambda x: x.astype(jnp.float32), part) for part in parts]
+  mask_B1S = jnp.concatenate(masks_B1S, axis=-1)
+  ends = list(itertools.accumulate(mask.shape[-1] for mask in masks_B1S))
 
   def attend(q_BKH):
-    scores_BKS = jnp.sum(q_BKH.astype(jnp.float32)[..., None] * keys, axis=2)
+    scores = [
+      jnp.sum(q_BKH.astype(jnp.float32)[..., None] * part.keys, axis=2)
+      for part in parts
+    ]
+    scores_BKS = jnp.concatenate(scores, axis=-1)
     weights_BKS = _softmax(scores_BKS, mask_B1S, q_BKH).astype(jnp.float32)
-    return jnp.sum(weights_BKS[..., None] * values, axis=2)
+    weights = jnp.split(weights_BKS, ends[:-1], axis=-1)
+    return sum(
+      jnp.sum(weights_BKS[..., None] * part.values, axis=2)
+      for weights_BKS, part in zip(weights, parts, strict=True)
+    )
 
   groups = range(q_B1KGH.shape[3])
   mixed_BKGH = jnp.stack([attend(q_B1KGH[:, 0, :, g]) for g in groups], axis=2)

@@ -4,7 +4,7 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from llamagen_jax.errors import UserError
 
@@ -61,9 +61,10 @@ class SamplingConfig:
     )
 
   def rows(self, batch: int) -> Rows:
+    """These settings for every picture of a batch, as host arrays."""
     values = dataclasses.asdict(self)
     values["guidance_schedule"] = SCHEDULES.index(self.guidance_schedule)
-    return Rows(**{k: jnp.full(batch, v) for k, v in values.items()})
+    return Rows(**{k: np.full(batch, v, DTYPES[k]) for k, v in values.items()})
 
   @property
   def stages(self) -> Stages:
@@ -73,6 +74,14 @@ class SamplingConfig:
       top_p=self.top_p < 1,
       draw=not self.greedy,
     )
+
+
+DTYPES = {
+  field.name: {float: np.float32, int: np.int32, str: np.int32, bool: np.bool_}[
+    field.type
+  ]
+  for field in dataclasses.fields(SamplingConfig)
+}
 
 
 def _check(name: str, value, ok: bool, expected: str) -> None:

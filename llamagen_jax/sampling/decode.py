@@ -174,7 +174,7 @@ def decode_step(
     config: shape of the model.
     params: from `decoding_params`.
     code_B: codes number `index` - 1 of B pictures.
-    index: number of the code to draw; one for all, or one a picture [B].
+    index: number of the code to draw.
     cache: of R rows, from `prefill` or the step before.
     condition_mask: [B, P] or [B, 2, P], 0 on the padding of captions.
     guidance: whether every picture has two rows.
@@ -182,16 +182,13 @@ def decode_step(
   Returns:
     float32 logits [R, V], and the new cache.
   """
-  code_R, index = _per_row(code_B, guidance), jnp.asarray(index)
-  if index.ndim:
-    index = _per_row(index, guidance)
-  position = config.prefix_tokens + index - 1
+  code_R, position = _per_row(code_B, guidance), config.prefix_tokens + index - 1
   paired = condition_mask is not None and condition_mask.ndim == 3
   x = embed_codes(params["code_embedding"], code_R[:, None], config.dtype)
   mask = attention_mask(
     config,
     _per_row(condition_mask, guidance, paired),
-    position[..., None],
+    position[None],
     cache[0].values.shape[2],
   )
   return cached_forward(config, params, x, cache, position, mask)
@@ -205,12 +202,12 @@ def draw_codes(
   keys_B: jax.Array,
   rows: Rows,
 ) -> jax.Array:
-  """Logits of code number `index` (one, or [B]) -> the codes, int32 [B]."""
+  """Logits of code number `index` -> the codes, int32 [B]."""
   if stages.guidance:
     pairs = logits_RV.reshape(-1, 2, config.vocab_size)
     scale_B = scale_at(rows, index, config.image_tokens)
     logits_RV = guide(pairs[:, 0], pairs[:, 1], scale_B)
-  fold = jax.vmap(jax.random.fold_in, (0, 0 if index.ndim else None))
+  fold = jax.vmap(jax.random.fold_in, (0, None))
   return sample_codes(logits_RV, fold(keys_B, index), rows, stages)
 
 

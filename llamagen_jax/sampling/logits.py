@@ -23,11 +23,18 @@ def sample_codes(
     return best_B
   logits_BV = logits_BV / rows.temperature[:, None]
   if stages.top_k:
-    logits_BV = keep_top_k(logits_BV, rows.top_k)
+    logits_BV = _if_any(rows.top_k > 0, keep_top_k, logits_BV, rows.top_k)
   if stages.top_p:
-    logits_BV = keep_top_p(logits_BV, rows.top_p)
+    logits_BV = _if_any(rows.top_p < 1, keep_top_p, logits_BV, rows.top_p)
   drawn_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV)
   return jnp.where(rows.greedy, best_B, drawn_B)
+
+
+def _if_any(asked_B, keep, logits_BV, setting_B) -> jax.Array:
+  """Filters, unless no row asks for it: mixed batches pay for what they use."""
+  return jax.lax.cond(
+    jnp.any(asked_B), keep, lambda logits_BV, _: logits_BV, logits_BV, setting_B
+  )
 
 
 def keep_top_k(logits_BV: jax.Array, k_B: jax.Array) -> jax.Array:

@@ -90,28 +90,3 @@ def test_a_cache_that_grows_draws_the_same(monkeypatch):
   jax.clear_caches()
   in_parts = generate(TINY, params, labels, jax.random.key(0), sampling=sampling)
   np.testing.assert_array_equal(in_parts, at_once)
-
-
-def test_pictures_may_be_at_different_codes():
-  """A batch whose pictures have come to codes 3 and 6: what a server's slots need."""
-  c, params = TINY, decoding_params(TINY, random_params(TINY))
-  labels = np.array([2, 5])
-  codes_TB = np.random.default_rng(0).integers(0, c.vocab_size, (7, 2))
-  logits, cache = decode.prefill(c, params, labels, None, True, c.prefix_tokens + 15)
-  logits, caches = [logits], [cache]
-  for index in range(1, 8):
-    row, cache = decode.decode_step(
-      c, params, codes_TB[index - 1], index, caches[-1], None, True
-    )
-    logits.append(row)
-    caches.append(cache)
-
-  def mixed(a, b):  # picture 0 from a, picture 1 from b: two rows each
-    return jnp.concatenate([a[:2], b[2:]])
-
-  index = jnp.array([3, 6])
-  code_B = np.array([codes_TB[2, 0], codes_TB[5, 1]])
-  found, _ = decode.decode_step(
-    c, params, code_B, index, jax.tree.map(mixed, caches[2], caches[5]), None, True
-  )
-  np.testing.assert_allclose(found, mixed(logits[3], logits[6]), atol=1e-5)

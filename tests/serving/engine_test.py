@@ -1,0 +1,128 @@
+"""Slots: equal to `sample`, whatever else is in the batch; no row is ever lost."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from llamagen_jax import GPTConfig, SamplingConfig, bundle, generate
+from llamagen_jax.gpt.model import init_gpt
+from llamagen_jax.serving.engine import Engine
+from llamagen_jax.serving.request import Request
+from llamagen_jax.training.mesh import unbox
+
+CLASSES = GPTConfig(2, 4, 32, grid=4, vocab_size=50, num_classes=4, ffn_multiple=16)
+CAPTIONS = dataclasses.replace(
+  CLASSES, condition="caption", caption_tokens=5, caption_dim=8, kv_heads=2
+)
+SETTINGS = (
+  SamplingConfig(),
+  SamplingConfig(guidance_scale=3.0),
+  SamplingConfig(guidance_scale=7.5, guidance_schedule="power-cosine", top_k=9),
+  SamplingConfig(guidance_scale=2.0, guidance_stop=5, top_p=0.7, temperature=1.3),
+  SamplingConfig(temperature=0.8, top_k=5),
+  SamplingConfig(guidance_scale=4.0, guidance_schedule="linear", greedy=True),
+)
+
+
+def transformer(config: GPTConfig) -> bundle.Transformer:
+  params = unbox(init_gpt(config, jax.random.key(0)))
+  head = jax.random.normal(jax.random.key(1), params["head"].shape)  # not zero
+  return bundle.Transformer(config, params | {"head": head}, SamplingConfig(), "tiny")
+
+
+@pytest.fixture(scope="module", params=[CLASSES, CAPTIONS], ids=["class", "caption"])
+def gpt(request):
+  return transformer(request.param)
+
+
+def request(gpt, number: int) -> Request:
+  """Its condition and settings depend on the number alone."""
+  c, rng = gpt.config, np.random.default_rng(number)
+  condition, mask = int(rng.integers(c.num_classes)), None
+  if c.condition == "caption":
+    condition = rng.standard_normal((c.caption_tokens, c.caption_dim), np.float32)
+    mask = np.arange(c.caption_tokens) >= rng.integers(c.caption_tokens)
+    condition, mask = condition * mask[:, None], mask.astype(np.int32)
+  key = jax.random.fold_in(jax.random.key(3), number)
+  return Request(condition, key, SETTINGS[number % len(SETTINGS)], mask)
+
+
+def drawn_alone(gpt, r: Request) -> list[int]:
+  """By the loop of `sample`."""
+  mask = None if r.condition_mask is None else r.condition_mask[None]
+  condition = np.asarray(r.condition)[None]
+  codes = generate(gpt.config, gpt.params, condition, r.key[None], mask, r.sampling)
+  return codes[0].tolist()
+
+
+@pytest.mark.parametrize("chunk", [4, 5])
+def test_a_full_mixed_batch_draws_what_sample_draws(gpt, chunk):
+  engine = Engine(gpt, slots=7, chunk=chunk)
+  requests = [request(gpt, number) for number in range(8)]
+  assert all(engine.join(r) for r in requests)
+  assert not engine.join(request(gpt, 9))  # the two without guidance share a slot
+  while engine.busy_rows:
+    engine.advance()
+  for r in requests:
+    assert r.codes == drawn_alone(gpt, r)
+  assert engine.codes_drawn == 8 * gpt.config.image_tokens
+
+
+def test_200_requests_that_come_and_go(gpt):
+  """Who joins when, and who gives up, is random; results equal solo runs."""
+  engine, solo = Engine(gpt, slots=4, chunk=3), Engine(gpt, slots=4, chunk=3)
+  rng = np.random.default_rng(0)
+  waiting = [request(gpt, number) for number in range(200)]
+  expected, here, done = {}, [], []
+  for r in waiting:
+    assert solo.join(twin := dataclasses.replace(r, codes=[]))
+    while solo.busy_rows:
+      solo.advance()
+    expected[r] = twin.codes
+  while waiting or here:
+    while waiting and rng.random() < 0.7 and engine.join(waiting[0]):
+      here.append(waiting.pop(0))
+    if here and rng.random() < 0.1:
+      quitter = here.pop(rng.integers(len(here)))
+      engine.leave(quitter)
+      assert quitter.codes == expected[quitter][: len(quitter.codes)]
+    for r in engine.advance():
+      if len(r.codes) == gpt.config.image_tokens:
+        here.remove(r)
+        done.append(r)
+  assert engine.busy_rows == 0 and len(done) > 150
+  assert all(r.codes == expected[r] for r in done)
+  for number in range(4):  # every slot still takes a guided picture
+    assert engine.join(request(gpt, 6 * number + 1))
+
+
+def test_nothing_compiles_after_the_warm_up(gpt):
+  engine = Engine(gpt, slots=2, chunk=4)
+  engine.warm_up()
+  compiled = []
+  requests = [request(gpt, number) for number in range(12)]
+
+  def listen(event: str, seconds: float, **_):
+    compiled.append(event)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    while requests or engine.busy_rows:
+      while requests and engine.join(requests[0]):
+        requests.pop(0)
+      engine.advance()
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  assert [event for event in compiled if "compile" in event] == []
+
+
+def test_requests_without_guidance_share_a_slot(gpt):
+  engine = Engine(gpt, slots=1, chunk=4)
+  alone, beside, guided = (request(gpt, number) for number in (0, 4, 1))
+  assert engine.join(alone) and not engine.join(guided) and engine.join(beside)
+  engine.leave(alone)
+  assert not engine.join(guided)
+  engine.leave(beside)
+  assert engine.join(guided) and engine.busy_rows == 2
