@@ -7,7 +7,8 @@ positions last, so that both products of attention run along the rows of the
 cache; and a cache is only as long as what has been written to it, about.
 
 Axes: B batch, T tokens, S cache length, D model, K kv heads, G query heads per
-kv head, C = G + 2 (queries, key, value), H head dim, N = K G H, F ffn, V vocabulary.
+kv head, C = G + 2 (queries, key, value), H head dim, M = K C H, N = K G H, F ffn,
+V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,7 +56,7 @@ def decoding_params(config: GPTConfig, params: dict[str, Any]) -> dict[str, Any]
     head_norms(i)
     | {
       "attention_norm": stack["attention_norm"][i],
-      "qkv_KCHD": matrix(stack["attention"]["qkv"][i], 1, 2, 3, 0),
+      "qkv_MD": matrix(stack["attention"]["qkv"][i].reshape(config.dim, -1), 1, 0),
       "out_DN": matrix(stack["attention"]["out"][i].reshape(-1, config.dim), 1, 0),
       "ffn_norm": stack["ffn_norm"][i],
       "in_2FD": matrix(stack["ffn"]["in"][i], 1, 2, 0),
@@ -144,7 +145,7 @@ def forward(
   rope = tuple(jnp.asarray(table)[position] for table in rope_table(config))
   for i, layer in enumerate(params["layers"]):
     normed = rms_norm(x_BTD, layer["attention_norm"], config.norm_eps)
-    mixed_BTKGH = attend(i, *_project(layer, normed, rope, config.norm_eps))
+    mixed_BTKGH = attend(i, *_project(config, layer, normed, rope))
     mixed_BTN = mixed_BTKGH.reshape(*x_BTD.shape[:2], -1)
     out_DBT = jnp.einsum("DN,BTN->DBT", layer["out_DN"], mixed_BTN)
     x_BTD = x_BTD + out_DBT.transpose(1, 2, 0)
@@ -173,15 +174,15 @@ def _pinned(cache: LayerCache) -> LayerCache:
   return jax.lax.platform_dependent(cache, tpu=pin, default=lambda cache: cache)
 
 
-def _project(layer, x_BTD, rope, eps) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _project(c, layer, x_BTD, rope) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Queries [B, T, K, G, H] and keys, normed and turned, and values [B, T, K, H]."""
-  K, C, H, _ = layer["qkv_KCHD"].shape
+  K, C, H = c.num_kv_heads, c.heads // c.num_kv_heads + 2, c.head_dim
   B, T = x_BTD.shape[:2]
-  qkv_KCHBT = jnp.einsum("KCHD,BTD->KCHBT", layer["qkv_KCHD"], x_BTD)
-  qkv_BTKCH = qkv_KCHBT.transpose(3, 4, 0, 1, 2)
+  qkv_MBT = jnp.einsum("MD,BTD->MBT", layer["qkv_MD"], x_BTD)
+  qkv_BTKCH = qkv_MBT.transpose(1, 2, 0).reshape(B, T, K, C, H)
   if "q_norm" in layer:
-    q_BTKGH = rms_norm(qkv_BTKCH[..., :-2, :], layer["q_norm"], eps)
-    k_BTK1H = rms_norm(qkv_BTKCH[..., -2:-1, :], layer["k_norm"], eps)
+    q_BTKGH = rms_norm(qkv_BTKCH[..., :-2, :], layer["q_norm"], c.norm_eps)
+    k_BTK1H = rms_norm(qkv_BTKCH[..., -2:-1, :], layer["k_norm"], c.norm_eps)
     qkv_BTKCH = jnp.concatenate([q_BTKGH, k_BTK1H, qkv_BTKCH[..., -1:, :]], axis=3)
   turned = apply_rope(qkv_BTKCH[..., :-1, :].reshape(B, T, -1, H), *rope)
   turned_BTKCH = turned.reshape(B, T, K, C - 1, H)

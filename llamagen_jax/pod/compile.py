@@ -13,10 +13,12 @@ from absl import flags
 
 from llamagen_jax.gpt.train import GPTRecipe
 from llamagen_jax.pod import topology
+from llamagen_jax.pod.engine import compile_engine
 from llamagen_jax.pod.sampler import compile_sampler
 from llamagen_jax.pod.search import HEADER, Trial, search
 from llamagen_jax.pod.train_step import compile_train_step
 from llamagen_jax.pod.verdict import Verdict
+from llamagen_jax.serving.engine import CHUNK
 from llamagen_jax.training.recipe import build, parse_config
 
 
@@ -26,17 +28,24 @@ def main(argv: Sequence[str]) -> None:
     "topology", None, "Chips to compile for: v5e:2x4, v5p:4x4x4 ..", flag_values=values
   )
   flags.DEFINE_enum(
-    "program", "train", ["train", "sampler"], "What to compile.", flag_values=values
+    "program",
+    "train",
+    ["train", "sampler", "engine"],
+    "What to compile: a train step, what `sample` runs, a chunk of what `serve` runs.",
+    flag_values=values,
   )
   flags.DEFINE_integer(
     "pictures",
     32,
-    "Drawn at once by the sampler on a data slot.",
+    "Drawn at once by sampler or engine on a data slot.",
     1,
     flag_values=values,
   )
   flags.DEFINE_integer(
-    "tensor", 1, "Chips that share a model in the sampler.", 1, flag_values=values
+    "tensor", 1, "Chips that share a model when they draw.", 1, flag_values=values
+  )
+  flags.DEFINE_integer(
+    "chunk", CHUNK, "Steps between two joins in the engine.", 1, flag_values=values
   )
   flags.DEFINE_bool(
     "search",
@@ -76,6 +85,7 @@ def _tried(trials: Sequence[Trial]) -> list[dict]:
 def judge(recipe: GPTRecipe, values: flags.FlagValues) -> Verdict:
   if values.program == "train":
     return compile_train_step(recipe, values.topology)
-  return compile_sampler(
-    recipe.model, recipe.sampling, values.pictures, values.tensor, values.topology
-  )
+  shared = values.tensor, values.topology
+  if values.program == "engine":
+    return compile_engine(recipe.model, values.pictures, values.chunk, *shared)
+  return compile_sampler(recipe.model, recipe.sampling, values.pictures, *shared)

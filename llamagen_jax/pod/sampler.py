@@ -75,9 +75,9 @@ def compile_sampler(
       sampling.stages,
       params,
       condition,
-      _placed(keys, place),
+      placed(keys, place),
       mask,
-      _placed(rows, every),
+      placed(rows, every),
     )
     found = analysed(lowered)
   guided = sampling.guidance_scale > 1
@@ -101,7 +101,8 @@ def _shape(leaf, place):
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
-def _placed(tree, place):
+def placed(tree, place):
+  """Shapes of a tree, all of them in one place."""
   return jax.tree.map(lambda leaf: _shape(leaf, place), tree)
 
 
@@ -118,15 +119,21 @@ def _condition(config: GPTConfig, batch: int, place):
 
 def _least_bytes(config: GPTConfig, params, rows: int, tensor: int) -> float:
   """Weights and cache, read once a step, by one chip of a group of `tensor`."""
-  weights = _bytes(params) - _bytes(params["code_embedding"])
+  weights = read_bytes(params)
   total, start = 0.0, 1
   for end in segment_ends(config):
     length = config.prefix_tokens + end - 1
     cache: Cache = jax.eval_shape(lambda n=length: init_cache(config, rows, n))
-    total += (end - start) * (weights + _bytes(cache)) / tensor
+    total += (end - start) * (weights + bytes_of(cache)) / tensor
     start = end
   return total
 
 
-def _bytes(tree) -> int:
+def read_bytes(params: dict[str, Any]) -> int:
+  """Weights that a step reads; of the table of codes it reads a few rows."""
+  return bytes_of(params) - bytes_of(params["code_embedding"])
+
+
+def bytes_of(tree) -> int:
+  """Of all arrays, or shapes, of a tree."""
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

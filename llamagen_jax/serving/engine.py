@@ -17,6 +17,8 @@ from llamagen_jax.serving.request import Request
 from llamagen_jax.serving.slots import Plan, State, admit, init_state, run_chunk
 from llamagen_jax.training.mesh import batch_sharding, replicated, spec
 
+CHUNK = 8  # steps: short to wait for, long beside what happens between two chunks
+
 
 class Engine:
   """A fixed number of slots on the devices of a transformer. Not for several threads.

@@ -24,7 +24,7 @@ try:
   import uvicorn
 
   from llamagen_jax.serving.api import make_app
-  from llamagen_jax.serving.engine import Engine
+  from llamagen_jax.serving.engine import CHUNK, Engine
   from llamagen_jax.serving.service import Limits, Service
   from llamagen_jax.serving.store import Store
   from llamagen_jax.serving.studio import Studio
@@ -47,7 +47,7 @@ class Options:
   t5: str = ""  # folder of the text encoder, for a transformer of captions
   name: str = ""  # of the model; "" = that of the folder
   slots: int = 16  # pictures drawn at once with guidance, twice as many without
-  chunk: int = 8  # codes between two moments at which requests join and leave
+  chunk: int = CHUNK  # codes between two moments at which requests join and leave
   queue: int = 64  # pictures that may wait
   pictures: int = 10  # of one request
   seconds: float = 300.0  # until a request is given up

@@ -1,0 +1,61 @@
+"""The slot engine, compiled for chips that are not here."""
+
+import dataclasses
+import json
+
+import pytest
+
+from llamagen_jax import cli
+from llamagen_jax.gpt.config import GPTConfig
+from llamagen_jax.pod import topology
+from llamagen_jax.pod.engine import compile_engine
+
+pytestmark = pytest.mark.extra
+
+CONFIG = "configs/c2i_imagenet.py:runlocal"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset, where, tensor", [
+  ("XL", "v5e:1x1", 1), ("3B", "v5e:2x2", 4),
+])  # fmt: skip
+def test_a_chunk_reads_weights_and_cache_once_a_step(preset, where, tensor, capsys):
+  pytest.importorskip("libtpu", reason="compiles for a TPU")
+  config = GPTConfig.preset(preset, image_size=384, dtype="bfloat16")
+  with topology.quiet():
+    verdict = compile_engine(config, slots=32, steps=8, tensor=tensor, where=where)
+  with capsys.disabled():
+    print(f"\n{preset} at 384, 32 slots on {where}", *verdict.lines(), sep="\n")
+  m = verdict.found.memory
+  assert verdict.fits
+  assert m.temporaries < 0.05 * m.arguments
+  assert 0.95 < verdict.found.bytes / verdict.whole_bytes < 1.1
+  largest = max((copy.size for copy in verdict.found.copies), default=0)
+  assert largest < 2e6  # a cache has 94 MB or 59 MB
+  assert 0 < verdict.pictures_per_second < verdict.bound
+
+
+@pytest.mark.parametrize("condition", ["class", "caption"])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_what_four_chips_exchange(condition, tensor):
+  pytest.importorskip("libtpu", reason="compiles for a TPU")
+  config = dataclasses.replace(
+    GPTConfig(2, 4, 128, grid=8, vocab_size=512), condition=condition, dtype="bfloat16"
+  )
+  with topology.quiet():
+    verdict = compile_engine(config, slots=4, steps=4, tensor=tensor, where="v5e:2x2")
+  sent = {c.kind: c.largest for c in verdict.found.collectives}
+  assert "all-to-all" not in sent
+  # The codes go to all chips. Chips that share a model add up the residual stream.
+  residual = 2 * 4 * 128 * 4
+  assert all(largest <= (residual if tensor > 1 else 1024) for largest in sent.values())
+
+
+def test_the_verb(tmp_path, capsys):
+  pytest.importorskip("libtpu", reason="compiles for a TPU")
+  flags = ["--topology=v5e:2x2", "--program=engine", "--pictures=4", "--chunk=2"]
+  command = ["compile-for-pod", f"--config={CONFIG}", *flags]
+  assert cli.run([*command, f"--json={tmp_path}/figures.json"]) == 0
+  assert "of the arguments" in capsys.readouterr().out
+  found = json.loads((tmp_path / "figures.json").read_text())
+  assert found["fits"] and found["slots"] == 16 and found["steps"] == 2
