@@ -12,7 +12,7 @@ V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-import itertools
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -121,7 +121,7 @@ def cached_forward(
     new_cache[layer] = _pinned(new)
     if q_BTKGH.shape[1] > 1:
       return _attend(q_BTKGH, new, mask_BTS)
-    return attend_one(q_BTKGH, [new], [mask_BTS])
+    return attend_one(q_BTKGH, [(new, mask_BTS)])
 
   at_T = jnp.asarray(position) + jnp.arange(x_BTD.shape[1])
   return forward(config, params, x_BTD, at_T, attend), tuple(new_cache)
@@ -210,37 +210,58 @@ def _attend(q_BTKGH, cache: LayerCache, mask_BTS):
 
 
 def attend_one(
-  q_B1KGH: jax.Array, parts: Sequence[LayerCache], masks_B1S: Sequence[jax.Array]
+  q_B1KGH: jax.Array, parts: Sequence[tuple[LayerCache, jax.Array]]
 ) -> jax.Array:
-  """Attention of one token over the parts of a cache, which it streams through.
+  """Attention of one token over the parts of a cache, each with its mask [B, 1, S].
 
-  Products and sums: a matmul with a single row would leave a matrix unit idle and
-  is not faster on a CPU either. Query heads of a group go one by one, because a
-  group axis of size 1 in the product costs a CPU a factor of 20.
+  Query heads of a group go one by one, because a group axis of size 1 in the product
+  costs a CPU a factor of 20.
 
   Returns:
     [B, 1, K, G, H].
   """
-  parts = [jax.tree.map(lambda x: x.astype(jnp.float32), part) for part in parts]
-  mask_B1S = jnp.concatenate(masks_B1S, axis=-1)
-  ends = list(itertools.accumulate(mask.shape[-1] for mask in masks_B1S))
 
   def attend(q_BKH):
-    scores = [
-      jnp.sum(q_BKH.astype(jnp.float32)[..., None] * part.keys, axis=2)
-      for part in parts
-    ]
-    scores_BKS = jnp.concatenate(scores, axis=-1)
-    weights_BKS = _softmax(scores_BKS, mask_B1S, q_BKH).astype(jnp.float32)
-    weights = jnp.split(weights_BKS, ends[:-1], axis=-1)
-    return sum(
-      jnp.sum(weights_BKS[..., None] * part.values, axis=2)
-      for weights_BKS, part in zip(weights, parts, strict=True)
-    )
+    q_BKH = q_BKH.astype(jnp.float32) * q_BKH.shape[-1] ** -0.5
+    return _merge([_attend_part(q_BKH, *part) for part in parts])
 
   groups = range(q_B1KGH.shape[3])
   mixed_BKGH = jnp.stack([attend(q_B1KGH[:, 0, :, g]) for g in groups], axis=2)
   return mixed_BKGH[:, None].astype(q_B1KGH.dtype)
+
+
+class _Part(NamedTuple):
+  """Attention over a part of the keys, before it is normalised."""
+
+  highest: jax.Array  # score, [B, K, 1]
+  total: jax.Array  # of exp(score - highest), [B, K, 1]
+  mixed: jax.Array  # values, weighted by the same, [B, K, H]
+
+
+def _attend_part(q_BKH, cache: LayerCache, mask_B1S) -> _Part:
+  """Products and sums that stream through a cache.
+
+  A matmul with a single row would leave a matrix unit idle, and is not faster on a
+  CPU either.
+  """
+  keys, values = (x.astype(jnp.float32) for x in cache)
+  scores_BKS = jnp.sum(q_BKH[..., None] * keys, axis=2)
+  scores_BKS = jnp.where(mask_B1S, scores_BKS, jnp.finfo(jnp.float32).min)
+  highest_BK1 = jnp.max(scores_BKS, axis=-1, keepdims=True)
+  weights_BKS = jnp.where(mask_B1S, jnp.exp(scores_BKS - highest_BK1), 0.0)
+  total_BK1 = jnp.sum(weights_BKS, axis=-1, keepdims=True)
+  return _Part(highest_BK1, total_BK1, jnp.sum(weights_BKS[..., None] * values, axis=2))
+
+
+def _merge(parts: Sequence[_Part]) -> jax.Array:
+  """Parts -> the mixed values [B, K, H] (arXiv 2205.14135, section 3.1)."""
+  if len(parts) == 1:
+    return parts[0].mixed / parts[0].total
+  highest_BK1 = functools.reduce(jnp.maximum, [part.highest for part in parts])
+  scales = [jnp.exp(part.highest - highest_BK1) for part in parts]
+  total_BK1 = sum(k * part.total for k, part in zip(scales, parts, strict=True))
+  mixed_BKH = sum(k * part.mixed for k, part in zip(scales, parts, strict=True))
+  return mixed_BKH / total_BK1
 
 
 def _softmax(scores, mask, q):

@@ -119,17 +119,16 @@ def run_chunk(
     code_R = draw_rows(c, logits_RV, index_R, plan)
     return (recent, code_R), code_R
 
-  shape = (steps, len(start_R), c.num_kv_heads, c.head_dim)
-  recent = ((jnp.zeros(shape, c.dtype),) * 2,) * c.layers
+  recent = init_cache(c, len(start_R), steps)
   (recent, code_R), codes_CR = jax.lax.scan(
     step, (recent, state.code), jnp.arange(steps)
   )
   cache = tuple(
     LayerCache(
-      _put_each(old.keys, keys_CRKH.transpose(1, 2, 3, 0), start_R, axis=2),
-      _put_each(old.values, values_CRKH.transpose(1, 2, 0, 3), start_R, axis=1),
+      _put_each(old.keys, new.keys, start_R, axis=2),
+      _put_each(old.values, new.values, start_R, axis=1),
     )
-    for old, (keys_CRKH, values_CRKH) in zip(state.cache, recent, strict=True)
+    for old, new in zip(state.cache, recent, strict=True)
   )
   return state._replace(cache=cache, code=code_R), codes_CR
 
@@ -138,7 +137,7 @@ def _forward(
   config, params, x_RD, state: State, recent: Cache, start_R, number
 ) -> tuple[jax.Array, Cache]:
   """Step `number` of a chunk: logits [R, V], and `recent` with its keys and values."""
-  c, steps = config, len(recent[0][0])
+  c, steps = config, recent[0].values.shape[2]
   position_R1 = (start_R + number)[:, None]
   mask_R1S = attention_mask(c, state.mask, position_R1)
   at_RC = jnp.minimum(start_R[:, None] + jnp.arange(steps), c.length - 1)
@@ -148,12 +147,13 @@ def _forward(
   written = list(recent)
 
   def attend(layer: int, q_R1KGH, k_R1KH, v_R1KH):
-    old_keys, old_values = recent[layer]
-    keys_CRKH = write(old_keys, k_R1KH.swapaxes(0, 1), number, axis=0)
-    values_CRKH = write(old_values, v_R1KH.swapaxes(0, 1), number, axis=0)
-    written[layer] = keys_CRKH, values_CRKH
-    new = LayerCache(keys_CRKH.transpose(1, 2, 3, 0), values_CRKH.transpose(1, 2, 0, 3))
-    return attend_one(q_R1KGH, [state.cache[layer], new], [mask_R1S, recent_R1C])
+    new = LayerCache(
+      write(recent[layer].keys, k_R1KH.transpose(0, 2, 3, 1), number, axis=3),
+      write(recent[layer].values, v_R1KH.swapaxes(1, 2), number, axis=2),
+    )
+    written[layer] = new
+    parts = [(state.cache[layer], mask_R1S), (new, recent_R1C)]
+    return attend_one(q_R1KGH, parts)
 
   logits_RV = forward(c, params, x_RD[:, None], position_R1, attend)
   return logits_RV, tuple(written)
