@@ -1,0 +1,264 @@
+"""Load test of the slot engine, against one request at a time and static batches.
+
+python -m benchmarks.serving                  # GPT-B, 256 codes, guidance, float32
+python -m benchmarks.serving --slots=64 --loads=saturated
+python -m benchmarks.serving --workdir=quickstart --settings=mixed
+
+saturated: a closed loop of twice as many clients as there are slots. poisson: requests
+that arrive at random, at 80 % of what the engine did saturated.
+
+A static batch takes what waits and has the same sampling settings as the first of it,
+draws it by the loop of `sample`, and only then looks at the queue again; its size is
+that of the slots. Without --workdir weights are random and pictures are not rendered:
+on a CPU the tokenizer would take longer than the codes.
+"""
+
+import argparse
+import asyncio
+import collections
+import dataclasses
+import json
+import threading
+import time
+
+import jax
+import numpy as np
+
+from benchmarks.decode import random_params
+from llamagen_jax import bundle, generate
+from llamagen_jax.gpt.cached import decoding_params
+from llamagen_jax.gpt.config import PRESETS, GPTConfig
+from llamagen_jax.sampling.config import SamplingConfig
+from llamagen_jax.serving.engine import CHUNK, Engine
+from llamagen_jax.serving.protocol import Finished
+from llamagen_jax.serving.request import Request
+from llamagen_jax.serving.studio import Studio
+from llamagen_jax.serving.worker import Ticket, Worker
+
+LOAD = 0.8
+PARTIAL = 0.25  # of the codes: when a first partial picture is worth showing
+GUIDED = SamplingConfig(guidance_scale=4.0, top_k=2000)
+MIXED = (
+  GUIDED,
+  SamplingConfig(guidance_scale=2.0),
+  SamplingConfig(guidance_scale=7.5, guidance_schedule="power-cosine", top_p=0.9),
+  SamplingConfig(temperature=0.9, top_k=500),
+)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  add = parser.add_argument
+  add("--preset", default="B", choices=PRESETS)
+  add("--image-size", type=int, default=256)
+  add("--dtype", default="float32", choices=("float32", "bfloat16"))
+  add("--workdir", help="of a quickstart: its models, with rendering")
+  add("--slots", type=int, default=16)
+  add("--chunk", type=int, default=CHUNK)
+  add("--requests", type=int, default=64)
+  add("--settings", default="same", choices=("same", "mixed"))
+  add("--loads", nargs="+", default=["saturated", "poisson"])
+  args = parser.parse_args()
+
+  gpt, render = _models(args)
+  requests = _requests(gpt, args.requests, MIXED if args.settings == "mixed" else ())
+  kinds = {
+    "one at a time": lambda: StaticBatches(gpt, 1, render),
+    f"static batches of {args.slots}": lambda: StaticBatches(gpt, args.slots, render),
+    f"engine, {args.slots} slots": lambda: Worker(
+      Engine(gpt, args.slots, args.chunk), render, args.requests
+    ),
+  }
+  print(
+    f"{gpt.config.image_tokens} codes, {args.settings} settings, chunks of"
+    f" {args.chunk}, {jax.devices()[0]}\n"
+  )
+  found, codes = {"saturated": {}, "poisson": {}}, gpt.config.image_tokens
+  for name, make in kinds.items():
+    few = (
+      requests[: max(3, len(requests) // 16)] if name == "one at a time" else requests
+    )
+    found["saturated"][name] = run(make(), few, codes, closed_loop(2 * args.slots))
+    _print("saturated", name, found)
+  if "poisson" in args.loads:
+    rate = (
+      LOAD * found["saturated"][f"engine, {args.slots} slots"]["pictures_per_second"]
+    )
+    for name, make in list(kinds.items())[1:]:
+      found["poisson"][name] = run(make(), requests, codes, poisson(rate))
+      _print("poisson", name, found)
+  print(json.dumps(vars(args) | found))
+
+
+def _models(args):
+  if args.workdir:
+    gpt = bundle.load_gpt(f"{args.workdir}/gpt/bundle")
+    tokenizer = bundle.load_tokenizer(f"{args.workdir}/tokenizer/bundle")
+    studio = Studio("quickstart", gpt, tokenizer)
+    studio.warm_up()
+    return gpt, studio.render
+  config = GPTConfig.preset(args.preset, image_size=args.image_size, dtype=args.dtype)
+  params = decoding_params(config, random_params(config))
+  gpt = bundle.Transformer(config, params, GUIDED, "random")
+  return gpt, lambda codes: np.zeros((1, 1, 1, 3), np.uint8)
+
+
+def _requests(gpt, count: int, mixed: tuple[SamplingConfig, ...]) -> list[Request]:
+  rng = np.random.default_rng(0)
+  return [
+    Request(
+      int(rng.integers(gpt.config.num_classes)),
+      jax.random.fold_in(jax.random.key(0), i),
+      mixed[rng.integers(len(mixed))] if mixed else GUIDED,
+    )
+    for i in range(count)
+  ]
+
+
+class StaticBatches:
+  """Batches of one size, one after the other; as much of a drawer as is needed."""
+
+  def __init__(self, gpt, size: int, render):
+    self._gpt, self._size, self._render = gpt, size, render
+    self._waiting: collections.deque[Ticket] = collections.deque()
+    self._state, self._stopping = threading.Condition(), False
+    self._thread = threading.Thread(target=self._main)
+    for sampling in MIXED:  # compiled before the clock starts
+      self._draw([Request(0, jax.random.key(0), sampling)])
+
+  ready = True
+
+  def start(self) -> None:
+    self._thread.start()
+
+  def stop(self) -> None:
+    with self._state:
+      self._stopping = True
+      self._state.notify()
+    self._thread.join()
+
+  def submit(self, request: Request) -> Ticket:
+    ticket = Ticket(self, request)
+    with self._state:
+      self._waiting.append(ticket)
+      self._state.notify()
+    return ticket
+
+  def _main(self) -> None:
+    while tickets := self._next():
+      codes_BT = self._draw([ticket.request for ticket in tickets])
+      for ticket, codes in zip(tickets, codes_BT, strict=False):
+        ticket.tell(Finished(self._render(codes[None])[0], codes))
+
+  def _next(self) -> list[Ticket]:
+    with self._state:
+      while not self._waiting and not self._stopping:
+        self._state.wait()
+      if self._stopping:
+        return []
+      sampling = self._waiting[0].request.sampling
+      alike = [t for t in self._waiting if t.request.sampling == sampling]
+      taken = alike[: self._size]
+      self._waiting = collections.deque(t for t in self._waiting if t not in taken)
+      return taken
+
+  def _draw(self, requests: list[Request]) -> np.ndarray:
+    """Codes [size, T]; a batch that is not full repeats its last request."""
+    padded = [*requests, *[requests[-1]] * (self._size - len(requests))]
+    labels = np.array([request.condition for request in padded], np.int32)
+    keys = jax.numpy.stack([request.key for request in padded])
+    sampling = requests[0].sampling
+    g = self._gpt
+    return np.asarray(generate(g.config, g.params, labels, keys, None, sampling))
+
+
+@dataclasses.dataclass
+class Record:
+  """When things happened to a request, in seconds."""
+
+  sent: float
+  first: float = np.nan  # partial picture
+  done: float = np.nan
+
+
+async def follow(drawer, request: Request, record: Record, enough: int) -> None:
+  """Waits for a picture; `enough` codes make a partial one."""
+  async for event in drawer.submit(dataclasses.replace(request, codes=[])):
+    if np.isnan(record.first) and len(event.codes) >= enough:
+      record.first = time.perf_counter()
+  record.done = time.perf_counter()
+
+
+def closed_loop(clients: int):
+  """Clients that ask again as soon as they are answered."""
+
+  async def load(ask, requests) -> None:
+    left = iter(requests)
+
+    async def client() -> None:
+      for request in left:
+        await ask(request)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+
+  return load
+
+
+def poisson(rate: float):
+  """Requests that arrive independently, `rate` a second."""
+
+  async def load(ask, requests) -> None:
+    gaps = np.random.default_rng(1).exponential(1 / rate, len(requests))
+    coming, start = [], time.perf_counter()
+    for request, due in zip(requests, np.cumsum(gaps), strict=True):
+      await asyncio.sleep(max(0.0, start + due - time.perf_counter()))
+      coming.append(asyncio.create_task(ask(request)))
+    await asyncio.gather(*coming)
+
+  return load
+
+
+def run(drawer, requests: list[Request], codes: int, load) -> dict[str, float]:
+  """Puts a load on a drawer, compiled first, and says what became of it.
+
+  Pictures a second count to the moment of the last request: what is late is missing.
+  In a closed loop that moment is the last answer's.
+  """
+  records: list[Record] = []
+  enough = int(PARTIAL * codes)
+
+  async def ask(request: Request) -> None:
+    records.append(record := Record(time.perf_counter()))
+    await follow(drawer, request, record, enough)
+
+  async def main() -> None:
+    drawer.start()
+    while not drawer.ready:
+      await asyncio.sleep(0.05)
+    await load(ask, requests)
+
+  asyncio.run(main())
+  drawer.stop()
+  sent, first, done = np.array([(r.sent, r.first, r.done) for r in records]).T
+  end = done.max() if load.__qualname__.startswith("closed") else sent.max()
+  latency = done - sent
+  return {
+    "pictures_per_second": float((done <= end).sum() / (end - sent.min())),
+    **{f"p{q}": float(np.percentile(latency, q)) for q in (50, 95, 99)},
+    "first_partial_p50": float(np.median(first - sent)),
+  }
+
+
+def _print(load: str, name: str, found) -> None:
+  if len(found[load]) == 1:
+    print(f"{load:26} pictures/s    p50    p95    p99   first partial, p50, s")
+  row = found[load][name]
+  times = "".join(f"{row[key]:7.2f}" for key in ("p50", "p95", "p99"))
+  print(
+    f"  {name:24} {row['pictures_per_second']:10.2f}{times}"
+    f"{row['first_partial_p50']:10.2f}", flush=True,
+  )  # fmt: skip
+
+
+if __name__ == "__main__":
+  main()
