@@ -48,7 +48,7 @@ class Options:
   name: str = ""  # of the model; "" = that of the folder
   slots: int = 16  # pictures drawn at once with guidance, twice as many without
   chunk: int = CHUNK  # codes between two moments at which requests join and leave
-  queue: int = 64  # pictures that may wait
+  queue: int = 0  # pictures that may wait; 0 = as many as there are slots
   pictures: int = 10  # of one request
   seconds: float = 300.0  # until a request is given up
   body_bytes: int = 1_000_000
@@ -88,7 +88,7 @@ def make_service(options: Options) -> Service:
   studio = Studio(
     o.name or _name(o.gpt), gpt, bundle.load_tokenizer(o.tokenizer), encoder
   )
-  worker = Worker(Engine(gpt, o.slots, o.chunk), studio.render, o.queue)
+  worker = Worker(Engine(gpt, o.slots, o.chunk), studio.render, o.queue or o.slots)
   return Service(studio, worker, Limits(o.pictures, o.seconds, o.body_bytes))
 
 
@@ -116,7 +116,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   add("--chunk", type=int, default=default.chunk, help="codes between two moments at"
       " which requests join and leave (default %(default)s)")  # fmt: skip
   add("--queue", type=int, default=default.queue, help="pictures that may wait; more"
-      " are answered with 429 (default %(default)s)")  # fmt: skip
+      " are answered with 429 (default: as many as there are slots, so that nobody"
+      " waits for long)")  # fmt: skip
   add("--pictures", type=int, default=default.pictures, help="most of one request"
       " (default %(default)s)")  # fmt: skip
   add("--seconds", type=float, default=default.seconds, help="after which a request is"
@@ -131,7 +132,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
       " /demo; default: if gradio is there")  # fmt: skip
   args = parser.parse_args(argv)
   _complete(args)
-  for name in ("slots", "chunk", "queue", "pictures", "body_bytes", "tensor"):
+  for name in ("slots", "chunk", "pictures", "body_bytes", "tensor"):
     if getattr(args, name) < 1:
       flag = name.replace("_", "-")
       raise UserError(f"--{flag}={getattr(args, name)}: expected 1 or more")
