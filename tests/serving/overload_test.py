@@ -18,9 +18,9 @@ from llamagen_jax.training.mesh import unbox  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.serving.run_test import running  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
-SLOTS = 4
+SLOTS = QUEUE = 4
 OVERLOAD_SECONDS = 60
 # Slow enough that a client in Python can ask for ten times as much.
 CONFIG = GPTConfig(
@@ -38,7 +38,7 @@ def server(tmp_path_factory):
   bundle.save_gpt(
     folder / "gpt", bundle.Transformer(CONFIG, params, sampling, identity)
   )
-  with running(folder, f"--slots={SLOTS}", f"--queue={SLOTS}") as server:
+  with running(folder, f"--slots={SLOTS}", f"--queue={QUEUE}") as server:
     yield server
 
 
@@ -52,13 +52,14 @@ class Answers:
     return float(np.percentile(good, 95))
 
 
-async def ask(client, answers: Answers) -> None:
+async def ask(client, answers: Answers) -> int:
   started = time.perf_counter()
   response = await client.post("/v1/images/generations", json={"prompt": "1"})
   answers.seconds.append(time.perf_counter() - started)
   answers.status.append(response.status_code)
   if response.status_code == 429:
     assert int(response.headers["retry-after"]) >= 1
+  return response.status_code
 
 
 def client_of(server):
@@ -67,15 +68,16 @@ def client_of(server):
 
 
 async def full_load(server, seconds: float) -> Answers:
-  """As many clients as slots, each with a request at all times."""
+  """As many clients as there are slots and places; who is turned away comes again."""
   answers, end = Answers(), time.perf_counter() + seconds
 
   async def one(client) -> None:
     while time.perf_counter() < end:
-      await ask(client, answers)
+      if await ask(client, answers) != 200:
+        await asyncio.sleep(0.02)
 
   async with client_of(server) as client:
-    await asyncio.gather(*(one(client) for _ in range(SLOTS)))
+    await asyncio.gather(*(one(client) for _ in range(SLOTS + QUEUE)))
   return answers
 
 
@@ -92,8 +94,7 @@ async def overload(server, rate: float, seconds: float) -> Answers:
 
 def test_overload_is_shed_and_does_not_slow_down_who_is_let_in(server, capsys):
   full = asyncio.run(full_load(server, 10))
-  assert set(full.status) == {200}
-  rate = len(full.status) / 10
+  rate = full.status.count(200) / 10
   flood = asyncio.run(overload(server, 10 * rate, OVERLOAD_SECONDS))
   accepted = flood.status.count(200)
   with capsys.disabled():
