@@ -37,6 +37,7 @@ TEXT = [
 # The HTTP server.
 SERVE = ["fastapi>=0.165", "prometheus-client>=0.26", "uvicorn>=0.54"]
 DEMO = [*SERVE, "gradio>=6.31"]
+RAY = [*SERVE, "ray[serve]>=2.60"]
 TEST = [
   *QUICKSTART,
   *TEXT,
@@ -54,12 +55,15 @@ EXTRAS = {
   "serve": SERVE,
   # Its web page.
   "demo": DEMO,
+  # Several of it, on several machines.
+  "ray": RAY,
   # Published PyTorch weights.
   "convert": ["torch>=2.13", "safetensors>=0.8", "huggingface_hub>=1.0"],
   "test": TEST,
   # What the tests marked `extra` need on top; without it they are skipped.
   "test-extra": [
     *DEMO,
+    *RAY,
     "playwright>=1.65",  # drives Debian's chromium
     "torch==2.13.0",
     "libtpu",
