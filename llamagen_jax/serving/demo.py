@@ -1,5 +1,6 @@
 """The web demo at /demo: pictures that appear while they are drawn."""
 
+import base64
 from collections.abc import AsyncIterator
 import hmac
 import time
@@ -27,11 +28,12 @@ PROMPTS = (
   "a red fox on a green hill", "a lighthouse by the sea at night",
   "a bowl of fruit on a wooden table",
 )  # fmt: skip
-KEPT_FILES = (600, 3600)  # seconds: look for files this often that are this old
+UNFINISHED = ImageRequest(output_format="webp", output_compression=70)  # sent often
+FINISHED = ImageRequest(output_format="png")
 # Small pictures stay sharp, and nothing is wider than a phone.
 CSS = """
-.pictures img { image-rendering: pixelated; object-fit: contain; }
-.pictures .grid-wrap { max-height: none !important; }
+.pictures { display: grid; grid-template-columns: 1fr 1fr; gap: 0.5rem; }
+.pictures img { width: 100%; image-rendering: pixelated; border-radius: 0.4rem; }
 .gradio-container { width: 100%; max-width: 70rem !important; margin: auto; }
 @media (max-width: 640px) { .gradio-container { padding: 0.5rem !important; } }
 """
@@ -61,9 +63,7 @@ def make_demo(service: Service) -> gr.Blocks:
   """The page. Gradio runs its functions in the server's own event loop."""
   studio, defaults = service.studio, service.studio.gpt.sampling
   most = service.limits.pictures
-  with gr.Blocks(
-    title="LlamaGen", fill_width=True, analytics_enabled=False, delete_cache=KEPT_FILES
-  ) as page:
+  with gr.Blocks(title="LlamaGen", fill_width=True, analytics_enabled=False) as page:
     gr.Markdown("## LlamaGen: pictures, one code at a time")
     with gr.Row():
       with gr.Column(scale=2, min_width=280):
@@ -76,11 +76,7 @@ def make_demo(service: Service) -> gr.Blocks:
           1, HIGHEST_GUIDANCE, defaults.guidance_scale, step=0.1, label="Guidance"
         )
       with gr.Column(scale=3, min_width=280):
-        gallery = gr.Gallery(
-          label="Pictures", format="png", columns=2, object_fit="contain",
-          buttons=["download", "download_all", "fullscreen"], interactive=False,
-          elem_id="gallery", elem_classes="pictures", height="auto",
-        )  # fmt: skip
+        sheet = gr.HTML(elem_id="pictures")
         status = gr.Markdown(elem_id="status")
     with gr.Accordion("More settings", open=False):
       more = _settings(studio.gpt.config.vocab_size, defaults)
@@ -93,7 +89,7 @@ def make_demo(service: Service) -> gr.Blocks:
 
     # The engine has a queue of its own, so that Gradio's may let everyone pass.
     running = draw.click(
-      run, settings, [gallery, status], concurrency_limit=None, show_progress="hidden",
+      run, settings, [sheet, status], concurrency_limit=None, show_progress="hidden",
       api_visibility="private",
     )  # fmt: skip
     stop.click(None, cancels=[running], api_visibility="private")
@@ -146,8 +142,8 @@ def _examples(service: Service) -> list[list[Any]]:
 
 async def _draw(
   service: Service, subject, count, guidance, schedule, temperature, top_k, top_p, seed
-) -> AsyncIterator[tuple[list[np.ndarray], str]]:
-  """Yields all pictures as far as they are, and a line that tells how far."""
+) -> AsyncIterator[tuple[str, str]]:
+  """Yields all pictures as far as they are, as HTML, and a line that tells how far."""
   studio = service.studio
   fields = {"prompt": subject} if studio.of_captions else {"class_label": subject}
   try:
@@ -164,7 +160,7 @@ async def _draw(
   except Refusal as refusal:
     raise gr.Error(refusal.message) from refusal
   blank = np.full((studio.side, studio.side, 3), GREY, np.uint8)
-  pictures, codes = [blank] * count, [0] * count
+  figures, codes = [_figure(studio, blank)] * count, [0] * count
   total, shown = studio.gpt.config.image_tokens * count, 0.0
   try:
     async for index, event in drawing.news():
@@ -173,13 +169,35 @@ async def _draw(
       if not finished and time.monotonic() - shown < FRAME_SECONDS:
         continue
       if finished:
-        pictures[index] = event.picture
+        name = f"{drawing.seed}-{index}.png"
+        figures[index] = _figure(studio, event.picture, name)
       else:
-        pictures[index] = await to_thread.run_sync(studio.render_partly, event.codes)
+        picture = await to_thread.run_sync(studio.render_partly, event.codes)
+        figures[index] = _figure(studio, picture)
       shown = time.monotonic()
-      yield list(pictures), f"{sum(codes)} of {total} codes"
-    yield list(pictures), f"Done, with seed {drawing.seed}."
+      yield _sheet(figures), f"{sum(codes)} of {total} codes"
+    yield (
+      _sheet(figures),
+      f"Done, with seed {drawing.seed}. Click a picture to keep it.",
+    )
   except Refusal as refusal:
     raise gr.Error(refusal.message) from refusal
   finally:
     drawing.close()
+
+
+def _figure(studio: Studio, picture: np.ndarray, name: str = "") -> str:
+  """uint8 [H, W, 3] -> HTML; a finished picture has a name, and a click saves it.
+
+  The pixels are in the page itself: files behind it would be written while the browser
+  reads them, because a picture changes many times a second.
+  """
+  style = FINISHED if name else UNFINISHED
+  data = base64.b64encode(studio.encode(picture, style)).decode()
+  image = f'<img alt="{name}" src="data:image/{style.output_format};base64,{data}">'
+  link = f'<a download="{name}" href="data:image/png;base64,{data}">{image}</a>'
+  return link if name else image
+
+
+def _sheet(figures: list[str]) -> str:
+  return f'<div class="pictures">{"".join(figures)}</div>'

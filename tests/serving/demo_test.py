@@ -2,6 +2,7 @@
 
 import shutil
 
+from PIL import Image
 import pytest
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -48,7 +49,14 @@ def test_draws_by_clicking(browser, server, width):
   page.click("#draw")
   sync_api.expect(page.locator("#status")).to_contain_text(f"of {4 * CODES} codes")
   sync_api.expect(page.locator("#status")).to_contain_text("Done", timeout=SECONDS)
-  assert page.locator("#gallery img").count() == 4
+  assert page.locator("#pictures a[download] img").count() == 4
+  widths = page.eval_on_selector_all(
+    "#pictures img", "all => all.map(i => i.naturalWidth)"
+  )
+  assert widths == [8] * 4  # none is broken
+  with page.expect_download() as saved:
+    page.locator("#pictures a").first.click()
+  assert Image.open(saved.value.path()).size == (8, 8)
   assert [r.condition for r in server.drawer.requests[-4:]] == [3] * 4
   assert page.evaluate("document.documentElement.scrollWidth") <= width
   assert [url for url in elsewhere if not url.startswith(("data:", "blob:"))] == []
@@ -61,9 +69,9 @@ def test_stop_frees_the_slots(browser, server):
   page.goto(f"{server.url}/demo/")
   server.drawer.tick = 0.5
   page.click("#draw")
-  live.wait_until(lambda: server.drawer.busy_slots, 10)
+  live.wait_until(lambda: server.drawer.busy_slots, 20)
   page.click("#stop")
-  live.wait_until(lambda: not server.drawer.busy_slots and not server.drawer.queued, 5)
+  live.wait_until(lambda: not server.drawer.busy_slots and not server.drawer.queued, 20)
   server.drawer.tick = 0.05
   page.close()
 
@@ -74,9 +82,9 @@ def test_leaving_the_page_frees_the_slots(browser, server):
   page.goto(f"{server.url}/demo/")
   server.drawer.tick = 0.5
   page.click("#draw")
-  live.wait_until(lambda: server.drawer.busy_slots, 10)
+  live.wait_until(lambda: server.drawer.busy_slots, 20)
   page.close()
-  live.wait_until(lambda: not server.drawer.busy_slots and not server.drawer.queued, 5)
+  live.wait_until(lambda: not server.drawer.busy_slots and not server.drawer.queued, 20)
   server.drawer.tick = 0.05
 
 
