@@ -222,7 +222,7 @@ def attend_one(
   """
 
   def attend(q_BKH):
-    q_BKH = q_BKH.astype(jnp.float32) * q_BKH.shape[-1] ** -0.5
+    q_BKH = q_BKH * q_BKH.shape[-1] ** -0.5
     return _merge([_attend_part(q_BKH, *part) for part in parts])
 
   groups = range(q_B1KGH.shape[3])
@@ -239,18 +239,15 @@ class _Part(NamedTuple):
 
 
 def _attend_part(q_BKH, cache: LayerCache, mask_B1S) -> _Part:
-  """Products and sums that stream through a cache.
-
-  A matmul with a single row would leave a matrix unit idle, and is not faster on a
-  CPU either.
-  """
-  keys, values = (x.astype(jnp.float32) for x in cache)
-  scores_BKS = jnp.sum(q_BKH[..., None] * keys, axis=2)
+  f32 = {"preferred_element_type": jnp.float32}
+  scores_BKS = jnp.einsum("BKH,BKHS->BKS", q_BKH, cache.keys, **f32)
   scores_BKS = jnp.where(mask_B1S, scores_BKS, jnp.finfo(jnp.float32).min)
   highest_BK1 = jnp.max(scores_BKS, axis=-1, keepdims=True)
   weights_BKS = jnp.where(mask_B1S, jnp.exp(scores_BKS - highest_BK1), 0.0)
   total_BK1 = jnp.sum(weights_BKS, axis=-1, keepdims=True)
-  return _Part(highest_BK1, total_BK1, jnp.sum(weights_BKS[..., None] * values, axis=2))
+  weights_BKS = weights_BKS.astype(cache.values.dtype)
+  mixed_BKH = jnp.einsum("BKS,BKSH->BKH", weights_BKS, cache.values, **f32)
+  return _Part(highest_BK1, total_BK1, mixed_BKH)
 
 
 def _merge(parts: Sequence[_Part]) -> jax.Array:
