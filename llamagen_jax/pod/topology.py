@@ -40,6 +40,9 @@ def devices(topology: str) -> list[jax.Device]:
   os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
   # A v4 chip is one device only where its two cores work as one.
   options = {"chip_config_name": "megacore"} if generation == "v4" else {}
+  # A host has 2x2 chips, or fewer where the topology has.
+  bounds = [min(2, int(size)) for size in sizes.split("x")[:2]]
+  options["chips_per_host_bounds"] = [*bounds, 1]
   try:
     return list(topologies.get_topology_desc(topology, "tpu", **options).devices)
   except (jax.errors.JaxRuntimeError, ImportError, RuntimeError) as error:
