@@ -21,6 +21,7 @@ from llamagen_jax import pictures
 from llamagen_jax.interop.files import write_weights
 from llamagen_jax.tokenizer.model import init_tokenizer
 from llamagen_jax.training.mesh import unbox
+from llamagen_jax.training.metrics import read_rows
 from tests import parity
 
 COLAB = pathlib.Path(__file__).parents[2] / "launch" / "colab"
@@ -212,6 +213,9 @@ def test_train_on_tpu(tmp_path, monkeypatch):
   assert start == pytest.approx(math.log(128), abs=1e-3)
   assert end < start - 0.3
   assert re.search(r"tokens_per_second, median: [\d.e+]+\n", text)
+  row = read_rows(tmp_path / "run/gpt/metrics.jsonl")[0]
+  chips = row["tokens_per_second"] / row["tokens_per_second_per_chip"]
+  assert chips == pytest.approx(4)
   assert shown(outputs["loss"]).width > 600
 
   samples = tiles(shown(outputs["samples"]), 10, 12, side=32)
