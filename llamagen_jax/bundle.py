@@ -3,7 +3,8 @@
 `config.json` is written last, so a folder without one is not a bundle.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -11,6 +12,7 @@ import json
 import os
 from typing import Any
 
+from absl import logging
 from etils import epath
 import flax
 import jax
@@ -142,11 +144,20 @@ def load_tokenizer(path: str | os.PathLike, mesh: Mesh | None = None) -> Tokeniz
   return Tokenizer(config, _load_params(path, boxed, mesh), identity)
 
 
-def load_gpt(path: str | os.PathLike, mesh: Mesh | None = None) -> Transformer:
-  """Reads a transformer bundle, onto the first device or sharded over a mesh."""
+def load_gpt(
+  path: str | os.PathLike, mesh: Mesh | None = None, dtype: str | None = None
+) -> Transformer:
+  """Reads a transformer bundle, onto the first device or sharded over a mesh.
+
+  Args:
+    path: folder of the bundle.
+    mesh: from `make_mesh`.
+    dtype: of activations, "float32" or "bfloat16", where it is not the bundle's.
+      Parameters are read as they are stored, in float32.
+  """
   path = epath.Path(path)
   fields = _read_config(path, "gpt")
-  config = GPTConfig(**fields["config"])
+  config = GPTConfig(**(fields["config"] | ({"dtype": dtype} if dtype else {})))
   return Transformer(
     config,
     _load_params(path, abstract_gpt(config), mesh),
@@ -240,10 +251,24 @@ def _write_deferred(path: epath.Path, params: Any) -> None:
     ),
     params,
   )
-  # Without OCDBT, which collects all pieces in memory before it writes them.
-  handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
-  with ocp.Checkpointer(handler) as checkpointer:
-    checkpointer.save(path, ocp.args.PyTreeSave(params, save_args), force=True)
+  with _errors_only():
+    # Without OCDBT, which collects all pieces in memory before it writes them.
+    handler = ocp.PyTreeCheckpointHandler(
+      use_ocdbt=False, type_handler_registry=registry
+    )
+    with ocp.Checkpointer(handler) as checkpointer:
+      checkpointer.save(path, ocp.args.PyTreeSave(params, save_args), force=True)
+
+
+@contextlib.contextmanager
+def _errors_only() -> Iterator[None]:
+  """Keeps Orbax from warning of what `_write_deferred` does without."""
+  before = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(before)
 
 
 class _DeferredHandler(ocp.type_handlers.NumpyHandler):

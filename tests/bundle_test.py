@@ -1,10 +1,12 @@
-"""A tokenizer bundle, as programs call it."""
+"""Bundles, as programs call them."""
 
 import jax
 import numpy as np
 
+import llamagen_jax as lg
 from llamagen_jax import pictures
-from llamagen_jax.bundle import Tokenizer
+from llamagen_jax.bundle import Tokenizer, Transformer
+from llamagen_jax.gpt.model import init_gpt
 from llamagen_jax.tokenizer.model import init_tokenizer
 from llamagen_jax.training.mesh import unbox
 from tests import tiny
@@ -18,3 +20,13 @@ def test_bytes_and_floats_of_a_picture_have_the_same_codes():
   codes = tokenizer.encode(images)
   assert len(np.unique(codes)) > 1
   np.testing.assert_array_equal(codes, tokenizer.encode(pictures.from_uint8(images)))
+
+
+def test_a_transformer_computes_in_another_type_when_asked_to(tmp_path):
+  params = unbox(init_gpt(tiny.GPT, jax.random.key(0)))
+  lg.save_gpt(tmp_path, Transformer(tiny.GPT, params, lg.SamplingConfig(), "tiny"))
+  for dtype in ("float32", "bfloat16"):
+    gpt = lg.load_gpt(tmp_path, lg.make_mesh(), dtype=dtype)
+    assert gpt.config.dtype == dtype
+    jax.tree.map(np.testing.assert_array_equal, gpt.params, params)
+  assert lg.load_gpt(tmp_path).config == tiny.GPT

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 import pathlib
 
+import jax
 import numpy as np
 
 from llamagen_jax import bundle
@@ -22,6 +23,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--bundle", required=True, help="transformer or tokenizer")
   parser.add_argument("--out", required=True, help="x.pt or x.safetensors")
   args = parser.parse_args(argv)
+  jax.config.update("jax_platforms", "cpu")  # a chip may be in another's hands
   out = pathlib.Path(args.out)
   if out.suffix not in SUFFIXES:
     raise UserError(

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import pathlib
 
+import jax
+
 from llamagen_jax import bundle
 from llamagen_jax.data.classes import imagenet_names
 from llamagen_jax.errors import UserError
@@ -35,6 +37,7 @@ def main(argv: Sequence[str]) -> None:
   add("--key", help="entry of the file to take; default: ema, model, module, ..")
   flags.add_sampling_flags(parser, "the best FID's, stored in the bundle")
   args = parser.parse_args(argv)
+  jax.config.update("jax_platforms", "cpu")  # a chip may be in another's hands
   if args.list:
     print(table())
     return

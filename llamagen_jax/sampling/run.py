@@ -36,11 +36,10 @@ def main(argv: Sequence[str]) -> None:
   hosts.connect(args)
   out = epath.Path(args.out)
   mesh = make_mesh(tensor=args.tensor)
-  gpt = bundle.load_gpt(args.gpt, mesh)
+  dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+  gpt = bundle.load_gpt(args.gpt, mesh, dtype)
   tokenizer = bundle.load_tokenizer(args.tokenizer, mesh)
   check_pair(gpt, tokenizer)
-  dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-  gpt = dataclasses.replace(gpt, config=dataclasses.replace(gpt.config, dtype=dtype))
 
   conditions = _prompts(args, gpt, dtype) if _of_prompts(args) else _labels(args, gpt)
   drawn_side = gpt.config.grid * tokenizer.config.downsample

@@ -80,10 +80,8 @@ def make_service(options: Options) -> Service:
   o = options
   mesh = make_mesh(tensor=o.tensor)
   dtype = o.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-  gpt = bundle.load_gpt(o.gpt, mesh)
-  config = dataclasses.replace(gpt.config, dtype=dtype)
-  params = decoding_params(config, gpt.params)
-  gpt = dataclasses.replace(gpt, config=config, params=params)
+  gpt = bundle.load_gpt(o.gpt, mesh, dtype)
+  gpt = dataclasses.replace(gpt, params=decoding_params(gpt.config, gpt.params))
   encoder = load_t5(o.t5, dtype=dtype) if o.t5 else None
   studio = Studio(
     o.name or _name(o.gpt), gpt, bundle.load_tokenizer(o.tokenizer), encoder

@@ -5,6 +5,7 @@ elsewhere three flags name the coordinator, the number of hosts and this one.
 """
 
 import argparse
+import os
 import pathlib
 import signal
 import threading
@@ -51,7 +52,7 @@ def connect(values: flags.FlagValues | argparse.Namespace) -> None:
       raise UserError(f"--coordinator, --hosts, --host: {error}") from error
   elif len(missing) < len(named):
     raise UserError(f"--coordinator, --hosts and --host go together: no --{missing[0]}")
-  elif on_tpu_vm():
+  elif on_tpu_vm() and not alone():
     jax.distributed.initialize()
   if jax.distributed.is_initialized():
     logging.info("host %d of %d", jax.process_index(), jax.process_count())
@@ -64,6 +65,20 @@ def on_tpu_vm() -> bool:
   google = pathlib.Path("/sys/class/dmi/id/product_name")
   on_google = google.exists() and google.read_text().startswith("Google")
   return bool(accelerators or vfio) and on_google
+
+
+def alone() -> bool:
+  """Whether a TPU's environment names no host but this one, as a notebook's does.
+
+  There is no metadata server to ask there, and `TPU_SKIP_MDS_QUERY` says so.
+  """
+  if "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:  # of several slices
+    return False
+  workers = os.environ.get("TPU_PROCESS_ADDRESSES")
+  workers = workers or os.environ.get("TPU_WORKER_HOSTNAMES")
+  if workers is None:
+    return "TPU_SKIP_MDS_QUERY" in os.environ
+  return "," not in workers
 
 
 class StopSignal:

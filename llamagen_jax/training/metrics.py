@@ -5,12 +5,9 @@ import json
 import math
 import pathlib
 
-import matplotlib
 from matplotlib import figure
 import numpy as np
 import tensorboardX
-
-matplotlib.use("Agg")
 
 
 class MetricsLog:

@@ -7,6 +7,9 @@ dataclass that the code uses; from there on every field has a type and a reader.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import importlib.resources
+import pathlib
+import re
 import typing
 from typing import Any, TypeVar
 
@@ -90,9 +93,12 @@ def parse_config(
 ) -> ml_collections.ConfigDict:
   """Parses `--config` with its overrides, and the flags that `values` defines.
 
+  `configs/x.py` is found from any folder: it is also installed with the package.
+
   Raises:
     UserError: a flag that is unknown or missing, or a field that no config has.
   """
+  argv = [_installed(word) for word in argv]
   config_flags.DEFINE_config_file(
     "config",
     None,
@@ -121,6 +127,15 @@ def parse_config(
       f"--config={file}: no such file, or get_config() gives no ConfigDict"
     )
   return values.config
+
+
+def _installed(word: str) -> str:
+  """`--config=configs/x.py:ARG` where there is no such file -> that of the package."""
+  found = re.fullmatch(r"(--?config=|)configs/(\w+\.py)(:.*|)", word)
+  if not found or pathlib.Path("configs", found[2]).exists():
+    return word
+  recipe = importlib.resources.files("llamagen_jax.configs") / found[2]
+  return f"{found[1]}{recipe}{found[3]}" if recipe.is_file() else word
 
 
 def _one_line(error: object) -> str:

@@ -298,3 +298,25 @@ def test_the_hub_within_reach(tmp_path, capsys, monkeypatch, tokenizer):
   assert code == 2  # a tiny transformer is not what was asked for
   assert "c2i_L_384 is a L" in text
   assert asked == [("FoundationVision/LlamaGen", "c2i_L_384.pt")]
+
+
+def test_no_accelerator_is_needed(tmp_path, tokenizer):
+  """Another process may hold the chips; here there are none of the kind asked for."""
+  pytest.importorskip("safetensors")
+  write_weights(tmp_path / "x.safetensors", parity.state_dict("gpt_tiny_c2i"))
+  commands = [
+    f"import-weights --file={tmp_path}/x.safetensors --tokenizer={tokenizer} {TINY_GPT}"
+    f" --out={tmp_path}/gpt",
+    f"export-weights --bundle={tmp_path}/gpt --out={tmp_path}/y.safetensors",
+  ]
+  for command in commands:
+    done = subprocess.run(
+      [sys.executable, "-c", "from llamagen_jax import cli; cli.main()",
+       *command.split()],
+      env=os.environ | {"JAX_PLATFORMS": "tpu"}, capture_output=True, text=True,
+      check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+  assert_same(
+    read_weights(tmp_path / "y.safetensors")[0], parity.state_dict("gpt_tiny_c2i")
+  )

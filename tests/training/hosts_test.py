@@ -1,5 +1,6 @@
-"""Runs in processes of their own: several hosts, kills, preemption, damage."""
+"""Several hosts; runs in processes of their own: kills, preemption, damage."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -16,11 +17,35 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from llamagen_jax.training import hosts as cluster
 from llamagen_jax.training.metrics import read_rows
 from tests import tiny
 
 CHILD = pathlib.Path(__file__).with_name("child.py")
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (2, 1, 4), "mix": (2, 2, 2)}
+
+
+@pytest.mark.parametrize(
+  "environment, joins",
+  [
+    ({}, True),  # a TPU VM: JAX asks the metadata server
+    ({"TPU_SKIP_MDS_QUERY": "1"}, False),
+    ({"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}, False),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+    ({"TPU_PROCESS_ADDRESSES": "a:1,b:1", "TPU_WORKER_HOSTNAMES": "a"}, True),
+    ({"MEGASCALE_COORDINATOR_ADDRESS": "a", "TPU_WORKER_HOSTNAMES": "a"}, True),
+  ],
+)
+def test_a_lone_host_with_chips_looks_for_no_others(monkeypatch, environment, joins):
+  for name in ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES"):
+    monkeypatch.delenv(name, raising=False)  # JAX sets the first where it finds no chip
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  calls = []
+  monkeypatch.setattr(cluster, "on_tpu_vm", lambda: True)
+  monkeypatch.setattr(jax.distributed, "initialize", lambda: calls.append("joined"))
+  cluster.connect(argparse.Namespace(coordinator=None, hosts=None, host=None))
+  assert calls == ["joined"] * joins
 
 
 @pytest.fixture(scope="module")

@@ -68,3 +68,19 @@ def test_sections_must_fit_their_dataclass():
     build(RunConfig, {"steps": 3}, "config.run")
   with pytest.raises(UserError, match="config.optimizer: unknown field decay"):
     build(OptimizerConfig, {"lr": 1.0, "decay": 2}, "config.optimizer")
+
+
+def test_recipes_are_found_from_any_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  argv = ["--config=configs/c2i_digits.py:fast", "--config.data.codes=c", "--workdir=w"]
+  config = parse_command("train", argv).config
+  assert (config.run.steps, config.data.codes) == (5, "c")
+  with pytest.raises(UserError, match=r"--config=configs/c2i_digit\.py: no such file"):
+    parse_command("train", ["--config=configs/c2i_digit.py", "--workdir=w"])
+  (tmp_path / "configs").mkdir()
+  (tmp_path / "configs" / "c2i_digits.py").write_text(
+    "import ml_collections\n\ndef get_config(arg):\n"
+    "  return ml_collections.ConfigDict({'mine': arg})\n"
+  )
+  argv = ["--config", "configs/c2i_digits.py:fast", "--workdir=w"]
+  assert parse_command("train", argv).config.to_dict() == {"mine": "fast"}
