@@ -10,6 +10,7 @@ import functools
 import importlib.resources
 import re
 
+from llamagen_jax.data.images import NO_LABEL
 from llamagen_jax.errors import UserError
 
 SUGGESTIONS = 5
@@ -30,7 +31,12 @@ def imagenet_names() -> tuple[str, ...]:
 
 
 def shown_name(class_names: Sequence[str], label: int) -> str:
-  """What to write next to a picture; folders named by WordNet ids are translated."""
+  """What to write next to a picture; folders named by WordNet ids are translated.
+
+  Nothing next to one that has no label.
+  """
+  if label == NO_LABEL:
+    return ""
   name = class_names[label] if label < len(class_names) else str(label)
   return imagenet_classes().get(name, (name,))[0]
 

@@ -25,6 +25,7 @@ from llamagen_jax import bundle, pictures
 from llamagen_jax.data.classes import shown_name
 from llamagen_jax.data.codes import CodePlan, CodeRecord, CodeSource, CodeWriter
 from llamagen_jax.data.images import (
+  NO_LABEL,
   BadPicture,
   CropSet,
   Sample,
@@ -294,13 +295,6 @@ def report(manifest: dict[str, Any], out: str, speed: float) -> str:
   """What a finished folder holds, in lines for the user."""
   skipped = [problem for shard in manifest["shards"] for problem in shard["skipped"]]
   size = sum(shard["bytes"] for shard in manifest["shards"])
-  counts, names = manifest["label_counts"], manifest["class_names"]
-  shown = [
-    f"{shown_name(names, int(label))} {count}"
-    for label, count in list(counts.items())[:MOST_CLASSES_SHOWN]
-  ]
-  more = [f".. {len(counts) - len(shown)} more in {out}/manifest.json"]
-  few, many = min(counts.values(), default=0), max(counts.values(), default=0)
   lines = [
     f"{manifest['records']} pictures x {len(manifest['crops'])} crops in {out},"
     f" {len(skipped)} skipped, {manifest['codes_used']} of"
@@ -308,11 +302,24 @@ def report(manifest: dict[str, Any], out: str, speed: float) -> str:
     f" {manifest['perplexity']:.0f}",
     f"{speed:.1f} pictures/s on this host, {size / max(1, manifest['records']):.0f}"
     f" bytes a picture, {size / 1e9:.3f} GB",
-    f"{len(counts)} classes of {few} to {many} pictures: "
-    + ", ".join(shown + more * (len(counts) > len(shown))),
+    _classes(manifest, out),
     *(f"skipped {problem}" for problem in skipped[:MOST_CLASSES_SHOWN]),
   ]
   return "\n".join(lines)
+
+
+def _classes(manifest: dict[str, Any], out: str) -> str:
+  counts, names = manifest["label_counts"], manifest["class_names"]
+  if list(counts) == [str(NO_LABEL)]:
+    return "no labels"
+  shown = [
+    f"{shown_name(names, int(label))} {count}"
+    for label, count in list(counts.items())[:MOST_CLASSES_SHOWN]
+  ]
+  if len(counts) > len(shown):
+    shown.append(f".. {len(counts) - len(shown)} more in {out}/manifest.json")
+  few, many = min(counts.values(), default=0), max(counts.values(), default=0)
+  return f"{len(counts)} classes of {few} to {many} pictures: {', '.join(shown)}"
 
 
 def check(

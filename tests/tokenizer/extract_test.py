@@ -102,6 +102,14 @@ def test_a_finished_folder_is_left_as_it_is(tmp_path, tokenizer, capsys):
   assert "12 pictures x 20 crops" in capsys.readouterr().out
 
 
+def test_pictures_without_labels(tmp_path, tokenizer, capsys):
+  pictures = tiny.write_pictures(tmp_path / "pictures") / "class0"
+  arguments = command(tokenizer, f"folder:{pictures}", tmp_path / "codes", 2)
+  assert cli.run([*arguments, "--check=2"]) == 0
+  printed = capsys.readouterr().out
+  assert "no labels" in printed and "2 of 2 labels are confirmed" in printed
+
+
 def test_imagenet_fits_where_it_must(tmp_path):
   """1 281 167 pictures of 256, ten crops at both ranges: 13.2 GB and 5 % at most."""
   records = 500
