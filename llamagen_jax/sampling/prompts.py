@@ -128,4 +128,4 @@ def write_captions(folder: pathlib.Path, prompts: Sequence[str]) -> None:
   lines = [" ".join(prompt.split()) for prompt in prompts]
   part = folder / f".{CAPTIONS}.part"
   part.write_text("\n".join(lines) + "\n")
-  part.rename(folder / CAPTIONS)
+  part.replace(folder / CAPTIONS)
