@@ -5,6 +5,7 @@ computation counts as often as it runs: loops by their trip counts.
 """
 
 import collections
+from collections.abc import Iterator
 import dataclasses
 import math
 import re
@@ -333,24 +334,45 @@ class _Counter:
       if a.in_hbm
     )
 
-  def _fusion_moved(self, ops: dict[str, _Op], op: _Op, written: float) -> float:
+  def _fusion_moved(self, op_ops: dict[str, _Op], op: _Op, written: float) -> float:
     """A fusion reads only the slices it takes, and writes only those it updates."""
-    callee = self._computations[op.attribute("calls")]
-    users = collections.defaultdict(list)
-    for inner in callee.values():
-      for position, name in enumerate(inner.operands):
-        users[name].append((inner, position))
     total = written
-    for inner in callee.values():
+    for ops, inner in self._inside(op):
       if inner.kind == "dynamic-update-slice":
-        update = sum(a.bytes for a in callee[inner.operands[1]].arrays)
+        update = sum(a.bytes for a in ops[inner.operands[1]].arrays)
         total -= max(0, min(total, sum(a.bytes for a in inner.arrays)) - update)
-      if inner.kind != "parameter":
-        continue
-      outer = ops[op.operands[int(inner.literal)]]
-      whole = sum(a.bytes for a in outer.arrays if a.in_hbm)
-      total += min(whole, sum(_read(user, at, whole) for user, at in users[inner.name]))
+    for position, name in enumerate(op.operands):
+      whole = sum(a.bytes for a in op_ops[name].arrays if a.in_hbm)
+      total += min(whole, self._read(op, position, whole))
     return total
+
+  def _inside(self, fusion: _Op) -> Iterator[tuple[dict[str, _Op], _Op]]:
+    """All operations of a fusion, and of the fusions in it."""
+    ops = self._computations[fusion.attribute("calls")]
+    for op in ops.values():
+      yield ops, op
+      if op.kind == "fusion":
+        yield from self._inside(op)
+
+  def _read(self, user: _Op, position: int, whole: int) -> int:
+    """Bytes of an operand that an operation inside of fusions looks at.
+
+    A layer's weights are often cut out of the stack of all layers by a fusion that
+    lies in the one that multiplies with them.
+    """
+    if user.kind in ("dynamic-slice", "slice", "gather") and position == 0:
+      return sum(a.bytes for a in user.arrays)
+    if user.kind == "dynamic-update-slice" and position == 0:
+      return 0
+    if user.kind != "fusion":
+      return whole
+    ops = self._computations[user.attribute("calls")]
+    parameter = next(
+      op.name
+      for op in ops.values()
+      if op.kind == "parameter" and int(op.literal) == position
+    )
+    return sum(self._read(*use, whole) for use in _uses(ops, parameter))
 
   def _note_copy(self, ops: dict[str, _Op], op: _Op, runs: int) -> None:
     if op.kind not in ("copy", "copy-start") or not op.operands:
@@ -365,13 +387,14 @@ class _Counter:
       self.copies[shape, target.bytes, name[1] if name else ""] += runs
 
 
-def _read(user: _Op, position: int, whole: int) -> int:
-  """Bytes of an operand that an operation inside a fusion looks at."""
-  if user.kind in ("dynamic-slice", "slice", "gather") and position == 0:
-    return sum(a.bytes for a in user.arrays)
-  if user.kind == "dynamic-update-slice" and position == 0:
-    return 0
-  return whole
+def _uses(ops: dict[str, _Op], name: str) -> Iterator[tuple[_Op, int]]:
+  """Operations that take a value, in another shape or not, and as which operand."""
+  for op in ops.values():
+    for position, operand in enumerate(op.operands):
+      if operand == name and op.kind == "bitcast":
+        yield from _uses(ops, op.name)
+      elif operand == name:
+        yield op, position
 
 
 def _source(ops: dict[str, _Op], name: str) -> _Op:

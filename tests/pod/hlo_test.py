@@ -74,6 +74,48 @@ ENTRY %main (x: f32[4,8]) -> (s32[], f32[4,8]) {
     assert found[kind].largest == 4 * size
 
 
+def test_fusions_in_fusions_read_and_write_slices():
+  """A row is cut out of a stack two fusions deep, and its double written back."""
+  text = """HloModule m
+
+%cut (stack: f32[24,8,16], row: s32[]) -> f32[8,16] {
+  %stack = f32[24,8,16]{2,1,0} parameter(0)
+  %row = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %taken = f32[1,8,16]{2,1,0} dynamic-slice(%stack, %row, %zero, %zero)
+  ROOT %flat = f32[8,16]{1,0} bitcast(%taken)
+}
+
+%put (target: f32[24,128], new: f32[8,16], where: s32[]) -> f32[24,128] {
+  %target = f32[24,128]{1,0} parameter(0)
+  %new = f32[8,16]{1,0} parameter(1)
+  %where = s32[] parameter(2)
+  %none = s32[] constant(0)
+  %line = f32[1,128]{1,0} bitcast(%new)
+  ROOT %written = f32[24,128]{1,0} dynamic-update-slice(%target, %line, %where, %none)
+}
+
+%outer (a: f32[24,8,16], b: f32[24,128], i: s32[]) -> f32[24,128] {
+  %b = f32[24,128]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %a = f32[24,8,16]{2,1,0} parameter(0)
+  %same = f32[24,8,16]{2,1,0} bitcast(%a)
+  %one = f32[8,16]{1,0} fusion(%same, %i), kind=kLoop, calls=%cut
+  %two = f32[8,16]{1,0} add(%one, %one)
+  ROOT %done = f32[24,128]{1,0} fusion(%b, %two, %i), kind=kLoop, calls=%put
+}
+
+ENTRY %main (x: f32[24,8,16], y: f32[24,128], j: s32[]) -> f32[24,128] {
+  %x = f32[24,8,16]{2,1,0} parameter(0)
+  %y = f32[24,128]{1,0} parameter(1)
+  %j = s32[] parameter(2)
+  ROOT %out = f32[24,128]{1,0} fusion(%x, %y, %j), kind=kLoop, calls=%outer
+}
+"""
+  row = 4 * 8 * 16
+  assert hlo.analyse_text(text, NO_MEMORY).bytes == 2 * row + 4  # and the index
+
+
 @pytest.mark.extra
 def test_the_tpu_compiler_counts_the_same():
   pytest.importorskip("libtpu", reason="compiles for a TPU")
