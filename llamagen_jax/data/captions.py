@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import threading
 from typing import Any
 
 from array_record.python import array_record_module
@@ -177,21 +178,18 @@ def prepare(
   with tqdm.tqdm(total=len(mine), desc="captions", unit="shard") as bar:
     for _ in _parallel(work, mine, workers):
       bar.update()
-  if folder.left():
-    return None
-  if folder.is_finished():
-    return shards.read_manifest(folder.folder, KIND)
-  infos = folder.infos()
-  rejected = sum((collections.Counter(i["rejected"]) for i in infos), start=_none())
+  return folder.finish(functools.partial(_totals, source))
+
+
+def _totals(source: str, infos: list[dict[str, Any]]) -> dict[str, Any]:
+  rejected = collections.Counter()
+  for info in infos:
+    rejected.update(info["rejected"])
   records = sum(info["records"] for info in infos)
   if not records:
     listed = ", ".join(f"{n} {reason}" for reason, n in rejected.items()) or "empty"
     raise UserError(f"{source}: not one usable sample ({listed})")
-  return folder.finish({"records": records, "rejected": dict(rejected)})
-
-
-def _none() -> collections.Counter:
-  return collections.Counter()
+  return {"records": records, "rejected": dict(rejected)}
 
 
 def _parallel(work, indices: list[int], workers: int) -> Iterator[Any]:
@@ -200,9 +198,19 @@ def _parallel(work, indices: list[int], workers: int) -> Iterator[Any]:
     return
   context = multiprocessing.get_context("spawn")  # threads of JAX do not fork
   count = min(workers, len(indices))
-  with concurrent.futures.ProcessPoolExecutor(count, context) as pool:
+  with concurrent.futures.ProcessPoolExecutor(count, context, _end_with_parent) as pool:
     for done in concurrent.futures.as_completed(pool.submit(work, i) for i in indices):
       yield done.result()
+
+
+def _end_with_parent() -> None:
+  """In a worker: a parent that was killed cannot tell it to end, or to stop writing."""
+
+  def wait():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+  threading.Thread(target=wait, daemon=True).start()
 
 
 def _write_shard(

@@ -5,12 +5,12 @@ names, renamed, and vouched for by a small JSON file until `manifest.json`, whic
 is written last, takes over all of these. A folder without it is not finished.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import hashlib
 import json
-import os
 import pathlib
 from typing import Any
+import uuid
 
 from llamagen_jax.errors import UserError
 
@@ -61,21 +61,29 @@ class ShardFolder:
       part.rename(self.folder / name)
     write_json(self._info(index), {"files": described, **info})
 
-  def left(self) -> int:
-    """Shards that are still to be written, here or by other hosts."""
-    return sum(not self.is_done(i) for i in range(self.shards))
+  def finish(
+    self, totals: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
+  ) -> dict[str, Any] | None:
+    """Writes the manifest once all shards are there; None while some are missing.
 
-  def infos(self) -> list[dict[str, Any]]:
-    return [json.loads(self._info(i).read_text()) for i in range(self.shards)]
+    Hosts may do this at the same time, and a kill may come in between.
 
-  def finish(self, totals: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes the manifest once all shards are there, and returns it."""
+    Args:
+      totals: what the manifest says of all shards, from the infos of each.
+    """
+    if not all(self.is_done(i) for i in range(self.shards)):
+      return None
     if not self.is_finished():
-      manifest = {**self._plan, **totals, "shards": self.infos()}
-      write_json(self.folder / MANIFEST, manifest)
-      for index in range(self.shards):
-        self._info(index).unlink(missing_ok=True)
-    return json.loads((self.folder / MANIFEST).read_text())
+      try:
+        infos = [json.loads(self._info(i).read_text()) for i in range(self.shards)]
+      except FileNotFoundError:  # another host was faster, and tidies up
+        pass
+      else:
+        manifest = {**self._plan, **totals(infos), "shards": infos}
+        write_json(self.folder / MANIFEST, manifest)
+    for index in range(self.shards):
+      self._info(index).unlink(missing_ok=True)
+    return read_manifest(self.folder, self._plan["kind"])
 
   def _info(self, index: int) -> pathlib.Path:
     return self.folder / f"shard-{index:05d}-of-{self.shards:05d}.json"
@@ -121,6 +129,6 @@ def as_json(value: Any) -> Any:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes at once or not at all, whoever else writes the same."""
-  part = path.with_name(f".{path.name}.{os.getpid()}.part")
+  part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
   part.write_text(json.dumps(value, indent=1))
   part.rename(path)

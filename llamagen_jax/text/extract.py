@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import tqdm
 
-from llamagen_jax.data import shards
 from llamagen_jax.data.captions import WRITER_OPTIONS, CaptionSource
 from llamagen_jax.data.features import BFLOAT16, KIND, FeatureRecord
 from llamagen_jax.data.loader import to_global
+from llamagen_jax.data.shards import ShardFolder
 from llamagen_jax.interop.t5 import TextEncoder, load_t5
 from llamagen_jax.text.t5 import encode
 from llamagen_jax.training import hosts as cluster
@@ -81,7 +81,7 @@ def extract_text(
     "dtype": dtype,
   }
   ranges = source.shard_ranges()
-  folder = shards.ShardFolder(out, plan, len(ranges))
+  folder = ShardFolder(out, plan, len(ranges))
   batch_size = -(-batch_size // mesh.size) * mesh.size
   run = functools.partial(_encode, encoder, mesh, tokens, batch_size)
   mine = range(jax.process_index(), len(ranges), jax.process_count())
@@ -92,13 +92,9 @@ def extract_text(
         bar.update(len(ranges[index]))
       else:
         _write_shard(folder, index, source, ranges[index], run, batch_size, bar)
-  if folder.left():
-    return None
-  if folder.is_finished():
-    return shards.read_manifest(folder.folder, KIND)
-  infos = folder.infos()
-  totals = {name: sum(i[name] for i in infos) for name in ("records", "rows", "empty")}
-  return folder.finish(totals)
+  return folder.finish(
+    lambda infos: {n: sum(i[n] for i in infos) for n in ("records", "rows", "empty")}
+  )
 
 
 def _local_mesh() -> jax.sharding.Mesh:
