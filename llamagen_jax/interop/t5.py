@@ -68,7 +68,7 @@ def load_t5(
     UserError: a file is missing, the model is no T5 v1.1, or tensors do not fit.
   """
   folder = pathlib.Path(folder)
-  config = _read_config(folder, dtype)
+  config = read_t5_config(folder, dtype)
   tokens = CaptionTokens.load(folder)
   if tokens.size > config.vocab_size:
     raise UserError(
@@ -81,6 +81,28 @@ def load_t5(
     boxed = jax.eval_shape(lambda key: init_t5(config, key), jax.random.key(0))
     places = shardings(mesh, boxed)
   return TextEncoder(config, _place(params, places), tokens, identity)
+
+
+def read_t5_config(folder: pathlib.Path, dtype: str) -> T5Config:
+  """The shape of the encoder in a folder, from its config.json."""
+  path = folder / CONFIG
+  if not path.exists():
+    raise UserError(f"{folder}: no {CONFIG}, so it is not a folder of T5")
+  try:
+    fields = json.loads(path.read_text())
+  except ValueError as error:
+    raise UserError(f"{path}: not JSON ({error})") from error
+  activation = fields.get("feed_forward_proj", "relu")
+  if activation not in ("gated-gelu", "gated-gelu_new"):
+    raise UserError(
+      f"{path}: feed_forward_proj is {activation!r}; expected gated-gelu (T5 v1.1,"
+      " flan-T5)"
+    )
+  missing = [n for n in FIELDS if n not in fields and n not in OPTIONAL]
+  if missing:
+    raise UserError(f"{path}: no field {missing[0]}")
+  known = {FIELDS[name]: fields[name] for name in FIELDS if name in fields}
+  return T5Config(**known, dtype=dtype)
 
 
 def save_t5(folder: pathlib.Path, config: T5Config, params: Any) -> None:
@@ -177,27 +199,6 @@ def _pickled(path: pathlib.Path) -> Iterator[tuple[str, Array]]:
   for name, tensor in tensors.items():
     if not name.startswith(DECODER):
       yield name, tensor.float().numpy()
-
-
-def _read_config(folder: pathlib.Path, dtype: str) -> T5Config:
-  path = folder / CONFIG
-  if not path.exists():
-    raise UserError(f"{folder}: no {CONFIG}, so it is not a folder of T5")
-  try:
-    fields = json.loads(path.read_text())
-  except ValueError as error:
-    raise UserError(f"{path}: not JSON ({error})") from error
-  activation = fields.get("feed_forward_proj", "relu")
-  if activation not in ("gated-gelu", "gated-gelu_new"):
-    raise UserError(
-      f"{path}: feed_forward_proj is {activation!r}; expected gated-gelu (T5 v1.1,"
-      " flan-T5)"
-    )
-  missing = [n for n in FIELDS if n not in fields and n not in OPTIONAL]
-  if missing:
-    raise UserError(f"{path}: no field {missing[0]}")
-  known = {FIELDS[name]: fields[name] for name in FIELDS if name in fields}
-  return T5Config(**known, dtype=dtype)
 
 
 def _table(config: T5Config) -> list[Entry]:

@@ -8,10 +8,12 @@ what it computes, moves and exchanges. Needs the `libtpu` wheel and no TPU.
 from collections.abc import Sequence
 import dataclasses
 import json
+import pathlib
 
 from absl import flags
 
 from llamagen_jax.gpt.train import GPTRecipe
+from llamagen_jax.interop.t5 import read_t5_config
 from llamagen_jax.pod import topology
 from llamagen_jax.pod.engine import compile_engine
 from llamagen_jax.pod.sampler import compile_sampler
@@ -19,6 +21,7 @@ from llamagen_jax.pod.search import HEADER, Trial, search
 from llamagen_jax.pod.train_step import compile_train_step
 from llamagen_jax.pod.verdict import Verdict
 from llamagen_jax.serving.engine import CHUNK
+from llamagen_jax.text.t5 import PRESETS, T5Config
 from llamagen_jax.training.recipe import build, parse_config
 
 
@@ -47,6 +50,14 @@ def main(argv: Sequence[str]) -> None:
   flags.DEFINE_integer(
     "chunk", CHUNK, "Steps between two joins in the engine.", 1, flag_values=values
   )
+  flags.DEFINE_enum(
+    "t5",
+    None,
+    list(PRESETS),
+    "Size of the T5 that runs along in training; without it, the one in the folder"
+    " data.t5, if that is given.",
+    flag_values=values,
+  )
   flags.DEFINE_bool(
     "search",
     False,
@@ -56,13 +67,14 @@ def main(argv: Sequence[str]) -> None:
   flags.DEFINE_string("json", "", "File for the figures, too.", flag_values=values)
   config = parse_config("compile-for-pod", argv, values, required=("topology",))
   recipe = build(GPTRecipe, config)
+  encoder = _encoder(recipe, values.t5)
   if values.search:
     with topology.quiet() as errors:
-      trials = search(recipe, values.topology, errors)
+      trials = search(recipe, values.topology, errors, encoder)
     lines, figures = [HEADER, *(trial.line() for trial in trials)], _tried(trials)
   else:
     with topology.quiet():
-      verdict = judge(recipe, values)
+      verdict = judge(recipe, values, encoder)
     lines, figures = verdict.lines(), verdict.figures()
   print("\n".join(lines))
   if values.json:
@@ -82,9 +94,19 @@ def _tried(trials: Sequence[Trial]) -> list[dict]:
   ]
 
 
-def judge(recipe: GPTRecipe, values: flags.FlagValues) -> Verdict:
+def _encoder(recipe: GPTRecipe, size: str | None) -> T5Config | None:
+  if size:
+    return T5Config.preset(size, recipe.data.t5_dtype)
+  if recipe.data.t5:
+    return read_t5_config(pathlib.Path(recipe.data.t5), recipe.data.t5_dtype)
+  return None
+
+
+def judge(
+  recipe: GPTRecipe, values: flags.FlagValues, encoder: T5Config | None
+) -> Verdict:
   if values.program == "train":
-    return compile_train_step(recipe, values.topology)
+    return compile_train_step(recipe, values.topology, encoder)
   shared = values.tensor, values.topology
   if values.program == "engine":
     return compile_engine(recipe.model, values.pictures, values.chunk, *shared)

@@ -1,4 +1,4 @@
-"""FLOPs that a transformer needs, whatever a program spends.
+"""FLOPs that a network needs, whatever a program spends.
 
 The matmuls alone (PaLM, arXiv 2204.02311, appendix B): six a weight and token for a
 train step, and attention's two products over the whole square of positions.
@@ -6,6 +6,7 @@ Recomputation, look-ups and element-wise work are not in it.
 """
 
 from llamagen_jax.gpt.config import GPTConfig
+from llamagen_jax.text.t5 import T5Config
 
 
 def matmul_weights(config: GPTConfig) -> int:
@@ -32,3 +33,12 @@ def sampling_flops(config: GPTConfig, pictures: int, guidance: bool) -> float:
   weights = 2 * matmul_weights(c) * (c.length - 1)
   attention = 2 * c.layers * c.dim * c.length**2
   return float(pictures * (2 if guidance else 1) * (weights + attention))
+
+
+def t5_flops(config: T5Config, captions: int, tokens: int) -> float:
+  """Model FLOPs of encoding captions that are padded to `tokens`."""
+  c = config
+  inner = c.heads * c.head_dim
+  weights = 2 * c.layers * (4 * c.dim * inner + 3 * c.dim * c.ffn_dim) * tokens
+  attention = 4 * c.layers * inner * tokens**2
+  return float(captions * (weights + attention))

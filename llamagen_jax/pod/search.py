@@ -11,6 +11,7 @@ from llamagen_jax.gpt.train import GPTRecipe
 from llamagen_jax.pod import topology
 from llamagen_jax.pod.train_step import TrainVerdict, compile_train_step
 from llamagen_jax.pod.verdict import GIB
+from llamagen_jax.text.t5 import T5Config
 from llamagen_jax.training.recipe import MeshConfig
 
 REMATS = ("none", "dots", "full")
@@ -41,7 +42,7 @@ class Trial:
     )
     if v is None:
       return f"{what}  {self.refusal}"
-    memory = v.found.memory.total / GIB
+    memory = v.hbm / GIB
     if not v.fits:
       return f"{what} {memory:6.1f}  over by {memory - v.chip.hbm_bytes / GIB:.1f} GiB"
     return (
@@ -55,7 +56,9 @@ HEADER = (
 )
 
 
-def search(recipe: GPTRecipe, where: str, errors: TextIO) -> list[Trial]:
+def search(
+  recipe: GPTRecipe, where: str, errors: TextIO, encoder: T5Config | None = None
+) -> list[Trial]:
   """Tries the meshes first, then recomputation and batch on the best of them.
 
   One thing after the other, because every trial is a compilation: a few dozen
@@ -65,6 +68,7 @@ def search(recipe: GPTRecipe, where: str, errors: TextIO) -> list[Trial]:
     recipe: a config whose mesh, `model.remat` and `data.batch_size` are replaced.
     where: a topology, `v5p:4x4x4` say.
     errors: where the progress bar goes.
+    encoder: shape of the T5 that runs along, if one does.
 
   Returns:
     All trials, the cheapest a picture first, those that do not fit last.
@@ -79,7 +83,7 @@ def search(recipe: GPTRecipe, where: str, errors: TextIO) -> list[Trial]:
   def best(recipes) -> GPTRecipe:
     for r in recipes:
       if r not in tried:
-        tried[r] = _try(r, where)
+        tried[r] = _try(r, where, encoder)
         bar.update()
         bar.write(tried[r].line(), file=errors)
     return min(tried.values(), key=lambda trial: trial.chip_seconds).recipe
@@ -114,8 +118,8 @@ def _meshes(recipe: GPTRecipe, chips: int) -> Iterator[GPTRecipe]:
         yield dataclasses.replace(recipe, mesh=mesh)
 
 
-def _try(recipe: GPTRecipe, where: str) -> Trial:
+def _try(recipe: GPTRecipe, where: str, encoder: T5Config | None) -> Trial:
   try:
-    return Trial(recipe, compile_train_step(recipe, where))
+    return Trial(recipe, compile_train_step(recipe, where, encoder))
   except UserError as refused:
     return Trial(recipe, None, str(refused))

@@ -1,4 +1,8 @@
-"""The transformer's train step, compiled for a pod."""
+"""The transformer's train step, compiled for a pod.
+
+With captions a T5 may run along: a program of its own, right before every step, whose
+weights stay on the chips.
+"""
 
 import dataclasses
 import functools
@@ -8,11 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from llamagen_jax.errors import UserError
+from llamagen_jax.gpt.captions import padded_features
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.train import GPTRecipe, init_state, train_step
 from llamagen_jax.pod import topology
-from llamagen_jax.pod.flops import train_flops
-from llamagen_jax.pod.verdict import Verdict, analysed
+from llamagen_jax.pod.flops import t5_flops, train_flops
+from llamagen_jax.pod.verdict import GIB, Verdict, analysed
+from llamagen_jax.text.t5 import T5Config, init_t5
 from llamagen_jax.training.mesh import batch_sharding, replicated
 from llamagen_jax.training.state import abstract_state
 
@@ -22,6 +28,19 @@ class TrainVerdict(Verdict):
   """One update, and all updates of the config."""
 
   steps: int
+  encoder: Verdict | None = None  # of the T5 that runs along
+
+  @property
+  def hbm(self) -> int:
+    if self.encoder is None:
+      return super().hbm
+    step, encoder = self.found.memory, self.encoder.found.memory
+    return max(step.total + encoder.arguments, encoder.total + step.arguments)
+
+  @property
+  def least_seconds(self) -> float:
+    encoder = self.encoder.least_seconds if self.encoder else 0.0
+    return super().least_seconds + encoder
 
   @property
   def chip_hours(self) -> float:
@@ -30,20 +49,45 @@ class TrainVerdict(Verdict):
   def lines(self) -> list[str]:
     return [
       *super().lines(),
-      f"at best         MFU {self.mfu:.0%}, {self.chip_hours:,.0f} chip-hours,"
-      f" {self.chip_hours / self.chips:.1f} hours for {self.steps} steps",
+      *(self._encoder_lines() if self.encoder else ()),
+      f"at best         {1e3 * self.least_seconds:.1f} ms a step, MFU {self.mfu:.0%},"
+      f" {self.chip_hours:,.0f} chip-hours, {self.chip_hours / self.chips:.1f} hours"
+      f" for {self.steps} steps",
+    ]
+
+  def _encoder_lines(self) -> list[str]:
+    e = self.encoder
+    m = e.found.memory
+    return [
+      f"T5 before it    weights {m.arguments / GIB:.2f} GiB, in the total; temporaries"
+      f" {m.temporaries / GIB:.2f}; {e.found.flops:.3g} FLOPs,"
+      f" {e.found.bytes / 1e9:.2f} GB",
+      f"  least ms      {e.times}",
     ]
 
   def figures(self) -> dict[str, Any]:
-    return super().figures() | {"steps": self.steps, "chip_hours": self.chip_hours}
+    return super().figures() | {
+      "steps": self.steps,
+      "least_seconds": self.least_seconds,
+      "chip_hours": self.chip_hours,
+      "encoder": self.encoder.figures() if self.encoder else None,
+    }
 
 
-def compile_train_step(recipe: GPTRecipe, where: str) -> TrainVerdict:
+def compile_train_step(
+  recipe: GPTRecipe, where: str, encoder: T5Config | None = None
+) -> TrainVerdict:
   """Compiles the step that `train-gpt` runs for a topology, `v5e:2x4` say.
+
+  Args:
+    recipe: the config.
+    where: the topology.
+    encoder: shape of the T5 that runs along, if one does.
 
   Raises:
     UserError: an unknown topology, a mesh that is not its size, a batch that the
-      mesh does not divide, or a program that the compiler cannot place.
+      mesh does not divide, an encoder whose features the model does not take, or a
+      program that the compiler cannot place.
   """
   m, batch_size = recipe.mesh, recipe.data.batch_size
   mesh = topology.mesh(where, m.data, m.fsdp, m.tensor)
@@ -63,8 +107,30 @@ def compile_train_step(recipe: GPTRecipe, where: str) -> TrainVerdict:
     )
     rows = abstract_batch(recipe.model, batch_size, batch_sharding(mesh))
     found = analysed(step.lower(state, rows))
+    along = compile_encoder(encoder, recipe, mesh) if encoder else None
   flops = train_flops(recipe.model, batch_size) / mesh.size
-  return TrainVerdict(topology.chip(mesh), mesh.size, flops, found, recipe.run.steps)
+  chip, steps = topology.chip(mesh), recipe.run.steps
+  return TrainVerdict(chip, mesh.size, flops, found, steps, along)
+
+
+def compile_encoder(
+  config: T5Config, recipe: GPTRecipe, mesh: jax.sharding.Mesh
+) -> Verdict:
+  """Compiles what makes features of a batch's tokens; run under `jax.set_mesh`."""
+  c, batch_size = recipe.model, recipe.data.batch_size
+  if c.condition != "caption" or c.caption_dim != config.dim:
+    raise UserError(
+      f"a T5 with features of width {config.dim} runs along: expected"
+      f" model.condition=caption and model.caption_dim={config.dim}, found"
+      f" {c.condition} and {c.caption_dim}"
+    )
+  params = abstract_state(functools.partial(init_t5, config), mesh)
+  ids = jax.ShapeDtypeStruct(
+    (batch_size, c.caption_tokens), jnp.int32, sharding=batch_sharding(mesh)
+  )
+  found = analysed(padded_features.lower(config, params, ids, ids))
+  flops = t5_flops(config, batch_size, c.caption_tokens) / mesh.size
+  return Verdict(topology.chip(mesh), mesh.size, flops, found)
 
 
 def abstract_batch(config: GPTConfig, batch_size: int, place: jax.NamedSharding):

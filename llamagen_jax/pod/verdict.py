@@ -22,8 +22,13 @@ class Verdict:
   found: hlo.Analysis
 
   @property
+  def hbm(self) -> int:
+    """Bytes of HBM that are taken at the peak."""
+    return self.found.memory.total
+
+  @property
   def fits(self) -> bool:
-    return self.found.memory.total <= self.chip.hbm_bytes
+    return self.hbm <= self.chip.hbm_bytes
 
   @property
   def seconds(self) -> dict[str, float]:
@@ -51,13 +56,13 @@ class Verdict:
   def lines(self) -> list[str]:
     """The verdict for the user."""
     m = self.found.memory
-    over = (m.total - self.chip.hbm_bytes) / GIB
+    over = (self.hbm - self.chip.hbm_bytes) / GIB
     silent = self.found.silent_kernels
     unsaid = f"; {silent} runs of kernels not counted" if silent else ""
     lines = [
       f"{self.chips} x {self.chip.name}",
       f"HBM a chip      arguments {m.arguments / GIB:.2f}, temporaries"
-      f" {m.temporaries / GIB:.2f}, total {m.total / GIB:.2f} of"
+      f" {m.temporaries / GIB:.2f}, total {self.hbm / GIB:.2f} of"
       f" {self.chip.hbm_bytes / GIB:.0f} GiB:"
       f" {'fits' if self.fits else f'over by {over:.2f}'}",
       f"FLOPs a chip    {self.found.flops:.3g},"
@@ -70,8 +75,12 @@ class Verdict:
         f"  {c.kind:20} {c.count:5} among {c.group}: {c.sent / 1e6:.1f} MB sent,"
         f" the largest of {c.largest / 1e6:.1f} MB"
       )
+    return [*lines, f"least ms        {self.times}"]
+
+  @property
+  def times(self) -> str:
     times = ", ".join(f"{name} {1e3 * t:.1f}" for name, t in self.seconds.items())
-    return [*lines, f"least ms        {times}: {self.binding} binds"]
+    return f"{times}: {self.binding} binds"
 
   def figures(self) -> dict[str, Any]:
     """The verdict as numbers."""
@@ -79,6 +88,7 @@ class Verdict:
       "chip": self.chip.name,
       "chips": self.chips,
       "fits": self.fits,
+      "hbm": self.hbm,
       "memory": dataclasses.asdict(self.found.memory),
       "flops": self.found.flops,
       "model_flops": self.model_flops,

@@ -15,6 +15,15 @@ import numpy as np
 from llamagen_jax.errors import UserError
 from llamagen_jax.training.mesh import constrain
 
+# name: (layers, dim, heads, ffn_dim) of T5 v1.1's and flan-T5's encoders.
+PRESETS = {
+  "small": (8, 512, 6, 1024),
+  "base": (12, 768, 12, 2048),
+  "large": (24, 1024, 16, 2816),
+  "xl": (24, 2048, 32, 5120),
+  "xxl": (24, 4096, 64, 10240),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
@@ -34,6 +43,12 @@ class T5Config:
   def __post_init__(self):
     if self.dtype not in ("float32", "bfloat16"):
       raise UserError(f"T5 dtype {self.dtype!r}: expected float32 or bfloat16")
+
+  @classmethod
+  def preset(cls, name: str, dtype: str) -> "T5Config":
+    """A published size."""
+    layers, dim, heads, ffn_dim = PRESETS[name]
+    return cls(32128, dim, layers, heads, head_dim=64, ffn_dim=ffn_dim, dtype=dtype)
 
 
 def relative_buckets(config: T5Config, tokens: int) -> np.ndarray:

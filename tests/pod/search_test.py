@@ -38,7 +38,7 @@ def verdict(gib, flops):
 def test_the_cheapest_mesh_then_recomputation_then_batch(recipe, monkeypatch):
   seen = []
 
-  def compile_one(r, where):
+  def compile_one(r, where, encoder):
     seen.append((r.mesh.fsdp, r.mesh.tensor, r.model.remat, r.data.batch_size))
     cost = {"none": 2.0, "dots": 1.0, "full": 3.0}[r.model.remat]
     spread = 1.0 if (r.mesh.fsdp, r.mesh.tensor) == (2, 2) else 1.5
@@ -61,7 +61,7 @@ def test_the_cheapest_mesh_then_recomputation_then_batch(recipe, monkeypatch):
 
 
 def test_what_fits_nowhere_is_tried_with_full_recomputation(recipe, monkeypatch):
-  def compile_one(r, where):
+  def compile_one(r, where, encoder):
     return verdict(10 if r.model.remat == "full" else 30, 1e12)
 
   stub(monkeypatch, compile_one)
@@ -70,7 +70,7 @@ def test_what_fits_nowhere_is_tried_with_full_recomputation(recipe, monkeypatch)
 
 
 def test_what_the_compiler_refuses_comes_last(recipe, monkeypatch):
-  def compile_one(r, where):
+  def compile_one(r, where, encoder):
     if r.mesh.tensor > 1:
       raise UserError("the compiler refuses: no room")
     return verdict(3, 1e12)
