@@ -205,6 +205,7 @@ class _Counter:
     self.silent_kernels = 0
     self.collectives = collections.defaultdict(lambda: [0, 0, 0])
     self.copies = collections.Counter()
+    self._channels: set[str] = set()  # of exchanges inside of fusions
 
   def run(self) -> None:
     self._walk(self._entry, 1, fused=False)
@@ -234,11 +235,20 @@ class _Counter:
         self.flops += runs * declared
         if "tpu_custom_call" in op.attributes and not declared:
           self.silent_kernels += runs
-      elif (kind := op.kind.removesuffix("-start")) in COLLECTIVES:
-        self._exchange(kind, op, runs, computation)
+      elif op.kind.removesuffix("-start") in COLLECTIVES and not (
+        fused and self._is_continued(op)
+      ):
+        self._exchange(op.kind.removesuffix("-start"), op, runs, computation)
       if not fused:
         self.bytes += runs * self._moved(ops, op)
         self._note_copy(ops, op, runs)
+
+  def _is_continued(self, op: _Op) -> bool:
+    """A TPU hides an exchange behind several fusions, each of which repeats it."""
+    channel = op.attribute("channel_id")
+    known = channel in self._channels
+    self._channels.add(channel)
+    return known
 
   def _inner_reduce(self, computation: str) -> _Op:
     ops = self._computations[computation].values()

@@ -116,6 +116,33 @@ ENTRY %main (x: f32[24,8,16], y: f32[24,128], j: s32[]) -> f32[24,128] {
   assert hlo.analyse_text(text, NO_MEMORY).bytes == 2 * row + 4  # and the index
 
 
+def test_an_exchange_behind_several_fusions_is_one():
+  text = """HloModule m
+
+%begin (p: f32[4,8]) -> f32[16,8] {
+  %p = f32[4,8]{1,0} parameter(0)
+  ROOT %first = f32[16,8]{1,0} all-gather(%p), channel_id=3, replica_groups=[2,4]<=[8]
+}
+
+%end (q: f32[4,8], r: f32[16,8]) -> f32[16,8] {
+  %q = f32[4,8]{1,0} parameter(0)
+  %r = f32[16,8]{1,0} parameter(1)
+  %again = f32[16,8]{1,0} all-gather(%q), channel_id=3, replica_groups=[2,4]<=[8]
+  ROOT %sum = f32[16,8]{1,0} add(%r, %again)
+}
+
+ENTRY %main (x: f32[4,8]) -> f32[16,8] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %a = f32[16,8]{1,0} fusion(%x), kind=kCustom, calls=%begin
+  %b = f32[16,8]{1,0} fusion(%x, %a), kind=kCustom, calls=%end
+  %c = f32[16,8]{1,0} all-gather(%x), channel_id=4, replica_groups=[2,4]<=[8]
+  ROOT %out = f32[16,8]{1,0} add(%b, %c)
+}
+"""
+  (found,) = hlo.analyse_text(text, NO_MEMORY).collectives
+  assert (found.count, found.size) == (2, 2 * 4 * 16 * 8)
+
+
 @pytest.mark.extra
 def test_the_tpu_compiler_counts_the_same():
   pytest.importorskip("libtpu", reason="compiles for a TPU")
