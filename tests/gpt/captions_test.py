@@ -1,6 +1,7 @@
 """Training on captions: padding, `valid`, features stored, ragged and on the fly."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -9,7 +10,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from llamagen_jax import bundle, cli
+from llamagen_jax import bundle, cli, generate
 from llamagen_jax.data.caption_files import Keys
 from llamagen_jax.data.captions import CaptionSource, prepare
 from llamagen_jax.data.codes import CodePlan, CodeRecord, CodeSource, CodeWriter
@@ -20,9 +21,11 @@ from llamagen_jax.gpt.captions import Captions, PairInput, PairSource, padded_fe
 from llamagen_jax.gpt.model import GPT, init_gpt
 from llamagen_jax.gpt.objective import cross_entropy, sample_weights
 from llamagen_jax.interop.t5 import load_t5
+from llamagen_jax.sampling.config import SamplingConfig
 from llamagen_jax.text.extract import extract_text
 from llamagen_jax.text.t5 import T5Config, init_t5
 from llamagen_jax.training.mesh import unbox
+from llamagen_jax.training.recipe import build
 from tests import tiny
 
 T5 = T5Config(60, 16, layers=2, heads=2, head_dim=8, ffn_dim=24)
@@ -63,8 +66,9 @@ def write_codes(folder, samples):
   writer.finish()
 
 
-def config(data, workdir_codes="codes", **changes):
-  recipe = tiny.gpt_config(data / workdir_codes, 3, batch_size=4)
+def config(data, objective=None, **changes):
+  recipe = tiny.gpt_config(data / "codes", 3, batch_size=4)
+  recipe.objective = objective or {}
   recipe.model = dataclasses.asdict(MODEL)
   recipe.data.update(
     texts=str(data / "bfloat16"), eval_texts=str(data / "bfloat16"), **changes
@@ -131,6 +135,24 @@ def test_a_caption_alone_equals_itself_among_longer_ones(data, params):
   )
 
 
+def test_longer_padding_changes_nothing(data, params):
+  """A model that leaves more room for captions computes the same."""
+  source = PairSource(CodeSource(data / "codes"), FeatureSource(data / "float32"))
+  condition = dict(params["condition"])
+  fixed = condition["unconditional"]
+  condition["unconditional"] = jnp.pad(fixed, ((13, 0), (0, 0)))
+  greedy, key = SamplingConfig(greedy=True), jax.random.key(0)
+  logits, codes = [], []
+  for tokens, weights in ((20, params), (33, params | {"condition": condition})):
+    batch = batch_of(source, PairInput(tokens, None, 0.0), [0, 1, 3])
+    model = dataclasses.replace(MODEL, caption_tokens=tokens)
+    texts = batch["features"].astype(jnp.float32), batch["mask"]
+    logits.append(GPT(model).apply({"params": weights}, batch["codes"], *texts))
+    codes.append(generate(model, weights, texts[0], key, texts[1], greedy))
+  np.testing.assert_allclose(*logits, atol=1e-5)
+  np.testing.assert_array_equal(*codes)
+
+
 def test_stored_padded_and_on_the_fly_give_the_same_loss(data, params):
   codes = CodeSource(data / "codes")
   rows = [0, 1, 3, 8]
@@ -143,7 +165,7 @@ def test_stored_padded_and_on_the_fly_give_the_same_loss(data, params):
   assert captions.encoder_identity(live, mesh) == stored.texts.manifest["t5"]
   np.testing.assert_array_equal(on_the_fly["mask"], ragged["mask"])
   expected = loss(params, ragged)
-  np.testing.assert_allclose(loss(params, on_the_fly), expected, rtol=2e-2)
+  np.testing.assert_allclose(loss(params, on_the_fly), expected, rtol=2e-3)
   encoder = load_t5(data / "t5", dtype="float32")
   texts = [CaptionSource(data / "captions")[i].caption for i in rows]
   ids, mask = encoder.tokens.rows(texts, 20)
@@ -177,6 +199,27 @@ def test_samples_that_are_not_valid_change_nothing(data, params):
   )
   none = batch | {"valid": jnp.zeros(4)}
   assert grads(params, none)[0] == 0
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_a_step_of_training_ignores_samples_that_are_not_valid(data, slices):
+  """Dropout included: the weights after it are the same, bit for bit."""
+  source = PairSource(CodeSource(data / "codes"), FeatureSource(data / "float32"))
+  batch = batch_of(source, PairInput(20, None, 0.0), [0, 1, 2, 3])
+  changed = batch | {
+    "codes": batch["codes"].at[2].set(7),
+    "features": batch["features"].at[2].set(3.0),
+    "mask": batch["mask"].at[2].set(1),
+  }
+  recipe = build(gpt_train.GPTRecipe, config(data, objective={"accumulate": slices}))
+  step = jax.jit(functools.partial(gpt_train.train_step, recipe))
+  state = unbox(gpt_train.init_state(recipe, jax.random.key(0)))
+  for _ in range(3):  # as long as the head is zero, there is no gradient below it
+    state, _ = step(state, batch)
+  found, expected = step(state, changed), step(state, batch)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  counted = step(state, changed | {"valid": jnp.ones(4)})
+  assert counted[1]["loss"] != expected[1]["loss"]
 
 
 def test_short_captions_are_drawn_as_often_as_asked(data):

@@ -112,6 +112,36 @@ def test_the_verb_writes_pictures_and_captions_in_one_order(run, tmp_path, capsy
   assert (first != np.asarray(Image.open(out / names[1]))).any()
 
 
+def test_the_verb_reads_files_and_negative_prompts(run, tmp_path, capsys):
+  folder = run[0]
+  (tmp_path / "p.tsv").write_text("Prompt\tOther\na cat\tx\ntwo birds\ty\n")
+  (tmp_path / "p.csv").write_text('id,text\n1,a cat\n2,"two birds"\n')
+  (tmp_path / "p.txt").write_text("a cat\n\ntwo birds\n")
+  drawn = {}
+  for name, spec, *flags in (
+    ("given", "p.txt"),
+    ("tsv", "p.tsv:Prompt"),
+    ("csv", "p.csv"),
+    ("negative", "p.txt", "--negative-prompt=an old man reads a small book"),
+  ):
+    out = tmp_path / name
+    words = [f"--prompt-file={tmp_path}/{spec}", f"--t5={folder}/t5", f"--out={out}"]
+    code, err = llamagen(capsys, folder, [*words, *flags, "--guidance-scale=5"])
+    assert code == 0, err
+    assert (out / "captions.txt").read_text() == "a cat\ntwo birds\n"
+    drawn[name] = [path.read_bytes() for path in sorted(out.glob("*.png"))]
+    assert len(drawn[name]) == 2
+  assert drawn["given"] == drawn["tsv"] == drawn["csv"] != drawn["negative"]
+
+
+def test_a_folder_is_drawn_into_again(run, tmp_path, capsys):
+  flags = [f"--t5={run[0]}/t5", f"--out={tmp_path}/out", "--prompts"]
+  for prompt in ("a cat", "two birds"):
+    code, err = llamagen(capsys, run[0], [*flags, prompt])
+    assert code == 0, err
+    assert (tmp_path / "out" / "captions.txt").read_text() == f"{prompt}\n"
+
+
 @pytest.mark.parametrize(
   "flags, words",
   [
