@@ -247,7 +247,8 @@ class _Counter:
     """A TPU hides an exchange behind several fusions, each of which repeats it."""
     channel = op.attribute("channel_id")
     known = channel in self._channels
-    self._channels.add(channel)
+    if channel:
+      self._channels.add(channel)
     return known
 
   def _inner_reduce(self, computation: str) -> _Op:
