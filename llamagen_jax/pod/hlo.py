@@ -87,14 +87,18 @@ class Analysis:
 
 def analyse(compiled: Any) -> Analysis:
   """Analyses a `jax.stages.Compiled`."""
+  return analyse_text(compiled.as_text(), memory_of(compiled))
+
+
+def memory_of(compiled: Any) -> Memory:
+  """What a `jax.stages.Compiled` takes of a chip's HBM."""
   m = compiled.memory_analysis()
-  memory = Memory(
+  return Memory(
     m.argument_size_in_bytes,
     m.output_size_in_bytes - m.alias_size_in_bytes,
     m.temp_size_in_bytes,
     m.generated_code_size_in_bytes,
   )
-  return analyse_text(compiled.as_text(), memory)
 
 
 def analyse_text(text: str, memory: Memory) -> Analysis:

@@ -1,6 +1,8 @@
 """What the compiler's output says about a program on a pod."""
 
 import dataclasses
+import pathlib
+import tempfile
 from typing import Any
 
 import jax
@@ -106,21 +108,18 @@ def analysed(lowered: jax.stages.Lowered) -> hlo.Analysis:
   """Compiles a program and counts what it does.
 
   Raises:
-    UserError: the compiler cannot place it, or writes what jaxlib cannot read.
+    UserError: the compiler cannot place it.
   """
-  try:
-    compiled = lowered.compile()
-  except jax.errors.JaxRuntimeError as error:
-    # The compiler gives up where no schedule fits a chip's memory.
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    raise UserError(f"the compiler refuses: {' '.join(lines[:2])}") from error
-  try:
-    return hlo.analyse(compiled)
-  except jax.errors.JaxRuntimeError as error:
-    m = compiled.memory_analysis()
-    used = (m.argument_size_in_bytes + m.temp_size_in_bytes) / GIB
-    reason = " ".join(str(error).split())[:120]
-    raise UserError(
-      f"it compiles, with {used:.2f} GiB a chip, but this jaxlib cannot read what"
-      f" libtpu wrote: {reason}"
-    ) from error
+  with tempfile.TemporaryDirectory() as folder:
+    # The compiler writes its program down, because jaxlib cannot read all of them.
+    options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    try:
+      compiled = lowered.compile(options)
+    except jax.errors.JaxRuntimeError as error:
+      # The compiler gives up where no schedule fits a chip's memory.
+      lines = [line for line in str(error).splitlines() if line.strip()]
+      raise UserError(f"the compiler refuses: {' '.join(lines[:2])}") from error
+    written = list(pathlib.Path(folder).glob("*.after_optimizations.txt"))
+    # What comes out of JAX's cache of compilations is not written again.
+    text = written[0].read_text() if written else compiled.as_text()
+  return hlo.analyse_text(text, hlo.memory_of(compiled))
