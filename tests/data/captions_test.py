@@ -190,15 +190,15 @@ def test_killed_in_the_middle(tmp_path):
     tiny.write_tar(tmp_path / f"{i:02d}.tar", 40 * i, 40)
   command = (
     f"prepare-captions --source=webdataset:{tmp_path}/*.tar --out={tmp_path}/killed"
-    " --min-side=16 --workers=1"
+    " --min-side=16 --workers=2"
   ).split()
   for wanted in (2, 6):
-    process = subprocess.Popen([*LLAMAGEN, *command])
+    process = subprocess.Popen([*LLAMAGEN, *command], stdout=subprocess.PIPE)
     while len(list((tmp_path / "killed").glob("shard-*.json"))) < wanted:
       time.sleep(0.002)
       assert process.poll() is None, "finished before it was killed"
     process.kill()
-    process.wait()
+    process.communicate(timeout=30)  # which the workers hold open until they end
   assert not (tmp_path / "killed" / "manifest.json").exists()
   assert cli.run(command) == 0
   run(f"webdataset:{tmp_path}/*.tar", tmp_path / "whole")
