@@ -9,19 +9,25 @@ from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.text.t5 import T5Config
 
 
-def matmul_weights(config: GPTConfig) -> int:
-  """Weights that every token is multiplied with: layers and head."""
+def products(config: GPTConfig) -> int:
+  """Multiply-adds of a picture's tokens with weights, in one forward pass.
+
+  The layers see every token, the head those that predict a code, and the two layers
+  of the caption's embedding the caption.
+  """
   c = config
   qkv = c.dim * c.head_dim * (c.heads + 2 * c.num_kv_heads)
-  return c.layers * (qkv + c.dim**2 + 3 * c.dim * c.ffn_dim) + c.dim * c.vocab_size
+  layers = c.layers * (qkv + c.dim**2 + 3 * c.dim * c.ffn_dim)
+  head = c.dim * c.vocab_size
+  caption = c.dim * (c.caption_dim + c.dim) if c.condition == "caption" else 0
+  return layers * c.length + head * c.image_tokens + caption * c.prefix_tokens
 
 
 def train_flops(config: GPTConfig, batch_size: int) -> float:
   """Model FLOPs of one update."""
   c = config
-  weights = 6 * matmul_weights(c) * c.length
   attention = 12 * c.layers * c.dim * c.length**2
-  return float(batch_size * (weights + attention))
+  return float(batch_size * (6 * products(c) + attention))
 
 
 def sampling_flops(config: GPTConfig, pictures: int, guidance: bool) -> float:
@@ -30,9 +36,8 @@ def sampling_flops(config: GPTConfig, pictures: int, guidance: bool) -> float:
   A token attends to what came before it: half of the square.
   """
   c = config
-  weights = 2 * matmul_weights(c) * (c.length - 1)
   attention = 2 * c.layers * c.dim * c.length**2
-  return float(pictures * (2 if guidance else 1) * (weights + attention))
+  return float(pictures * (2 if guidance else 1) * (2 * products(c) + attention))
 
 
 def t5_flops(config: T5Config, captions: int, tokens: int) -> float:

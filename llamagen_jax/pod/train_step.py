@@ -90,6 +90,8 @@ def compile_train_step(
       program that the compiler cannot place.
   """
   m, batch_size = recipe.mesh, recipe.data.batch_size
+  if encoder:
+    _check_encoder(encoder, recipe.model)
   mesh = topology.mesh(where, m.data, m.fsdp, m.tensor)
   parts = mesh.shape["data"] * mesh.shape["fsdp"]
   if batch_size % parts:
@@ -118,12 +120,6 @@ def compile_encoder(
 ) -> Verdict:
   """Compiles what makes features of a batch's tokens; run under `jax.set_mesh`."""
   c, batch_size = recipe.model, recipe.data.batch_size
-  if c.condition != "caption" or c.caption_dim != config.dim:
-    raise UserError(
-      f"a T5 with features of width {config.dim} runs along: expected"
-      f" model.condition=caption and model.caption_dim={config.dim}, found"
-      f" {c.condition} and {c.caption_dim}"
-    )
   params = abstract_state(functools.partial(init_t5, config), mesh)
   ids = jax.ShapeDtypeStruct(
     (batch_size, c.caption_tokens), jnp.int32, sharding=batch_sharding(mesh)
@@ -131,6 +127,15 @@ def compile_encoder(
   found = analysed(padded_features.lower(config, params, ids, ids))
   flops = t5_flops(config, batch_size, c.caption_tokens) / mesh.size
   return Verdict(topology.chip(mesh), mesh.size, flops, found)
+
+
+def _check_encoder(encoder: T5Config, model: GPTConfig) -> None:
+  if model.condition != "caption" or model.caption_dim != encoder.dim:
+    raise UserError(
+      f"with a T5 of width {encoder.dim} expected model.condition=caption and"
+      f" model.caption_dim={encoder.dim}, found {model.condition} and"
+      f" {model.caption_dim}"
+    )
 
 
 def abstract_batch(config: GPTConfig, batch_size: int, place: jax.NamedSharding):

@@ -1,5 +1,6 @@
 """The verb, on a model that compiles in seconds."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,7 +9,9 @@ import pytest
 from llamagen_jax import cli
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.model import init_gpt
-from llamagen_jax.pod.flops import matmul_weights, train_flops
+from llamagen_jax.interop.t5 import FIELDS
+from llamagen_jax.pod.flops import products, train_flops
+from llamagen_jax.text.t5 import T5Config
 from llamagen_jax.training.mesh import unbox
 from tests import tiny
 
@@ -20,16 +23,28 @@ def compile_for_pod(*flags: str) -> int:
   return cli.run([*command, *flags])
 
 
-def test_model_flops_count_the_matrices_of_the_model():
-  params = jax.eval_shape(lambda: unbox(init_gpt(tiny.GPT, jax.random.key(0))))
-  sizes = {
+def sizes_of(config: GPTConfig) -> dict[str, int]:
+  params = jax.eval_shape(lambda: unbox(init_gpt(config, jax.random.key(0))))
+  return {
     jax.tree_util.keystr(path): leaf.size
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
   }
+
+
+def test_model_flops_count_the_matrices_of_the_model():
+  sizes = sizes_of(tiny.GPT)
   used = [n for name, n in sizes.items() if "norm" not in name and "embedd" not in name]
   condition = sum(n for name, n in sizes.items() if "condition" in name)
-  assert matmul_weights(tiny.GPT) == sum(used) - condition
+  assert products(tiny.GPT) == (sum(used) - condition) * tiny.GPT.image_tokens
   assert train_flops(tiny.GPT, 6) == 3 * train_flops(tiny.GPT, 2)
+
+  caption = {"condition": "caption", "caption_tokens": 5, "caption_dim": 12}
+  c = dataclasses.replace(tiny.GPT, **caption)
+  sizes = sizes_of(c)
+  layers = sum(n for x, n in sizes.items() if "layers" in x and "norm" not in x)
+  perceptron = sizes["['condition']['in']"] + sizes["['condition']['out']"]
+  expected = layers * (5 + 8) + sizes["['head']"] * 9 + perceptron * 5
+  assert products(c) == expected
 
 
 @pytest.mark.extra
@@ -51,6 +66,40 @@ def test_a_small_config_compiles_for_four_chips(mesh, tmp_path, capsys):
   assert "all-reduce" in kinds or "reduce-scatter" in kinds
   if axis == "data":
     assert "all-to-all" not in kinds
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("mesh", ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"])
+def test_captions_compile_with_features_and_with_a_t5_along(mesh, tmp_path, capsys):
+  pytest.importorskip("libtpu", reason="compiles for a TPU")
+  t5 = T5Config(512, dim=256, layers=3, heads=4, head_dim=64, ffn_dim=512)
+  fields = {theirs: getattr(t5, ours) for theirs, ours in FIELDS.items()}
+  fields["feed_forward_proj"] = "gated-gelu"
+  (tmp_path / "config.json").write_text(json.dumps(fields))
+  command = (
+    "compile-for-pod --config=configs/t2i_laion.py:stage2,runlocal --topology=v5e:2x2"
+    f" --config.data.batch_size=16 --config.model.caption_dim=256 {mesh}"
+    f" --json={tmp_path}/figures.json"
+  ).split()
+  found = []
+  for flags in ([], [f"--config.data.t5={tmp_path}"]):
+    assert cli.run([*command, *flags]) == 0
+    found.append(json.loads((tmp_path / "figures.json").read_text()))
+  printed = capsys.readouterr().out
+  assert printed.count("T5 before it") == 1
+  stored, along = found
+  assert stored["fits"] and stored["encoder"] is None
+  assert 0.95 < stored["flops"] / stored["model_flops"] < 1.2
+  encoder = along.pop("encoder")
+  assert 0.95 < encoder["flops"] / encoder["model_flops"] < 1.2
+  # Half of the matrices on every chip, in bfloat16, beside what was there before.
+  matrices = 3 * (4 * 256 * 256 + 3 * 256 * 512) + 512 * 256
+  weights = encoder["memory"]["arguments"]
+  assert 0.5 * 2 * matrices < weights < 0.6 * 2 * matrices
+  assert along["hbm"] >= stored["hbm"] + weights
+  assert along["least_seconds"] > stored["least_seconds"]
+  for name in ("flops", "bytes", "memory", "collectives"):
+    assert along[name] == stored[name]
 
 
 @pytest.mark.extra
@@ -133,11 +182,18 @@ def test_flops_against_the_models(remat, limit, tmp_path):
     (["--topology=v5p:2x2"], "v5p has 3 axes"),
     ([], "--topology is required"),
     (["--topology=v5e:2x2", "--config.model.dimm=3"], "config has no field"),
+    (["--topology=v5e:2x2", "--t5=giant"], "should be one of <small|base|large|xl|"),
   ],
 )
 def test_bad_commands(flags, words, capsys):
   assert compile_for_pod(*flags) == 2
   assert words in capsys.readouterr().err
+
+
+def test_a_folder_of_no_t5(capsys):
+  command = "compile-for-pod --config=configs/t2i_laion.py:runlocal --topology=v5e:2x2"
+  assert cli.run([*command.split(), "--config.data.t5=nowhere"]) == 2
+  assert "nowhere: no config.json" in capsys.readouterr().err
 
 
 @pytest.mark.extra
@@ -146,6 +202,7 @@ def test_bad_commands(flags, words, capsys):
   [
     (["--config.mesh.data=8"], "holds 8 devices, but 4 are here"),
     (["--config.data.batch_size=6"], "data.batch_size=6 is not a multiple"),
+    (["--t5=small"], "expected model.condition=caption and model.caption_dim=512"),
   ],
 )
 def test_configs_that_do_not_go_on_the_topology(flags, words, capsys):
