@@ -20,7 +20,6 @@ import json
 import multiprocessing
 import os
 import pathlib
-import threading
 from typing import Any
 
 from array_record.python import array_record_module
@@ -30,6 +29,7 @@ import tqdm
 from llamagen_jax.data import shards
 from llamagen_jax.data.caption_files import CaptionFiles, Keys, RawSample, open_files
 from llamagen_jax.data.images import BadPicture, Sample, decode
+from llamagen_jax.data.workers import end_with_parent
 from llamagen_jax.errors import UserError
 
 KIND = "captions"
@@ -198,19 +198,9 @@ def _parallel(work, indices: list[int], workers: int) -> Iterator[Any]:
     return
   context = multiprocessing.get_context("spawn")  # threads of JAX do not fork
   count = min(workers, len(indices))
-  with concurrent.futures.ProcessPoolExecutor(count, context, _end_with_parent) as pool:
+  with concurrent.futures.ProcessPoolExecutor(count, context, end_with_parent) as pool:
     for done in concurrent.futures.as_completed(pool.submit(work, i) for i in indices):
       yield done.result()
-
-
-def _end_with_parent() -> None:
-  """In a worker: a parent that was killed cannot tell it to end, or to stop writing."""
-
-  def wait():
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-  threading.Thread(target=wait, daemon=True).start()
 
 
 def _write_shard(

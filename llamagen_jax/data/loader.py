@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 import dataclasses
 from typing import Any
 
-from absl import flags
 import grain
 import jax
 from jax.sharding import Mesh
 import numpy as np
 
+from llamagen_jax.data.workers import in_processes
 from llamagen_jax.errors import UserError
 from llamagen_jax.training.mesh import batch_sharding
 
@@ -62,10 +62,7 @@ class Stream:
     )
     batches = dataset.to_iter_dataset(options)
     if self.workers:
-      if not flags.FLAGS.is_parsed():  # Grain reads its own flags in the workers
-        flags.FLAGS.mark_as_parsed()
-      workers = grain.MultiprocessingOptions(self.workers, BUFFERED_BATCHES)
-      batches = batches.mp_prefetch(workers)
+      batches = in_processes(batches, self.workers, BUFFERED_BATCHES)
     return self._checked(iter(batches))
 
   def batches(self, mesh: Mesh, start: int) -> Iterator[Batch]:

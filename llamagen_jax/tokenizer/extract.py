@@ -13,7 +13,7 @@ import pathlib
 import time
 from typing import Any
 
-from absl import flags, logging
+from absl import logging
 import grain
 import jax
 from jax.experimental import multihost_utils
@@ -33,6 +33,7 @@ from llamagen_jax.data.images import (
   decode,
   open_source,
 )
+from llamagen_jax.data.workers import in_processes
 from llamagen_jax.errors import UserError
 from llamagen_jax.pictures import from_uint8
 from llamagen_jax.tokenizer import model
@@ -244,9 +245,7 @@ def _read(source, samples: range, transform, workers: int) -> Iterator[dict[str,
   threads = 0 if workers else READ_THREADS
   read = dataset.to_iter_dataset(grain.ReadOptions(threads, 2 * READ_THREADS))
   if workers:
-    if not flags.FLAGS.is_parsed():  # Grain reads its own flags in the workers
-      flags.FLAGS.mark_as_parsed()
-    read = read.mp_prefetch(grain.MultiprocessingOptions(workers, READ_THREADS))
+    read = in_processes(read, workers, READ_THREADS)
   return iter(read)
 
 
