@@ -28,6 +28,7 @@ from benchmarks.decode import random_params
 from llamagen_jax import bundle, generate
 from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.gpt.config import PRESETS, GPTConfig
+from llamagen_jax.pages import ask_for_large_pages
 from llamagen_jax.sampling.config import SamplingConfig
 from llamagen_jax.serving.engine import CHUNK, Engine
 from llamagen_jax.serving.protocol import Finished
@@ -47,6 +48,7 @@ MIXED = (
 
 
 def main() -> None:
+  ask_for_large_pages()
   parser = argparse.ArgumentParser(description=__doc__)
   add = parser.add_argument
   add("--preset", default="B", choices=PRESETS)

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.machine import best_seconds, matmul_peak
+from llamagen_jax.pages import ask_for_large_pages
 from llamagen_jax.tokenizer import model
 from llamagen_jax.tokenizer.config import PRESETS, TokenizerConfig
 from llamagen_jax.training.mesh import unbox
 
 
 def main() -> None:
+  ask_for_large_pages()
   parser = argparse.ArgumentParser(description=__doc__)
   add = parser.add_argument
   add("--preset", default="VQ-16", choices=PRESETS)

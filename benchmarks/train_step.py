@@ -21,6 +21,7 @@ import numpy as np
 from benchmarks.machine import matmul_peak
 from llamagen_jax.gpt import train
 from llamagen_jax.gpt.config import PRESETS, GPTConfig
+from llamagen_jax.pages import ask_for_large_pages
 from llamagen_jax.pod.flops import train_flops
 from llamagen_jax.sampling.config import SamplingConfig
 from llamagen_jax.training.mesh import make_mesh
@@ -30,6 +31,7 @@ from llamagen_jax.training.state import abstract_state, init_state
 
 
 def main() -> None:
+  ask_for_large_pages()
   parser = argparse.ArgumentParser(description=__doc__)
   add = parser.add_argument
   add("--preset", default="B", choices=PRESETS)

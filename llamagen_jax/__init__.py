@@ -1,26 +1,37 @@
 """LlamaGen in JAX: autoregressive image generation with a plain Llama."""
 
-from llamagen_jax import interop as interop
-from llamagen_jax.bundle import (
-  load_gpt as load_gpt,
-)
-from llamagen_jax.bundle import (
-  load_tokenizer as load_tokenizer,
-)
-from llamagen_jax.bundle import (
-  save_gpt as save_gpt,
-)
-from llamagen_jax.bundle import (
-  save_tokenizer as save_tokenizer,
-)
-from llamagen_jax.errors import UserError as UserError
-from llamagen_jax.gpt.config import GPTConfig as GPTConfig
-from llamagen_jax.gpt.model import GPT as GPT
-from llamagen_jax.sampling.config import SamplingConfig as SamplingConfig
-from llamagen_jax.sampling.decode import generate as generate
-from llamagen_jax.sampling.draw import sample as sample
-from llamagen_jax.tokenizer.config import TokenizerConfig as TokenizerConfig
-from llamagen_jax.tokenizer.model import VQModel as VQModel
-from llamagen_jax.training.mesh import make_mesh as make_mesh
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+# Public name: the module that it lives in.
+HOMES = {
+  "GPT": "gpt.model",
+  "GPTConfig": "gpt.config",
+  "SamplingConfig": "sampling.config",
+  "TokenizerConfig": "tokenizer.config",
+  "UserError": "errors",
+  "VQModel": "tokenizer.model",
+  "generate": "sampling.decode",
+  "load_gpt": "bundle",
+  "load_tokenizer": "bundle",
+  "make_mesh": "training.mesh",
+  "sample": "sampling.draw",
+  "save_gpt": "bundle",
+  "save_tokenizer": "bundle",
+}
+__all__ = [*HOMES, "interop"]
+
+
+def __getattr__(name: str) -> Any:
+  """Imports what is used: a command line that only fails should not wait for JAX."""
+  if name == "interop":
+    return importlib.import_module("llamagen_jax.interop")
+  if name not in HOMES:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  return getattr(importlib.import_module(f"llamagen_jax.{HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *__all__})

@@ -4,6 +4,7 @@ import importlib
 import sys
 
 from llamagen_jax.errors import RunFailed, Stopped, UserError
+from llamagen_jax.pages import ask_for_large_pages
 
 # verb: (module with a `main(argv)`, what it does)
 VERBS = {
@@ -24,6 +25,7 @@ VERBS = {
 
 
 def main() -> None:
+  ask_for_large_pages()
   sys.exit(run(sys.argv[1:]))
 
 
