@@ -14,6 +14,7 @@ from llamagen_jax.serving.protocol import Finished, Progress, QueueFull, WorkerD
 from llamagen_jax.serving.request import Request
 
 Event = Progress | Finished | WorkerDied
+STOPS = "the server stops"
 
 
 class Ticket:
@@ -125,6 +126,9 @@ class Worker:
     if self._thread.is_alive():
       self._thread.join()
     self._renderer.shutdown(cancel_futures=True)
+    for ticket in self._rendering:
+      ticket.tell(WorkerDied(STOPS))
+    self._rendering.clear()
 
   def _main(self) -> None:
     try:
@@ -136,7 +140,7 @@ class Worker:
       logging.exception("the engine has died")
       self._die(WorkerDied(str(error)))
     else:
-      self._die(WorkerDied("the server stops"))
+      self._die(WorkerDied(STOPS))
 
   def _wait(self) -> bool:
     """Until there is something to do; False at the end."""
@@ -188,13 +192,13 @@ class Worker:
     if ticket not in self._rendering:  # given up since
       return
     try:
-      ticket.tell(Finished(self._render(codes[None])[0], codes))
+      event = Finished(self._render(codes[None])[0], codes)
     except Exception as error:
       logging.exception("the tokenizer has failed")
-      ticket.tell(WorkerDied(str(error)))
-    finally:
-      with self._state:
-        self._rendering.discard(ticket)
+      event = WorkerDied(str(error))
+    with self._state:
+      self._rendering.discard(ticket)  # first: who hears of it may ask again at once
+    ticket.tell(event)
 
   def _die(self, error: WorkerDied) -> None:
     with self._state:

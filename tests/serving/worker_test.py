@@ -155,3 +155,20 @@ def test_stopping_tells_who_waits(gpt):
       await events(ticket)
 
   run(gpt, scenario)
+
+
+def test_stopping_tells_whose_picture_waits_to_be_rendered(gpt):
+  def slowly(codes):
+    time.sleep(0.5)
+    return render(codes)
+
+  async def scenario(worker):
+    first, second = (worker.submit(request(gpt, number)) for number in (1, 3))
+    await until(lambda: worker.codes_drawn == 2 * 16 and not worker.busy_slots)
+    worker.stop()
+    assert isinstance((await events(first))[-1], Finished)
+    with pytest.raises(WorkerDied, match="stops"):
+      await events(second)
+    assert idle(worker)
+
+  run(gpt, scenario, render=slowly)
