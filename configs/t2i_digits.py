@@ -21,10 +21,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   model = GPTConfig(
     layers=4,
-    heads=2,
+    heads=8,  # a word each for some of them
     dim=128,
-    grid=8,
-    vocab_size=256,
+    grid=6,
+    vocab_size=32,
     ffn_multiple=32,
     condition="caption",
     caption_tokens=12,
@@ -44,17 +44,17 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "workers": 0,
   }
   config.optimizer = {
-    "lr": 4e-3,
+    "lr": 2e-3,
     "schedule": "cosine",
     "warmup_steps": 3 if fast else 50,
     "b2": 0.95,
     "weight_decay": 0.05,
     "clip": 1.0,
   }
-  config.sampling = {"guidance_scale": 2.5, "top_p": 0.8}
+  config.sampling = {"guidance_scale": 2.5, "top_p": 0.7}
   config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
   config.run = {
-    "steps": 5 if fast else 1600,
+    "steps": 5 if fast else 3000,
     "seed": 0,
     "log_every": 5,
     "eval_every": 500,

@@ -21,8 +21,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """`fast` trains for a smoke test only; `coloured`, `gan`, `rows=`, `alive`."""
   arg = parse_arg(arg, fast=False, coloured=False, gan=False, rows=0, alive=False)
   fast, coloured = arg.fast, arg.coloured
-  steps = 600 if arg.gan else 500 if coloured else 300
-  rows = arg.rows or (256 if coloured else 128)
+  steps = 600 if arg.gan or coloured else 300
+  rows = arg.rows or (32 if coloured else 128)
   config = ml_collections.ConfigDict()
   model = TokenizerConfig(
     channel_multipliers=(1, 1, 2),  # downsample 4: 64 codes a digit
@@ -50,7 +50,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.data = {
     "source": "folder:quickstart/digits/train",
     "eval_source": "folder:quickstart/digits/val",
-    "image_size": 32,
+    "image_size": 24 if coloured else 32,
     "batch_size": 16 if fast else 32,
     "largest_resize": 1.1 if coloured else 1.2,
     "mirror": False,  # mirrored digits are no digits

@@ -32,8 +32,9 @@ from llamagen_jax.tokenizer import train as tokenizer_train
 from llamagen_jax.tokenizer.extract import Encoder, extract
 from llamagen_jax.training.mesh import unbox
 
-SIDE = 32
-LARGEST_SHIFT = 2  # pixels off the middle
+SIDE = 24  # what is cut out of the 32x32 digits: their margins would be most codes
+MARGIN = 4
+LARGEST_SHIFT = 1  # pixels off the middle
 COLOURS = {
   "red": (225, 30, 35),
   "green": (20, 165, 60),
@@ -54,9 +55,12 @@ PHRASINGS = (
 PIECES = 110  # of the vocabulary
 T5 = T5Config(PIECES, dim=64, layers=2, heads=4, head_dim=16, ffn_dim=128)
 TOKENS = 12
+# Of the features. The transformer's embedder starts with small weights; from quiet
+# features it learns what the words mean four times more slowly.
+LOUDNESS = 16
 HOLD_OUT = 5  # one triple in this many never occurs in training
 SHOWN = 20  # prompts of either kind in the grid
-COPIES = 3  # coloured pictures of every digit
+COPIES = 6  # coloured pictures of every digit
 CLASSIFIER_EPOCHS = 6
 
 
@@ -89,10 +93,11 @@ def draw_triple(digit: int, unseen: bool, rng: np.random.Generator) -> Triple:
 
 
 def paint(grey: np.ndarray, pair: int, rng: np.random.Generator) -> np.ndarray:
-  """Grey digit [32, 32] -> uint8 [32, 32, 3] in two colours, off the middle."""
+  """Grey digit [32, 32] -> uint8 [24, 24, 3] in two colours, off the middle."""
   colour, ground = (RGB[i] for i in PAIRS[pair])
   shift = rng.integers(-LARGEST_SHIFT, LARGEST_SHIFT + 1, 2)
-  ink = np.roll(grey, shift, axis=(0, 1))[..., None] / 255
+  middle = slice(MARGIN, MARGIN + SIDE)
+  ink = np.roll(grey, shift, axis=(0, 1))[middle, middle, None] / 255
   return np.rint(ground * (1 - ink) + colour * ink).astype(np.uint8)
 
 
@@ -155,7 +160,8 @@ def write_t5(folder: pathlib.Path, captions: list[str]) -> None:
   layers["qkv"] = layers["qkv"] * np.array([0.3, 0.3, 1.0]).reshape(1, 1, 3, 1, 1)
   layers["out"], layers["ffn_out"] = layers["out"] / 2, layers["ffn_out"] / 2
   bias = params["position_bias"] * T5.dim**0.5
-  save_t5(part, T5, params | {"layers": layers, "position_bias": bias})
+  norm = params["norm"] * LOUDNESS
+  save_t5(part, T5, params | {"layers": layers, "position_bias": bias, "norm": norm})
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(captions), model_writer=model, model_type="bpe",
@@ -252,6 +258,7 @@ def _fit_reader(digits: pathlib.Path):
 
 def _agreement(reader, images, asked: list[Triple]) -> dict[str, float]:
   colour, ground, grey = read_colours(images)
+  grey = np.pad(grey, ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN)))
   read, _ = classify(reader, np.repeat(grey[..., None], 3, axis=-1))
   digit_right = read == np.array([t.digit for t in asked])
   wanted = np.array([PAIRS[t.pair] for t in asked])
@@ -272,7 +279,7 @@ def _write_grid(path, asked: list[Triple], plain, guided, scale: float) -> None:
   rows = [*seen, *unseen]
   pairs = [np.concatenate([plain[i], guided[i]], axis=1) for i in rows]
   labels = [("unseen: " if asked[i].unseen else "") + asked[i].caption for i in rows]
-  sheet = pictures.grid(np.stack(pairs), columns=4, labels=labels, zoom=4)
+  sheet = pictures.grid(np.stack(pairs), columns=4, labels=labels, zoom=6)
   pictures.save_png(path, sheet)
 
 
