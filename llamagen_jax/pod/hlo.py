@@ -13,11 +13,17 @@ from typing import Any
 
 import numpy as np
 
-BYTES = {
-  "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1,
-  "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4,
-  "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
-}  # fmt: skip
+from llamagen_jax.pod.hlo_text import (
+  Op,
+  branches,
+  declared_cost,
+  group_size,
+  is_reduce_scatter,
+  parse,
+  source_of,
+  uses,
+)
+
 COLLECTIVES = (
   "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
   "collective-permute", "collective-broadcast",
@@ -27,7 +33,6 @@ FREE = {
   "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all",
   "partition-id", "replica-id", "opt-barrier", "while", "call", "conditional",
 }  # fmt: skip
-ALIASES = ("copy", "bitcast", "convert", "copy-start", "copy-done", "reshape")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +107,7 @@ def memory_of(compiled: Any) -> Memory:
 
 
 def analyse_text(text: str, memory: Memory) -> Analysis:
-  counter = _Counter(*_parse(text))
+  counter = _Counter(*parse(text))
   counter.run()
   collectives = [
     Collective(kind, group, *totals)
@@ -118,86 +123,6 @@ def analyse_text(text: str, memory: Memory) -> Analysis:
     tuple(copies),
     counter.silent_kernels,
   )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Array:
-  dtype: str
-  shape: tuple[int, ...]
-  in_hbm: bool
-
-  @property
-  def bytes(self) -> int:
-    return int(math.prod(self.shape) * BYTES.get(self.dtype, 0))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Op:
-  name: str
-  kind: str
-  arrays: tuple[_Array, ...]  # of the result, tuples flattened
-  operands: tuple[str, ...]
-  literal: str  # what stands between the parentheses
-  attributes: str
-
-  def attribute(self, name: str) -> str:
-    found = re.search(rf"[ ,]{name}=(%?[\w.\-]+)", self.attributes)
-    return found[1].lstrip("%") if found else ""
-
-
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
-_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_ASSIGN = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
-
-
-def _parse(text: str) -> tuple[dict[str, dict[str, _Op]], dict[str, _Op], str]:
-  """Computations by name, their roots, and the name of the entry."""
-  computations, roots, entry, current = {}, {}, "", ""
-  for line in text.splitlines():
-    line = re.sub(r"/\*.*?\*/", "", line)
-    if head := _HEAD.match(line):
-      current = head[2]
-      computations[current] = {}
-      entry = current if head[1] else entry
-    elif (assign := _ASSIGN.match(line)) and current:
-      op = _parse_op(assign[2], line[assign.end() :])
-      computations[current][op.name] = op
-      if assign[1]:
-        roots[current] = op
-  return computations, roots, entry
-
-
-def _parse_op(name: str, text: str) -> _Op:
-  end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
-  opened = text.index("(", end)
-  closed = _closing(text, opened)
-  literal = text[opened + 1 : closed]
-  arrays = [
-    _Array(
-      dtype,
-      tuple(int(size) for size in shape.split(",") if size),
-      not re.search(r"S\([1-9]", layout),
-    )
-    for dtype, shape, layout in _ARRAY.findall(text[:end])
-  ]
-  return _Op(
-    name,
-    text[end:opened].strip(),
-    tuple(arrays),
-    tuple(re.findall(r"%([\w.\-]+)", literal)),
-    literal,
-    text[closed + 1 :],
-  )
-
-
-def _closing(text: str, opened: int) -> int:
-  """Index of the parenthesis that closes the one at `opened`."""
-  depth = 0
-  for found in re.compile(r"[()]").finditer(text, opened):
-    depth += 1 if found[0] == "(" else -1
-    if not depth:
-      return found.start()
-  raise ValueError(f"unbalanced HLO: {text[:80]}")
 
 
 class _Counter:
@@ -223,19 +148,19 @@ class _Counter:
       elif op.kind in ("fusion", "call", "async-start"):
         inside = fused or op.kind == "fusion"
         callee = op.attribute("calls") or op.attribute("to_apply")
-        if _is_reduce_scatter(op):
+        if is_reduce_scatter(op):
           self._exchange("reduce-scatter", self._inner_reduce(callee), runs, callee)
         else:
           self._walk(callee, runs, inside)
       elif op.kind == "conditional":
-        for branch in _branches(op):
+        for branch in branches(op):
           self._walk(branch, runs, fused)
       elif op.kind == "dot":
         self.flops += runs * _dot_flops(ops, op)
       elif op.kind == "convolution":
         self.flops += runs * _convolution_flops(ops, op)
       elif op.kind == "custom-call":
-        declared = _declared(op, "flops")
+        declared = declared_cost(op, "flops")
         self.flops += runs * declared
         if "tpu_custom_call" in op.attributes and not declared:
           self.silent_kernels += runs
@@ -247,7 +172,7 @@ class _Counter:
         self.bytes += runs * self._moved(ops, op)
         self._note_copy(ops, op, runs)
 
-  def _is_continued(self, op: _Op) -> bool:
+  def _is_continued(self, op: Op) -> bool:
     """A TPU hides an exchange behind several fusions, each of which repeats it."""
     channel = op.attribute("channel_id")
     known = channel in self._channels
@@ -255,17 +180,17 @@ class _Counter:
       self._channels.add(channel)
     return known
 
-  def _inner_reduce(self, computation: str) -> _Op:
+  def _inner_reduce(self, computation: str) -> Op:
     ops = self._computations[computation].values()
     return next(op for op in ops if op.kind.startswith(("all-reduce", "reduce-sc")))
 
-  def _exchange(self, kind: str, op: _Op, runs: int, computation: str) -> None:
+  def _exchange(self, kind: str, op: Op, runs: int, computation: str) -> None:
     """Notes a collective; its size is that of the whole arrays."""
     ops = self._computations[computation]
     given = sum(
       a.bytes for name in op.operands if name in ops for a in ops[name].arrays
     )
-    group = _group_size(op)
+    group = group_size(op)
     # Operands are parts of what is gathered, and the whole of all else.
     size = given * group if kind == "all-gather" else given
     totals = self.collectives[kind, group]
@@ -273,7 +198,7 @@ class _Counter:
     totals[1] += runs * size
     totals[2] = max(totals[2], size)
 
-  def _trips(self, ops: dict[str, _Op], loop: _Op) -> int:
+  def _trips(self, ops: dict[str, Op], loop: Op) -> int:
     """How often a loop that counts to a constant runs its body."""
     known = re.search(r'known_trip_count\D*?"?n"?:"?(\d+)', loop.attributes)
     if known:
@@ -289,10 +214,10 @@ class _Counter:
       raise ValueError(f"loop {loop.name}: no trip count in its condition")
 
     def resolve(name):
-      op = _source(inside, name)
+      op = source_of(inside, name)
       if op.kind == "get-tuple-element":
         index = int(re.search(r"index=(\d+)", op.attributes)[1])
-        return _source(ops, start.operands[index]), index
+        return source_of(ops, start.operands[index]), index
       return op, None
 
     (first, index), (limit, _) = (resolve(name) for name in names)
@@ -301,7 +226,7 @@ class _Counter:
     inclusive = re.search(r"direction=(LE|GE)", test.attributes) is not None
     return max(0, math.floor(trips) + 1 if inclusive else math.ceil(trips))
 
-  def _callee(self, fusion: _Op) -> tuple[dict[str, int], _Op]:
+  def _callee(self, fusion: Op) -> tuple[dict[str, int], Op]:
     callee = fusion.attribute("calls")
     parameters = {
       op.name: int(op.literal)
@@ -313,19 +238,19 @@ class _Counter:
   def _step(self, body: str, index: int) -> int:
     """What the loop's counter grows by."""
     ops, root = self._computations[body], self._roots[body]
-    update = _source(ops, root.operands[index])
+    update = source_of(ops, root.operands[index])
     if update.kind == "add":
       for name in update.operands:
-        if _source(ops, name).kind == "constant":
-          return int(_source(ops, name).literal)
+        if source_of(ops, name).kind == "constant":
+          return int(source_of(ops, name).literal)
     return 1
 
-  def _moved(self, ops: dict[str, _Op], op: _Op) -> float:
+  def _moved(self, ops: dict[str, Op], op: Op) -> float:
     """Bytes of HBM that an operation outside of fusions reads and writes."""
     if op.kind in FREE or op.kind.endswith("-done") or op.kind == "async-start":
       return 0
     if op.kind == "custom-call":
-      if declared := _declared(op, "bytes_accessed"):
+      if declared := declared_cost(op, "bytes_accessed"):
         return declared
       if "tpu_custom_call" not in op.attributes:
         return 0
@@ -349,7 +274,7 @@ class _Counter:
       if a.in_hbm
     )
 
-  def _fusion_moved(self, op_ops: dict[str, _Op], op: _Op, written: float) -> float:
+  def _fusion_moved(self, op_ops: dict[str, Op], op: Op, written: float) -> float:
     """A fusion reads only the slices it takes, and writes only those it updates."""
     total = written
     for ops, inner in self._inside(op):
@@ -361,7 +286,7 @@ class _Counter:
       total += min(whole, self._read(op, position, whole))
     return total
 
-  def _inside(self, fusion: _Op) -> Iterator[tuple[dict[str, _Op], _Op]]:
+  def _inside(self, fusion: Op) -> Iterator[tuple[dict[str, Op], Op]]:
     """All operations of a fusion, and of the fusions in it."""
     ops = self._computations[fusion.attribute("calls")]
     for op in ops.values():
@@ -369,7 +294,7 @@ class _Counter:
       if op.kind == "fusion":
         yield from self._inside(op)
 
-  def _read(self, user: _Op, position: int, whole: int) -> int:
+  def _read(self, user: Op, position: int, whole: int) -> int:
     """Bytes of an operand that an operation inside of fusions looks at.
 
     A layer's weights are often cut out of the stack of all layers by a fusion that
@@ -387,9 +312,9 @@ class _Counter:
       for op in ops.values()
       if op.kind == "parameter" and int(op.literal) == position
     )
-    return sum(self._read(*use, whole) for use in _uses(ops, parameter))
+    return sum(self._read(*use, whole) for use in uses(ops, parameter))
 
-  def _note_copy(self, ops: dict[str, _Op], op: _Op, runs: int) -> None:
+  def _note_copy(self, ops: dict[str, Op], op: Op, runs: int) -> None:
     if op.kind not in ("copy", "copy-start") or not op.operands:
       return
     source = ops[op.operands[0]].arrays[0]
@@ -402,63 +327,14 @@ class _Counter:
       self.copies[shape, target.bytes, name[1] if name else ""] += runs
 
 
-def _uses(ops: dict[str, _Op], name: str) -> Iterator[tuple[_Op, int]]:
-  """Operations that take a value, in another shape or not, and as which operand."""
-  for op in ops.values():
-    for position, operand in enumerate(op.operands):
-      if operand == name and op.kind == "bitcast":
-        yield from _uses(ops, op.name)
-      elif operand == name:
-        yield op, position
-
-
-def _source(ops: dict[str, _Op], name: str) -> _Op:
-  """The operation that a scalar comes from."""
-  op = ops[name]
-  while op.kind in ALIASES and op.operands:
-    op = ops[op.operands[0]]
-  return op
-
-
-def _branches(op: _Op) -> list[str]:
-  listed = re.search(r"branch_computations=\{([^}]*)\}", op.attributes)
-  if listed:
-    return re.findall(r"%?([\w.\-]+)", listed[1])
-  return [op.attribute("true_computation"), op.attribute("false_computation")]
-
-
-def _is_reduce_scatter(op: _Op) -> bool:
-  """The TPU writes reduce-scatter as all-reduce and slice, fused under that name."""
-  return op.kind == "fusion" and "all-reduce-scatter" in op.attribute("calls")
-
-
-def _group_size(op: _Op) -> int:
-  """Chips that take part in one exchange."""
-  text = op.attributes
-  if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
-    sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
-    return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", found[2]))
-  if found := re.search(r"replica_groups=\[([\d,]+)\]<=", text):
-    return int(found[1].split(",")[-1])
-  if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
-    return found[1].count(",") + 1
-  return 2  # collective-permute: a chip and its neighbour
-
-
-def _declared(op: _Op, what: str) -> float:
-  """What a hand-written kernel says it costs."""
-  found = re.search(rf'"{what}":\s*"?(\d+)', op.attributes)
-  return float(found[1]) if found and "tpu_custom_call" in op.attributes else 0.0
-
-
-def _dot_flops(ops: dict[str, _Op], op: _Op) -> float:
+def _dot_flops(ops: dict[str, Op], op: Op) -> float:
   lhs = ops[op.operands[0]].arrays[0].shape
   axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes)[1]
   contracted = math.prod(lhs[int(axis)] for axis in axes.split(",") if axis)
   return 2.0 * math.prod(op.arrays[0].shape) * contracted
 
 
-def _convolution_flops(ops: dict[str, _Op], op: _Op) -> float:
+def _convolution_flops(ops: dict[str, Op], op: Op) -> float:
   """Multiply-adds on elements that exist: neither padding nor dilation's holes.
 
   The TPU's matrix products are convolutions too, batch axes being dilated so far
