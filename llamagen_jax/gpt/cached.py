@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.layers import rms_norm
 from llamagen_jax.gpt.rope import apply_rope, rope_table
+from llamagen_jax.training.mesh import on_every_part
 
 
 class LayerCache(NamedTuple):
@@ -111,17 +112,31 @@ def cached_forward(
     float32 logits [B, V] after the last of the tokens, and the new cache.
   """
   new_cache = list(cache)
+  before_BTS = mask_BTS & (jnp.arange(mask_BTS.shape[-1]) != position)
+  itself_BT1 = jnp.ones((1, 1, 1), bool)
 
   def attend(layer: int, q_BTKGH, k_BTKH, v_BTKH):
     old = _pinned(cache[layer])
+    token = LayerCache(k_BTKH.transpose(0, 2, 3, 1), v_BTKH.swapaxes(1, 2))
     new = LayerCache(
-      write(old.keys, k_BTKH.transpose(0, 2, 3, 1), position, axis=3),
-      write(old.values, v_BTKH.swapaxes(1, 2), position, axis=2),
+      write(old.keys, token.keys, position, axis=3),
+      write(old.values, token.values, position, axis=2),
     )
     new_cache[layer] = _pinned(new)
     if q_BTKGH.shape[1] > 1:
       return _attend(q_BTKGH, new, mask_BTS)
-    return attend_one(q_BTKGH, [(new, mask_BTS)])
+
+    # A TPU would fetch all of a cache to write to it, and take it back, were it read
+    # after that; a CPU would copy it, were it read before.
+    def read_old(q, old, token, _):
+      return attend_one(q, [(old, before_BTS), (token, itself_BT1)])
+
+    def read_new(q, _, __, new):
+      return attend_one(q, [(new, mask_BTS)])
+
+    return jax.lax.platform_dependent(
+      q_BTKGH, old, token, new, tpu=read_old, default=read_new
+    )
 
   at_T = jnp.asarray(position) + jnp.arange(x_BTD.shape[1])
   return forward(config, params, x_BTD, at_T, attend), tuple(new_cache)
@@ -167,11 +182,15 @@ def _pinned(cache: LayerCache) -> LayerCache:
   128 rows in between.
   """
 
-  def pin(cache):
-    positions_last = LayerCache(Layout((0, 1, 2, 3)), Layout((0, 1, 3, 2)))
-    return with_layout_constraint(cache, positions_last)
+  def pin(x, *order):
+    def pin_part(x):
+      return jax.lax.platform_dependent(
+        x, tpu=lambda x: with_layout_constraint(x, Layout(order)), default=lambda x: x
+      )
 
-  return jax.lax.platform_dependent(cache, tpu=pin, default=lambda cache: cache)
+    return on_every_part(pin_part, x, "batch", "kv_heads", None, None)
+
+  return LayerCache(pin(cache.keys, 0, 1, 2, 3), pin(cache.values, 0, 1, 3, 2))
 
 
 def _project(c, layer, x_BTD, rope) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -21,7 +21,6 @@ from llamagen_jax.pod.hlo_text import (
   is_reduce_scatter,
   parse,
   source_of,
-  uses,
 )
 
 COLLECTIVES = (
@@ -312,7 +311,23 @@ class _Counter:
       for op in ops.values()
       if op.kind == "parameter" and int(op.literal) == position
     )
-    return sum(self._read(*use, whole) for use in uses(ops, parameter))
+    return sum(self._read(*use, whole) for use in self._uses(ops, parameter))
+
+  def _uses(self, ops: dict[str, Op], name: str) -> Iterator[tuple[Op, int]]:
+    """Operations that take a value, in another shape or not, and as which operand."""
+    for op in ops.values():
+      for position, operand in enumerate(op.operands):
+        if operand == name and self._renames(op):
+          yield from self._uses(ops, op.name)
+        elif operand == name:
+          yield op, position
+
+  def _renames(self, op: Op) -> bool:
+    """A bitcast, or a fusion of nothing else."""
+    if op.kind != "fusion":
+      return op.kind == "bitcast"
+    ops = self._computations[op.attribute("calls")].values()
+    return all(inner.kind in ("parameter", "bitcast") for inner in ops)
 
   def _note_copy(self, ops: dict[str, Op], op: Op, runs: int) -> None:
     if op.kind not in ("copy", "copy-start") or not op.operands:

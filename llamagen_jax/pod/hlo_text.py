@@ -1,6 +1,5 @@
 """Reads the text of an optimised HLO program."""
 
-from collections.abc import Iterator
 import dataclasses
 import math
 import re
@@ -91,16 +90,6 @@ def _closing(text: str, opened: int) -> int:
     if not depth:
       return found.start()
   raise ValueError(f"unbalanced HLO: {text[:80]}")
-
-
-def uses(ops: dict[str, Op], name: str) -> Iterator[tuple[Op, int]]:
-  """Operations that take a value, in another shape or not, and as which operand."""
-  for op in ops.values():
-    for position, operand in enumerate(op.operands):
-      if operand == name and op.kind == "bitcast":
-        yield from uses(ops, op.name)
-      elif operand == name:
-        yield op, position
 
 
 def source_of(ops: dict[str, Op], name: str) -> Op:

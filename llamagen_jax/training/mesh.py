@@ -5,7 +5,7 @@ this file alone says which mesh axis a named axis lies on.
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import math
 from typing import Any
 
@@ -77,6 +77,23 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   if mesh.empty:
     return x
   return jax.lax.with_sharding_constraint(x, spec(mesh, x.shape, names))
+
+
+def on_every_part(
+  function: Callable[[jax.Array], jax.Array], x: jax.Array, *names: str | None
+) -> jax.Array:
+  """Applies what the compiler cannot partition to every chip's part of an array.
+
+  Args:
+    function: gives an array of the shape of its argument.
+    x: any array.
+    names: logical axes, one an axis of `x`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return function(x)
+  placed = spec(mesh, x.shape, names)
+  return jax.shard_map(function, in_specs=placed, out_specs=placed)(x)
 
 
 def axis_names(boxed: Any) -> Any:

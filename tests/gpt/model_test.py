@@ -130,6 +130,22 @@ def test_cached_decoding_equals_the_full_forward(config, kv_heads):
     np.testing.assert_allclose(logits, full[:, t], atol=1e-5)
 
 
+@pytest.mark.parametrize("config", [TINY, TINY_CAPTION], ids=["class", "caption"])
+def test_the_order_of_a_tpu_equals_too(config, monkeypatch):
+  """There a token attends to the cache as it was before, and to itself."""
+  reads = []
+
+  def on_a_tpu(*args, tpu, default):
+    if len(args) == 1:  # a layout, which changes no number
+      return default(*args)
+    reads.append(args)
+    return tpu(*args)
+
+  monkeypatch.setattr(jax.lax, "platform_dependent", on_a_tpu)
+  test_cached_decoding_equals_the_full_forward(config, 2)
+  assert len(reads) >= (config.image_tokens - 1) * config.layers
+
+
 def test_padding_of_captions_changes_nothing():
   config, params = TINY_CAPTION, random_params(TINY_CAPTION)
   codes, features, mask = inputs(config)

@@ -86,6 +86,11 @@ def test_fusions_in_fusions_read_and_write_slices():
   ROOT %flat = f32[8,16]{1,0} bitcast(%taken)
 }
 
+%rename (old: f32[24,8,16]) -> f32[24,8,16] {
+  %old = f32[24,8,16]{2,1,0} parameter(0)
+  ROOT %name = f32[24,8,16]{2,1,0} bitcast(%old)
+}
+
 %put (target: f32[24,128], new: f32[8,16], where: s32[]) -> f32[24,128] {
   %target = f32[24,128]{1,0} parameter(0)
   %new = f32[8,16]{1,0} parameter(1)
@@ -99,7 +104,7 @@ def test_fusions_in_fusions_read_and_write_slices():
   %b = f32[24,128]{1,0} parameter(1)
   %i = s32[] parameter(2)
   %a = f32[24,8,16]{2,1,0} parameter(0)
-  %same = f32[24,8,16]{2,1,0} bitcast(%a)
+  %same = f32[24,8,16]{2,1,0} fusion(%a), kind=kLoop, calls=%rename
   %one = f32[8,16]{1,0} fusion(%same, %i), kind=kLoop, calls=%cut
   %two = f32[8,16]{1,0} add(%one, %one)
   ROOT %done = f32[24,128]{1,0} fusion(%b, %two, %i), kind=kLoop, calls=%put

@@ -81,8 +81,8 @@ def test_the_sampler_compiles_for_four_chips(tensor, tmp_path, capsys):
   assert "pictures/s a chip" in capsys.readouterr().out
   found = json.loads((tmp_path / "figures.json").read_text())
   assert found["fits"] and found["pictures"] == 4 * 4 // tensor
-  # Attention is sums, not matmuls, and a condition's logits are those of one token.
-  assert 0.7 < found["flops"] / found["model_flops"] < 1.1
+  # Caches are longer than what is written, a condition's logits those of one token.
+  assert 0.9 < found["flops"] / found["model_flops"] < 1.1
   sent = {c["kind"]: c for c in found["collectives"]}
   if tensor == 1:
     assert not sent
