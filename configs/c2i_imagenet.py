@@ -6,11 +6,21 @@ llamagen train-gpt --config=configs/c2i_imagenet.py:L,image_size=384 \\
     --config.data.codes=/data/codes384 --config.data.eval_codes=/data/codes384_val \\
     --workdir=gs://bucket/L384
 
-The published recipe: AdamW, 1e-4 constant at batch 256, 300 epochs. The loss starts
-at ln 16384 = 9.704; L at 256 is reported to reach about 7.86 after 50 epochs.
-compile-for-pod says that these fit, with the hours that 300 epochs take at least:
-B at 256 on v5e:2x4 (22 h), L at 384 on v5e:4x4 (148 h), XXL at 384 on v5e:8x8
-(126 h), 3B at 384 on v5e:8x16 (215 h).
+The published recipe: AdamW, 1e-4 constant at batch 256, 300 epochs. compile-for-pod
+says that these fit, and the hours that 300 epochs take at least; 50 epochs,
+`:B,epochs=50`, take a sixth:
+
+    :B                   v5e:2x4   12 h
+    :B,image_size=384    v5e:2x4   55 h
+    :L                   v5e:4x4   18 h
+    :L,image_size=384    v5e:4x4   75 h
+    :XL,image_size=384   v5e:8x8   32 h
+    :XXL,image_size=384  v5e:8x8   58 h, v5p:4x4x4 38 h
+    :3B,image_size=384   v5e:8x16 112 h, v5p:4x4x4 83 h
+    :L,strong            v5e:8x8    6 h
+
+The loss starts at ln 16384 = 9.704. At 256 after 50 epochs about 7.86 is reported for L
+and 7.33 for 1B, at 384 after 300 about 6.9 for XL.
 `:L,strong` trains on batches of 2048 with a warm-up, a cosine and QK-norm instead.
 `:runlocal` shrinks model and run to a laptop; the codes must be of 64x64 pictures.
 """

@@ -18,6 +18,12 @@ that store, give data.t5 the folder of the encoder and data.texts the captions.
 The published recipe: XL, AdamW, 1e-4 constant at batch 256; stage 1 sees 50 M pairs,
 stage 2 10 M pairs of high aesthetic score, where the short caption takes the long
 one's place with probability 0.3. The loss starts at ln 16384 = 9.704.
+compile-for-pod says that XL fits, with the hours that a stage takes at least, and with
+flan-t5-xl running along instead of stored features:
+
+    :stage1  v5e:8x8 2.0 h, 2.3 h with T5; v5p:4x4x4 1.0 h, 1.2 h
+    :stage2  v5e:8x8 2.6 h, 2.7 h with T5; v5p:4x4x4 0.9 h, 0.9 h
+
 `:runlocal` shrinks model and run to a laptop; the codes must be of 64x64 pictures.
 """
 
