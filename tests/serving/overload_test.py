@@ -24,7 +24,7 @@ SLOTS = QUEUE = 4
 OVERLOAD_SECONDS = 60
 # Slow enough that a client in Python can ask for ten times as much.
 CONFIG = GPTConfig(
-  6, 4, 256, grid=8, vocab_size=tiny.TOKENIZER.codebook_size, num_classes=4
+  12, 6, 384, grid=8, vocab_size=tiny.TOKENIZER.codebook_size, num_classes=4
 )
 
 
