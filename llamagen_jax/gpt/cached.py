@@ -112,8 +112,6 @@ def cached_forward(
     float32 logits [B, V] after the last of the tokens, and the new cache.
   """
   new_cache = list(cache)
-  before_BTS = mask_BTS & (jnp.arange(mask_BTS.shape[-1]) != position)
-  itself_BT1 = jnp.ones((1, 1, 1), bool)
 
   def attend(layer: int, q_BTKGH, k_BTKH, v_BTKH):
     old = _pinned(cache[layer])
@@ -126,17 +124,17 @@ def cached_forward(
     if q_BTKGH.shape[1] > 1:
       return _attend(q_BTKGH, new, mask_BTS)
 
+    def read_old():
+      before_BTS = mask_BTS & (jnp.arange(mask_BTS.shape[-1]) != position)
+      itself_111 = jnp.ones((1, 1, 1), bool)
+      return attend_one(q_BTKGH, [(old, before_BTS), (token, itself_111)])
+
+    def read_new():
+      return attend_one(q_BTKGH, [(new, mask_BTS)])
+
     # A TPU would fetch all of a cache to write to it, and take it back, were it read
     # after that; a CPU would copy it, were it read before.
-    def read_old(q, old, token, _):
-      return attend_one(q, [(old, before_BTS), (token, itself_BT1)])
-
-    def read_new(q, _, __, new):
-      return attend_one(q, [(new, mask_BTS)])
-
-    return jax.lax.platform_dependent(
-      q_BTKGH, old, token, new, tpu=read_old, default=read_new
-    )
+    return jax.lax.platform_dependent(tpu=read_old, default=read_new)
 
   at_T = jnp.asarray(position) + jnp.arange(x_BTD.shape[1])
   return forward(config, params, x_BTD, at_T, attend), tuple(new_cache)
