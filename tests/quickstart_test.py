@@ -34,9 +34,7 @@ def test_sizes_do_not_mix_in_one_folder(tmp_path):
 def test_smoke_run_leaves_everything_and_a_rerun_does_nothing(tmp_path, capsys):
   pytest.importorskip("mlxtend")
   workdir = tmp_path / "quickstart"
-  started = time.perf_counter()
   assert cli.run(["quickstart", "--fast", f"--workdir={workdir}"]) == 0
-  first = time.perf_counter() - started
   metrics = json.loads((workdir / "metrics.json").read_text())
   assert metrics["samples"] == 50
   assert 0 <= metrics["class_agreement"] <= 1
@@ -46,7 +44,7 @@ def test_smoke_run_leaves_everything_and_a_rerun_does_nothing(tmp_path, capsys):
       assert picture.width > 200
   started = time.perf_counter()
   assert cli.run(["quickstart", "--fast", f"--workdir={workdir}"]) == 0
-  assert time.perf_counter() - started < first / 4
+  assert time.perf_counter() - started < 5
   assert "real test digits" in capsys.readouterr().out
 
 

@@ -93,23 +93,19 @@ async def overload(server, rate: float, seconds: float) -> Answers:
 
 
 def test_overload_is_shed_and_does_not_slow_down_who_is_let_in(server, capsys):
-  """What else a machine does only ever adds to a latency: one of three is quiet."""
-  for _ in range(3):
-    full = asyncio.run(full_load(server, 10))
-    rate = full.status.count(200) / 10
-    flood = asyncio.run(overload(server, 10 * rate, OVERLOAD_SECONDS))
-    accepted = flood.status.count(200)
-    with capsys.disabled():
-      print(
-        f"\nfull load {rate:.1f} pictures/s, p95 {full.p95():.2f} s; 10 times as much"
-        f" for {OVERLOAD_SECONDS} s: {accepted / OVERLOAD_SECONDS:.1f} pictures/s, p95"
-        f" {flood.p95():.2f} s, {flood.status.count(429)} shed"
-      )
-    assert set(flood.status) == {200, 429}
-    goes_on = accepted > 0.7 * rate * OVERLOAD_SECONDS
-    if goes_on and flood.p95() < 2 * full.p95():
-      return
-  raise AssertionError("accepted requests were slowed down three times")
+  full = asyncio.run(full_load(server, 10))
+  rate = full.status.count(200) / 10
+  flood = asyncio.run(overload(server, 10 * rate, OVERLOAD_SECONDS))
+  accepted = flood.status.count(200)
+  with capsys.disabled():
+    print(
+      f"\nfull load {rate:.1f} pictures/s, p95 {full.p95():.2f} s; 10 times as much for"
+      f" {OVERLOAD_SECONDS} s: {accepted / OVERLOAD_SECONDS:.1f} pictures/s, p95"
+      f" {flood.p95():.2f} s, {flood.status.count(429)} shed"
+    )
+  assert set(flood.status) == {200, 429}
+  assert accepted > 0.7 * rate * OVERLOAD_SECONDS  # it goes on drawing
+  assert flood.p95() < 2 * full.p95()
 
 
 def metrics(server) -> dict[str, float]:
