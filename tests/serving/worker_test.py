@@ -1,7 +1,7 @@
 """The thread that draws: order, giving up, the end, and what happens when it dies."""
 
 import asyncio
-import time
+import threading
 
 import numpy as np
 import pytest
@@ -54,6 +54,17 @@ def idle(worker) -> bool:
   return not (worker.queued or worker.busy_slots) and worker.free_places == 100
 
 
+def gated(function):
+  """The function, which waits until the event beside it is set."""
+  gate = threading.Event()
+
+  def waits(*args):
+    assert gate.wait(60)
+    return function(*args)
+
+  return waits, gate
+
+
 def test_draws_what_sample_draws(gpt):
   async def scenario(worker):
     requests = [request(gpt, number) for number in range(9)]
@@ -72,11 +83,13 @@ def test_draws_what_sample_draws(gpt):
 
 def test_a_full_queue_refuses(gpt):
   async def scenario(worker):
+    worker._engine.advance, asked = gated(worker._engine.advance)
     tickets = []
     with pytest.raises(QueueFull):
       for number in range(50):
         tickets.append(worker.submit(request(gpt, number)))
     assert 3 <= len(tickets) <= 3 + 2 * 2 + 3
+    asked.set()
     await asyncio.gather(*map(events, tickets))
 
   run(gpt, scenario, places=3)
@@ -101,26 +114,28 @@ def test_who_gives_up_frees_its_place(gpt):
 
 
 def test_rendering_does_not_hold_a_slot(gpt):
-  def slowly(codes):
-    time.sleep(0.2)
-    return render(codes)
+  slowly, seen = gated(render)
 
   async def scenario(worker):
     tickets = [worker.submit(request(gpt, 6 * i + 1)) for i in range(3)]
     watching = [asyncio.create_task(events(ticket)) for ticket in tickets]
-    await until(lambda: worker.codes_drawn == 3 * 16)
-    assert not worker.busy_slots and worker.free_places < 100
-    assert not watching[-1].done()
+    await until(lambda: worker.codes_drawn == 3 * 16 and not worker.busy_slots)
+    assert worker.free_places < 100
+    assert not any(task.done() for task in watching)
+    seen.set()
     await asyncio.gather(*watching)
 
   run(gpt, scenario, slots=1, render=slowly)
 
 
-def test_a_death_reaches_everybody(gpt, monkeypatch):
+def test_a_death_reaches_everybody(gpt):
   async def scenario(worker):
+    dies, midway = gated(lambda: 1 / 0)
+    turns = iter([worker._engine.advance])
+    worker._engine.advance = lambda: next(turns, dies)()
     tickets = [worker.submit(request(gpt, number)) for number in range(8)]
     await anext(aiter(tickets[0]))
-    monkeypatch.setattr(worker._engine, "advance", lambda: 1 / 0)
+    midway.set()
     for ticket in tickets:
       with pytest.raises(WorkerDied, match="division"):
         await events(ticket)
@@ -158,13 +173,12 @@ def test_stopping_tells_who_waits(gpt):
 
 
 def test_stopping_tells_whose_picture_waits_to_be_rendered(gpt):
-  def slowly(codes):
-    time.sleep(0.5)
-    return render(codes)
+  slowly, stopping = gated(render)
 
   async def scenario(worker):
     first, second = (worker.submit(request(gpt, number)) for number in (1, 3))
     await until(lambda: worker.codes_drawn == 2 * 16 and not worker.busy_slots)
+    threading.Timer(1, stopping.set).start()  # when nothing else is to be rendered
     worker.stop()
     assert isinstance((await events(first))[-1], Finished)
     with pytest.raises(WorkerDied, match="stops"):
