@@ -49,6 +49,7 @@ class FakeDrawer:
     self.slots, self.places, self.tick, self.chunk = slots, places, tick, chunk
     self.ready = self.alive = True
     self.codes_drawn = 0
+    self.last = image_tokens  # no picture gets beyond this code
     self.waiting: list[FakeHandle] = []
     self.running: list[FakeHandle] = []
     self.requests: list[Request] = []
@@ -85,8 +86,9 @@ class FakeDrawer:
       while self.waiting and len(self.running) < self.slots:
         self.running.append(self.waiting.pop(0))
       for handle in list(self.running):
-        handle.drawn += self.chunk
-        self.codes_drawn += self.chunk
+        fresh = min(self.chunk, self.last - handle.drawn)
+        handle.drawn += fresh
+        self.codes_drawn += fresh
         codes = handle.codes[: handle.drawn]
         if handle.drawn < self.image_tokens:
           handle.news.put_nowait(Progress(codes))

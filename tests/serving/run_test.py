@@ -97,14 +97,21 @@ def test_the_pictures_of_sample(saved, server, sampling):
   np.testing.assert_array_equal(found, expected)
 
 
+def held_or_drawn(server) -> float:
+  """Pictures that wait, are being drawn, or are done."""
+  text = httpx.get(f"{server.url}/metrics").text
+  names = ("queue_length", "slots_busy", "pictures_total")
+  return sum(float(re.search(rf"^llamagen_{n} (\S+)", text, re.M)[1]) for n in names)
+
+
 def test_sigterm_finishes_what_was_accepted(saved):
   with running(saved, "--slots=1", "--chunk=1", "--queue=50") as server:
     with ThreadPoolExecutor(10) as pool:
       posts = [pool.submit(server.draw, prompt="1", n=4) for _ in range(10)]
-      # More than the first pictures, so that all requests are in.
-      while "llamagen_queue_length 0.0" in httpx.get(f"{server.url}/metrics").text:
+      while (
+        held_or_drawn(server) < 38
+      ):  # all are in; the three numbers are of three moments
         time.sleep(0.01)
-      time.sleep(0.5)
       server.process.send_signal(signal.SIGTERM)
       answers = [post.result() for post in posts]
     assert [answer.status_code for answer in answers] == [200] * 10

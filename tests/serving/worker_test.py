@@ -178,7 +178,14 @@ def test_stopping_tells_whose_picture_waits_to_be_rendered(gpt):
   async def scenario(worker):
     first, second = (worker.submit(request(gpt, number)) for number in (1, 3))
     await until(lambda: worker.codes_drawn == 2 * 16 and not worker.busy_slots)
-    threading.Timer(1, stopping.set).start()  # when nothing else is to be rendered
+    shutdown = worker._renderer.shutdown
+
+    def shutdown_midway(**how):
+      shutdown(wait=False, **how)
+      stopping.set()
+      shutdown()
+
+    worker._renderer.shutdown = shutdown_midway
     worker.stop()
     assert isinstance((await events(first))[-1], Finished)
     with pytest.raises(WorkerDied, match="stops"):
