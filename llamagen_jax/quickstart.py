@@ -183,13 +183,17 @@ def _claim(workdir: pathlib.Path, size: Size, text: bool) -> None:
   """Refuses to mix the smoke run and the real one in one folder."""
   wanted = json.dumps(dataclasses.asdict(size) | ({"text": True} if text else {}))
   path = workdir / "size.json"
-  if path.exists() and path.read_text() != wanted:
+  if path.exists():
+    if path.read_text() == wanted:
+      return
     raise UserError(
       f"--workdir={workdir} holds a run of another size ({path.read_text()}): choose"
       " another folder"
     )
   workdir.mkdir(parents=True, exist_ok=True)
-  path.write_text(wanted)
+  part = workdir / ".size.json.part"
+  part.write_text(wanted)
+  part.rename(path)
 
 
 def _train(trainer, name: str, arg: str, workdir: pathlib.Path, data: dict) -> None:

@@ -156,8 +156,10 @@ def test_a_command_runs_on_all_workers_with_its_quotes(pod):
 
 
 def test_a_run_that_is_going_on_is_left_alone(pod):
-  launch(pod, "run", "--", "sleep", "5")
+  end = pod / "end"
+  launch(pod, "run", "--", "bash", "-c", f"until test -e {end}; do sleep 0.1; done")
   assert "runs already" in launch(pod, "run", "--", "echo", "twice")
+  end.touch()
   assert log(pod) == ""
 
 

@@ -130,7 +130,7 @@ def test_imagenet_fits_where_it_must(tmp_path):
 
 @pytest.mark.slow
 def test_three_kills_leave_no_trace(tmp_path, tokenizer):
-  pictures = tiny.write_pictures(tmp_path / "pictures", count=300)
+  pictures = tiny.write_pictures(tmp_path / "pictures", count=400)
   (pictures / "class0" / "002.png").write_bytes(b"broken")
   source = f"folder:{pictures}"
   whole, killed = tmp_path / "whole", tmp_path / "killed"

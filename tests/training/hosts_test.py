@@ -159,7 +159,7 @@ def test_a_run_goes_on_with_other_hosts_and_chips(folder, one_device):
 
 @pytest.mark.slow
 def test_five_kills_change_nothing(folder):
-  steps, rng = 20, random.Random(os.urandom(4))
+  steps, rng = 40, random.Random(os.urandom(4))
   finish(start([command(folder, "whole", steps)]))
   killed = command(folder, "killed", steps, save_every=2)
   path = folder / "killed" / "metrics.jsonl"
