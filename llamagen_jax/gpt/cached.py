@@ -2,9 +2,9 @@
 
 A step of decoding reads every weight once to multiply it with a handful of rows,
 so its time is the time to read memory. Everything here is laid out for that: the
-weights are matrices [out, in], one array a layer; the keys lie with their
-positions last, so that both products of attention run along the rows of the
-cache; and a cache is only as long as what has been written to it, about.
+weights are matrices [out, in], one array a layer; keys and values lie with their
+positions last, which is how both products of attention read them fastest; and a
+cache is only as long as what has been written to it, about.
 
 Axes: B batch, T tokens, S cache length, D model, K kv heads, G query heads per
 kv head, C = G + 2 (queries, key, value), H head dim, M = K C H, N = K G H, F ffn,
@@ -29,7 +29,7 @@ class LayerCache(NamedTuple):
   """Keys and values of one layer."""
 
   keys: jax.Array  # [B, K, H, S]
-  values: jax.Array  # [B, K, S, H]
+  values: jax.Array  # [B, K, H, S]
 
 
 Cache = tuple[LayerCache, ...]
@@ -75,19 +75,18 @@ def decoding_params(config: GPTConfig, params: dict[str, Any]) -> dict[str, Any]
 def init_cache(config: GPTConfig, batch: int, length: int) -> Cache:
   """An empty cache for the positions 0 .. `length` - 1."""
   c = config
-  keys = jnp.zeros((batch, c.num_kv_heads, c.head_dim, length), c.dtype)
-  values = jnp.zeros((batch, c.num_kv_heads, length, c.head_dim), c.dtype)
-  return tuple(LayerCache(keys, values) for _ in range(c.layers))
+  empty = jnp.zeros((batch, c.num_kv_heads, c.head_dim, length), c.dtype)
+  return tuple(LayerCache(empty, empty) for _ in range(c.layers))
 
 
 def grow_cache(cache: Cache, length: int) -> Cache:
   """The same cache with room for `length` positions."""
-  more = length - cache[0].values.shape[2]
+  more = length - cache_length(cache)
+  return jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * 3 + [(0, more)]), cache)
 
-  def pad(x, axis):
-    return jnp.pad(x, [(0, more if a == axis else 0) for a in range(4)])
 
-  return tuple(LayerCache(pad(k, 3), pad(v, 2)) for k, v in cache)
+def cache_length(cache: Cache) -> int:
+  return cache[0].keys.shape[-1]
 
 
 def cached_forward(
@@ -115,11 +114,8 @@ def cached_forward(
 
   def attend(layer: int, q_BTKGH, k_BTKH, v_BTKH):
     old = _pinned(cache[layer])
-    token = LayerCache(k_BTKH.transpose(0, 2, 3, 1), v_BTKH.swapaxes(1, 2))
-    new = LayerCache(
-      write(old.keys, token.keys, position, axis=3),
-      write(old.values, token.values, position, axis=2),
-    )
+    token = as_cache(k_BTKH, v_BTKH)
+    new = write(old, token, position)
     new_cache[layer] = _pinned(new)
     if q_BTKGH.shape[1] > 1:
       return _attend(q_BTKGH, new, mask_BTS)
@@ -180,15 +176,16 @@ def _pinned(cache: LayerCache) -> LayerCache:
   128 rows in between.
   """
 
-  def pin(x, *order):
-    def pin_part(x):
-      return jax.lax.platform_dependent(
-        x, tpu=lambda x: with_layout_constraint(x, Layout(order)), default=lambda x: x
-      )
+  def pin_part(x):
+    layout = Layout((0, 1, 2, 3))
+    return jax.lax.platform_dependent(
+      x, tpu=lambda x: with_layout_constraint(x, layout), default=lambda x: x
+    )
 
+  def pin(x):
     return on_every_part(pin_part, x, "batch", "kv_heads", None, None)
 
-  return LayerCache(pin(cache.keys, 0, 1, 2, 3), pin(cache.values, 0, 1, 3, 2))
+  return jax.tree.map(pin, cache)
 
 
 def _project(c, layer, x_BTD, rope) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -212,9 +209,19 @@ def _ffn(layer, x_BTD):
   return jnp.einsum("DF,FBT->DBT", layer["out_DF"], hidden_FBT).transpose(1, 2, 0)
 
 
-def write(old: jax.Array, new: jax.Array, position: jax.Array | int, axis: int):
-  """Writes at `position` of `axis`, in place where the caller lets go of `old`."""
-  return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), position, axis)
+def as_cache(k_BTKH: jax.Array, v_BTKH: jax.Array) -> LayerCache:
+  """Keys and values of T tokens, laid out as a cache of length T."""
+  return LayerCache(k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 3, 1))
+
+
+def write(old: LayerCache, new: LayerCache, position: jax.Array | int) -> LayerCache:
+  """Writes from `position` on, in place where the caller lets go of `old`."""
+
+  def put(old, new):
+    start = (0, 0, 0, position)
+    return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), start)
+
+  return jax.tree.map(put, old, new)
 
 
 def _attend(q_BTKGH, cache: LayerCache, mask_BTS):
@@ -223,7 +230,7 @@ def _attend(q_BTKGH, cache: LayerCache, mask_BTS):
     "BTKGH,BKHS->BKGTS", q_BTKGH, cache.keys, preferred_element_type=jnp.float32
   )
   weights = _softmax(scores_BKGTS, mask_BTS[:, None, None], q_BTKGH)
-  return jnp.einsum("BKGTS,BKSH->BTKGH", weights, cache.values)
+  return jnp.einsum("BKGTS,BKHS->BTKGH", weights, cache.values)
 
 
 def attend_one(
@@ -263,7 +270,7 @@ def _attend_part(q_BKH, cache: LayerCache, mask_B1S) -> _Part:
   weights_BKS = jnp.where(mask_B1S, jnp.exp(scores_BKS - highest_BK1), 0.0)
   total_BK1 = jnp.sum(weights_BKS, axis=-1, keepdims=True)
   weights_BKS = weights_BKS.astype(cache.values.dtype)
-  mixed_BKH = jnp.einsum("BKS,BKSH->BKH", weights_BKS, cache.values, **f32)
+  mixed_BKH = jnp.einsum("BKS,BKHS->BKH", weights_BKS, cache.values, **f32)
   return _Part(highest_BK1, total_BK1, mixed_BKH)
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from llamagen_jax.gpt.cached import (
   Cache,
+  cache_length,
   cached_forward,
   decoding_params,
   grow_cache,
@@ -189,7 +190,7 @@ def decode_step(
     config,
     _per_row(condition_mask, guidance, paired),
     position[None],
-    cache[0].values.shape[2],
+    cache_length(cache),
   )
   return cached_forward(config, params, x, cache, position, mask)
 

@@ -12,6 +12,7 @@ Axes: N slots, R = 2 N rows, C steps of a chunk, P condition tokens, S positions
 D model, V vocabulary, K kv heads, G query heads per kv head, H head dim.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +20,9 @@ import jax.numpy as jnp
 
 from llamagen_jax.gpt.cached import (
   Cache,
-  LayerCache,
+  as_cache,
   attend_one,
+  cache_length,
   cached_forward,
   forward,
   init_cache,
@@ -123,12 +125,9 @@ def run_chunk(
   (recent, code_R), codes_CR = jax.lax.scan(
     step, (recent, state.code), jnp.arange(steps)
   )
-  cache = tuple(
-    LayerCache(
-      _put_each(old.keys, new.keys, start_R, axis=2),
-      _put_each(old.values, new.values, start_R, axis=1),
-    )
-    for old, new in zip(state.cache, recent, strict=True)
+  put_each = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=2))
+  cache = jax.tree.map(
+    lambda old, new: put_each(old, new, start_R), state.cache, recent
   )
   return state._replace(cache=cache, code=code_R), codes_CR
 
@@ -137,7 +136,7 @@ def _forward(
   config, params, x_RD, state: State, recent: Cache, start_R, number
 ) -> tuple[jax.Array, Cache]:
   """Step `number` of a chunk: logits [R, V], and `recent` with its keys and values."""
-  c, steps = config, recent[0].values.shape[2]
+  c, steps = config, cache_length(recent)
   position_R1 = (start_R + number)[:, None]
   mask_R1S = attention_mask(c, state.mask, position_R1)
   at_RC = jnp.minimum(start_R[:, None] + jnp.arange(steps), c.length - 1)
@@ -147,10 +146,7 @@ def _forward(
   written = list(recent)
 
   def attend(layer: int, q_R1KGH, k_R1KH, v_R1KH):
-    new = LayerCache(
-      write(recent[layer].keys, k_R1KH.transpose(0, 2, 3, 1), number, axis=3),
-      write(recent[layer].values, v_R1KH.swapaxes(1, 2), number, axis=2),
-    )
+    new = write(recent[layer], as_cache(k_R1KH, v_R1KH), number)
     written[layer] = new
     parts = [(state.cache[layer], mask_R1S), (new, recent_R1C)]
     return attend_one(q_R1KGH, parts)
@@ -165,15 +161,19 @@ def draw_rows(config: GPTConfig, logits_RV, index_R, plan: Plan) -> jax.Array:
   logits_N2V = logits_RV.reshape(-1, 2, config.vocab_size)
   scale_N = scale_at(plan.rows, index_R, config.image_tokens)[::2]
 
-  def draw(logits_NV, row: int):
-    rows = jax.tree.map(lambda x: x[row::2], plan.rows)
-    return sample_codes(logits_NV, keys_R[row::2], rows, STAGES)
+  def second():
+    rows = jax.tree.map(lambda x: x[1::2], plan.rows)
+    rows = rows._replace(  # no filter for who is not asked
+      top_k=jnp.where(plan.shared, rows.top_k, 0),
+      top_p=jnp.where(plan.shared, rows.top_p, 1.0),
+    )
+    return sample_codes(logits_N2V[:, 1], keys_R[1::2], rows, STAGES)
 
   # Without guidance the scale is 1, and the other row does not count.
-  first_N = draw(guide(logits_N2V[:, 0], logits_N2V[:, 1], scale_N), 0)
-  second_N = jax.lax.cond(
-    jnp.any(plan.shared), lambda: draw(logits_N2V[:, 1], 1), lambda: first_N
-  )
+  guided_NV = guide(logits_N2V[:, 0], logits_N2V[:, 1], scale_N)
+  rows = jax.tree.map(lambda x: x[::2], plan.rows)
+  first_N = sample_codes(guided_NV, keys_R[::2], rows, STAGES)
+  second_N = jax.lax.cond(jnp.any(plan.shared), second, lambda: first_N)
   second_N = jnp.where(plan.shared, second_N, first_N)
   return jnp.stack([first_N, second_N], axis=1).reshape(-1)
 
@@ -184,9 +184,3 @@ def _put(old: jax.Array, new_2: jax.Array, row_2: jax.Array) -> jax.Array:
     start = (row_2[i], *(0,) * (old.ndim - 1))
     old = jax.lax.dynamic_update_slice(old, new_2[i : i + 1].astype(old.dtype), start)
   return old
-
-
-def _put_each(old: jax.Array, new: jax.Array, start_R: jax.Array, axis: int):
-  """Writes every row at a place of its own; `axis` does not count the rows."""
-  update = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))
-  return update(old, new, start_R, axis)

@@ -49,6 +49,26 @@ def test_draws_follow_the_probabilities():
   np.testing.assert_allclose(share, [0.5, 0.3, 0.15, 0.05], atol=0.03)
 
 
+def test_draws_what_jax_draws():
+  logits, keys = (
+    parity.randn("logits", (6, 300)),
+    jax.random.split(jax.random.key(0), 6),
+  )
+  config = SamplingConfig()
+  found = sample_codes(jnp.asarray(logits), keys, config.rows(6), config.stages)
+  expected = jax.vmap(jax.random.categorical)(keys, logits)
+  np.testing.assert_array_equal(found, expected)
+
+
+def test_the_first_of_equals_is_the_best():
+  logits = jnp.array([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0], [jnp.nan, 0.0, 1.0]])
+  config = SamplingConfig(greedy=True)
+  found = sample_codes(
+    logits, jax.random.split(jax.random.key(0), 3), config.rows(3), config.stages
+  )
+  assert found.tolist()[:2] == [1, 0] and 0 <= found[2] < 3
+
+
 def test_temperature_comes_before_the_nucleus():
   logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
   config = SamplingConfig(temperature=0.1, top_p=0.9)
