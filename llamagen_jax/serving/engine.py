@@ -88,12 +88,10 @@ class Engine:
       self._state = self._admit(
         self._params, self._state, np.array([rows[0], rows[-1]]), condition, mask, drop
       )
-    settings = request.sampling.rows(1)
     for row in rows:
       self._tenants[row], self._index_R[row] = request, 0
       self._keys_R[row] = jax.random.key_data(request.key)
-      for all_rows, value in zip(self._rows, settings, strict=True):
-        all_rows[row] = value[0]
+    self._set(rows[0], request.sampling)  # of two, the second only guides
     return True
 
   def leave(self, request: Request) -> None:
@@ -101,6 +99,7 @@ class Engine:
     for row, tenant in enumerate(self._tenants):
       if tenant is request:
         self._tenants[row], self._index_R[row] = None, 0
+        self._set(row, SamplingConfig())
 
   def advance(self) -> list[Request]:
     """Draws a chunk of codes. Returns who got some; who has them all has left."""
@@ -122,6 +121,10 @@ class Engine:
       if len(request.codes) == self.config.image_tokens:
         self.leave(request)
     return list(moved)
+
+  def _set(self, row: int, sampling: SamplingConfig) -> None:
+    for all_rows, value in zip(self._rows, sampling.rows(1), strict=True):
+      all_rows[row] = value[0]
 
   def _pairs(self) -> list[tuple[Request | None, Request | None]]:
     return list(zip(self._tenants[::2], self._tenants[1::2], strict=True))

@@ -162,11 +162,9 @@ class Drawing:
         index, event = await asyncio.wait_for(news.get(), max(0.0, left))
       except TimeoutError:
         self._reason = "deadline"
-        self.close()  # first: who hears of it may ask again at once
         message = f"The request was not done after {limit:g} s."
         raise Refusal(503, message, code="deadline_exceeded", retry_after=1) from None
       if isinstance(event, Exception):
-        self.close()
         raise Refusal(503, "The engine has died.", code="engine_died") from event
       if isinstance(event, Finished):
         self._missing -= 1

@@ -53,7 +53,7 @@ class Plan(NamedTuple):
   index: jax.Array  # number of the code to draw next, [R]; 0 where a row is idle
   shared: jax.Array  # the second row of a slot draws a picture of its own, [N]
   keys: jax.Array  # data of keys, uint32 [R, 2]
-  rows: Rows  # settings [R]
+  rows: Rows  # settings [R]; plain where nothing is drawn, so that no filter runs
 
 
 def init_state(config: GPTConfig, slots: int) -> State:
@@ -161,19 +161,15 @@ def draw_rows(config: GPTConfig, logits_RV, index_R, plan: Plan) -> jax.Array:
   logits_N2V = logits_RV.reshape(-1, 2, config.vocab_size)
   scale_N = scale_at(plan.rows, index_R, config.image_tokens)[::2]
 
-  def second():
-    rows = jax.tree.map(lambda x: x[1::2], plan.rows)
-    rows = rows._replace(  # no filter for who is not asked
-      top_k=jnp.where(plan.shared, rows.top_k, 0),
-      top_p=jnp.where(plan.shared, rows.top_p, 1.0),
-    )
-    return sample_codes(logits_N2V[:, 1], keys_R[1::2], rows, STAGES)
+  def draw(logits_NV, row: int):
+    rows = jax.tree.map(lambda x: x[row::2], plan.rows)
+    return sample_codes(logits_NV, keys_R[row::2], rows, STAGES)
 
   # Without guidance the scale is 1, and the other row does not count.
-  guided_NV = guide(logits_N2V[:, 0], logits_N2V[:, 1], scale_N)
-  rows = jax.tree.map(lambda x: x[::2], plan.rows)
-  first_N = sample_codes(guided_NV, keys_R[::2], rows, STAGES)
-  second_N = jax.lax.cond(jnp.any(plan.shared), second, lambda: first_N)
+  first_N = draw(guide(logits_N2V[:, 0], logits_N2V[:, 1], scale_N), 0)
+  second_N = jax.lax.cond(
+    jnp.any(plan.shared), lambda: draw(logits_N2V[:, 1], 1), lambda: first_N
+  )
   second_N = jnp.where(plan.shared, second_N, first_N)
   return jnp.stack([first_N, second_N], axis=1).reshape(-1)
 

@@ -64,6 +64,7 @@ async def _events(
         )
         sent[index] = reached
   except Refusal as refusal:
+    drawing.close()  # first: who hears of it may ask again at once
     yield _sse("error", refusal.body_json())
 
 

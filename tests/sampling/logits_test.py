@@ -50,10 +50,8 @@ def test_draws_follow_the_probabilities():
 
 
 def test_draws_what_jax_draws():
-  logits, keys = (
-    parity.randn("logits", (6, 300)),
-    jax.random.split(jax.random.key(0), 6),
-  )
+  logits = parity.randn("logits", (6, 300))
+  keys = jax.random.split(jax.random.key(0), 6)
   config = SamplingConfig()
   found = sample_codes(jnp.asarray(logits), keys, config.rows(6), config.stages)
   expected = jax.vmap(jax.random.categorical)(keys, logits)
@@ -62,10 +60,9 @@ def test_draws_what_jax_draws():
 
 def test_the_first_of_equals_is_the_best():
   logits = jnp.array([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0], [jnp.nan, 0.0, 1.0]])
+  keys = jax.random.split(jax.random.key(0), 3)
   config = SamplingConfig(greedy=True)
-  found = sample_codes(
-    logits, jax.random.split(jax.random.key(0), 3), config.rows(3), config.stages
-  )
+  found = sample_codes(logits, keys, config.rows(3), config.stages)
   assert found.tolist()[:2] == [1, 0] and 0 <= found[2] < 3
 
 

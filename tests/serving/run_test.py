@@ -108,9 +108,8 @@ def test_sigterm_finishes_what_was_accepted(saved):
   with running(saved, "--slots=1", "--chunk=1", "--queue=50") as server:
     with ThreadPoolExecutor(10) as pool:
       posts = [pool.submit(server.draw, prompt="1", n=4) for _ in range(10)]
-      while (
-        held_or_drawn(server) < 38
-      ):  # all are in; the three numbers are of three moments
+      # All are in then; the three numbers are of three moments.
+      while held_or_drawn(server) < 38:
         time.sleep(0.01)
       server.process.send_signal(signal.SIGTERM)
       answers = [post.result() for post in posts]
