@@ -92,5 +92,5 @@ setup(
   package_data={"llamagen_jax.data": ["imagenet_classes.txt"]},
   install_requires=CORE,
   extras_require=EXTRAS,
-  entry_points={"console_scripts": ["llamagen = llamagen_jax.cli:main"]},
+  entry_points={"console_scripts": ["llamagen = llamagen_jax.commands.cli:main"]},
 )

@@ -20,10 +20,10 @@ from benchmarks.machine import read_bandwidth
 from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.gpt.config import PRESETS, GPTConfig
 from llamagen_jax.gpt.model import init_gpt
-from llamagen_jax.pages import ask_for_large_pages
-from llamagen_jax.sampling.config import SamplingConfig
+from llamagen_jax.gpt.sampling_config import SamplingConfig
+from llamagen_jax.parallel.mesh import unbox
+from llamagen_jax.runtime import ask_for_large_pages
 from llamagen_jax.sampling.decode import generate
-from llamagen_jax.training.mesh import unbox
 
 
 def main() -> None:

@@ -20,16 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.machine import best_seconds
-from llamagen_jax.evaluation.inception import (
-  FEATURES,
-  Inception,
-  abstract_inception,
-  extract_features,
-)
 from llamagen_jax.evaluation.statistics import (
   Moments,
   gaussian_distance,
   precision_recall,
+)
+from llamagen_jax.vision.inception import (
+  FEATURES,
+  Inception,
+  abstract_inception,
+  extract_features,
 )
 
 BLOCK = 2000

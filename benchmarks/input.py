@@ -15,8 +15,9 @@ import time
 import numpy as np
 from PIL import Image
 
-from llamagen_jax.data.images import TrainingPicture, open_source
+from llamagen_jax.data.images import TrainingPicture
 from llamagen_jax.data.loader import READ_THREADS, Stream
+from llamagen_jax.data.sources import open_source
 
 
 def main() -> None:

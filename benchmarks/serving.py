@@ -28,16 +28,17 @@ import jax
 import numpy as np
 
 from benchmarks.decode import random_params
-from llamagen_jax import bundle, generate
+from llamagen_jax import generate
 from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.gpt.config import PRESETS, GPTConfig
-from llamagen_jax.pages import ask_for_large_pages
-from llamagen_jax.sampling.config import SamplingConfig
+from llamagen_jax.gpt.sampling_config import SamplingConfig
+from llamagen_jax.runtime import ask_for_large_pages
 from llamagen_jax.serving.engine import CHUNK, Engine
 from llamagen_jax.serving.protocol import Finished
 from llamagen_jax.serving.request import Request
 from llamagen_jax.serving.studio import Studio
 from llamagen_jax.serving.worker import Ticket, Worker
+from llamagen_jax.weights import bundle
 
 LOAD = 0.8
 PARTIAL = 0.25  # of the codes: when a first partial picture is worth showing

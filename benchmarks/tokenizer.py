@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.machine import best_seconds, matmul_peak
-from llamagen_jax.pages import ask_for_large_pages
+from llamagen_jax.parallel.mesh import unbox
+from llamagen_jax.runtime import ask_for_large_pages
 from llamagen_jax.tokenizer import model
 from llamagen_jax.tokenizer.config import PRESETS, TokenizerConfig
-from llamagen_jax.training.mesh import unbox
 
 
 def main() -> None:

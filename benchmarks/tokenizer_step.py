@@ -15,14 +15,14 @@ import time
 import jax
 import numpy as np
 
-from llamagen_jax.tokenizer.train import (
+from llamagen_jax.parallel.mesh import unbox
+from llamagen_jax.training.recipe import build
+from llamagen_jax.training.train_tokenizer import (
   Stage,
   TokenizerRecipe,
   init_state,
   train_step,
 )
-from llamagen_jax.training.mesh import unbox
-from llamagen_jax.training.recipe import build
 
 
 def main() -> None:

@@ -30,8 +30,8 @@ import dataclasses
 import ml_collections
 
 from llamagen_jax.gpt.config import GPTConfig
-from llamagen_jax.interop.published import PUBLISHED
 from llamagen_jax.training.recipe import parse_arg
+from llamagen_jax.weights.published import PUBLISHED
 
 IMAGENET_PICTURES = 1_281_167
 

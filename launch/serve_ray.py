@@ -20,8 +20,8 @@ import threading
 
 from ray import serve
 
+from llamagen_jax.commands.serve import KEY, Options, make_service
 from llamagen_jax.serving.api import make_app
-from llamagen_jax.serving.run import KEY, Options, make_service
 from llamagen_jax.serving.store import Store
 
 ROUTE = "/"

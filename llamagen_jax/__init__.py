@@ -9,25 +9,25 @@ __version__ = "0.1.0"
 HOMES = {
   "GPT": "gpt.model",
   "GPTConfig": "gpt.config",
-  "SamplingConfig": "sampling.config",
+  "SamplingConfig": "gpt.sampling_config",
   "TokenizerConfig": "tokenizer.config",
   "UserError": "errors",
   "VQModel": "tokenizer.model",
   "generate": "sampling.decode",
-  "load_gpt": "bundle",
-  "load_tokenizer": "bundle",
-  "make_mesh": "training.mesh",
+  "load_gpt": "weights.bundle",
+  "load_tokenizer": "weights.bundle",
+  "make_mesh": "parallel.mesh",
   "sample": "sampling.draw",
-  "save_gpt": "bundle",
-  "save_tokenizer": "bundle",
+  "save_gpt": "weights.bundle",
+  "save_tokenizer": "weights.bundle",
 }
-__all__ = [*HOMES, "interop"]
+__all__ = [*HOMES, "weights"]
 
 
 def __getattr__(name: str) -> Any:
   """Imports what is used: a command line that only fails should not wait for JAX."""
-  if name == "interop":
-    return importlib.import_module("llamagen_jax.interop")
+  if name == "weights":
+    return importlib.import_module("llamagen_jax.weights")
   if name not in HOMES:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
   return getattr(importlib.import_module(f"llamagen_jax.{HOMES[name]}"), name)

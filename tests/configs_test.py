@@ -5,9 +5,9 @@ import importlib
 import pytest
 
 from llamagen_jax import UserError
-from llamagen_jax.gpt.train import GPTRecipe
-from llamagen_jax.tokenizer.train import TokenizerRecipe
 from llamagen_jax.training.recipe import build
+from llamagen_jax.training.train_gpt import GPTRecipe
+from llamagen_jax.training.train_tokenizer import TokenizerRecipe
 
 TOKENIZERS = {
   "vq_digits": ["", "fast", "coloured", "gan", "rows=512,alive"],

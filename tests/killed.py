@@ -44,7 +44,7 @@ def kill(seconds: float) -> None:
 if __name__ == "__main__":
   folder, after, seconds, *words = sys.argv[1:]
   counted = watch(os.path.abspath(folder), int(after), float(seconds))
-  from llamagen_jax import cli
+  from llamagen_jax.commands import cli
 
   code = cli.run(words)
   print(next(counted) - 1, flush=True)

@@ -14,8 +14,8 @@ import sentencepiece
 
 from llamagen_jax import GPTConfig, TokenizerConfig
 from llamagen_jax.data.codes import CodePlan, CodeRecord, CodeWriter
-from llamagen_jax.interop.t5 import save_t5
 from llamagen_jax.text.t5 import T5Config
+from llamagen_jax.weights.t5 import save_t5
 
 GPT = GPTConfig(
   2, 4, 32, grid=3, vocab_size=50, num_classes=4, ffn_multiple=16, drop_path=0.1

@@ -14,7 +14,7 @@ import pathlib
 import tarfile
 from typing import Any, Protocol
 
-from llamagen_jax.data.images import SUFFIXES
+from llamagen_jax.data.sources import SUFFIXES
 from llamagen_jax.errors import UserError
 
 # Where a caption is looked for if no key is given; the names that are in use.

@@ -10,7 +10,7 @@ import functools
 import importlib.resources
 import re
 
-from llamagen_jax.data.images import NO_LABEL
+from llamagen_jax.data.sources import NO_LABEL
 from llamagen_jax.errors import UserError
 
 SUGGESTIONS = 5

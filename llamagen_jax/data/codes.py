@@ -19,7 +19,6 @@ import grain
 import numpy as np
 
 from llamagen_jax.errors import UserError
-from llamagen_jax.gpt.config import GPTConfig
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -192,28 +191,6 @@ class CodeSource:
 
   def __getitem__(self, index: int) -> CodeRecord:
     return CodeRecord.unpack(self._records[index], self.crops)
-
-  def check_model(self, config: GPTConfig) -> None:
-    """Refuses codes that a model of this shape cannot be trained on."""
-    found, name = self.manifest, f"code shards {self.folder}"
-    if found["grid"] != config.grid:
-      raise UserError(
-        f"{name}: {found['grid']}x{found['grid']} codes a picture, the model"
-        f" expects {config.grid}x{config.grid}"
-      )
-    if found["codebook_size"] > config.vocab_size:
-      raise UserError(
-        f"{name}: codebook of {found['codebook_size']}, the model's vocabulary is"
-        f" {config.vocab_size}"
-      )
-    if config.condition == "class":
-      labels = [int(label) for label in found["label_counts"]]
-      if min(labels) < 0 or max(labels) >= config.num_classes:
-        bad = min(labels) if min(labels) < 0 else max(labels)
-        raise UserError(
-          f"{name}: label {bad} is out of range, the model expects labels"
-          f" 0 .. {config.num_classes - 1}"
-        )
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:

@@ -1,115 +1,21 @@
-"""Pictures: where they come from and how they are cut to size.
-
-A source is a random-access sequence of samples, read by Grain's workers.
-"""
+"""Pictures decoded and cut to size: Grain transforms of a source's samples."""
 
 import dataclasses
 import io
 import math
-import os
-import pathlib
-from typing import Protocol
 
 from absl import logging
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from llamagen_jax.data.sources import Sample, Source
 from llamagen_jax.errors import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-NO_LABEL = -1
 MOST_REPLACEMENTS = 20  # bad pictures in a row that end a run
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-  """An encoded picture as it lies in its source."""
-
-  key: str  # names the sample in logs and in code shards
-  picture: bytes
-  label: int = NO_LABEL
-
-
-class Source(Protocol):
-  """What Grain reads; `class_names` is empty for unlabelled pictures."""
-
-  class_names: tuple[str, ...]
-
-  def __len__(self) -> int: ...
-
-  def __getitem__(self, index: int) -> Sample: ...
 
 
 class BadPicture(Exception):
   """A picture that cannot be used; the message says why."""
-
-
-def open_source(spec: str) -> Source:
-  """Opens `kind:place`: folder:, jsonl:, arrayrecord:, captions: or tfds:NAME/SPLIT."""
-  from llamagen_jax.data import captions, sources  # which read pictures with us
-
-  kinds = {
-    "folder": FolderSource,
-    "jsonl": sources.JsonlSource,
-    "arrayrecord": sources.ArrayRecordSource,
-    "captions": captions.PictureSource,
-    "tfds": sources.TfdsSource,
-  }
-  kind, _, place = spec.partition(":")
-  if kind not in kinds or not place:
-    raise UserError(
-      f"data source {spec!r}: expected folder:PATH, jsonl:FILE, arrayrecord:FILES,"
-      " captions:PATH or tfds:NAME[/SPLIT]"
-    )
-  return kinds[kind](place)
-
-
-class FolderSource:
-  """A folder of folders of pictures; a class is a folder, in sorted order.
-
-  A folder that holds pictures itself is a source without labels.
-  """
-
-  def __init__(self, root: str):
-    self.root = root
-    if not os.path.isdir(root):
-      raise UserError(f"data source folder:{root}: no such folder")
-    folders = sorted(e.name for e in os.scandir(root) if e.is_dir())
-    self.class_names = tuple(folders)
-    self._files: list[tuple[str, int]] = [
-      (f"{folder}/{name}", label)
-      for label, folder in enumerate(folders)
-      for name in _pictures_in(os.path.join(root, folder))
-    ]
-    if not folders:
-      self._files = [(name, NO_LABEL) for name in _pictures_in(root)]
-    if not self._files:
-      raise UserError(
-        f"data source folder:{root}: no pictures ({', '.join(SUFFIXES)}) in it or"
-        " in its folders"
-      )
-
-  def __len__(self) -> int:
-    return len(self._files)
-
-  def __getitem__(self, index: int) -> Sample:
-    key, label = self._files[index]
-    return Sample(key, read_picture(pathlib.Path(self.root, key)), label)
-
-
-def read_picture(path: pathlib.Path) -> bytes:
-  """A picture's file; nothing where it cannot be read, which `decode` reports."""
-  try:
-    return path.read_bytes()
-  except OSError as error:
-    logging.warning("picture %s: %s", path, error.strerror)
-    return b""
-
-
-def _pictures_in(folder: str) -> list[str]:
-  return sorted(
-    entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(SUFFIXES)
-  )
 
 
 def decode(sample: Sample, min_side: int) -> Image.Image:

@@ -16,7 +16,7 @@ import numpy as np
 
 from llamagen_jax.data.workers import in_processes
 from llamagen_jax.errors import UserError
-from llamagen_jax.training.mesh import batch_sharding
+from llamagen_jax.parallel.mesh import to_global
 
 HostBatch = dict[str, np.ndarray]
 Batch = dict[str, jax.Array]
@@ -138,12 +138,3 @@ def epoch_batches(
   )
   for batch in rows:
     yield to_global(batch, mesh)
-
-
-def to_global(batch: HostBatch, mesh: Mesh) -> Batch:
-  """Every host's rows -> arrays over all chips, rows in the order of the hosts."""
-  sharding = batch_sharding(mesh)
-  return {
-    name: jax.make_array_from_process_local_data(sharding, value)
-    for name, value in batch.items()
-  }

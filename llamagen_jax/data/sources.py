@@ -1,16 +1,114 @@
-"""Sources of pictures besides folders: lists of files, ArrayRecord, TFDS."""
+"""Sources of pictures: folders, lists of files, ArrayRecord, caption shards, TFDS.
 
+A source is a random-access sequence of samples, read by Grain's workers.
+"""
+
+import dataclasses
 import glob
 import json
 import os
 import pathlib
 import struct
+from typing import Protocol
 
+from absl import logging
 import grain
 import numpy as np
 
-from llamagen_jax.data.images import NO_LABEL, Sample, read_picture
+from llamagen_jax.data import shards
+from llamagen_jax.data.captions import CaptionSource
 from llamagen_jax.errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+NO_LABEL = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """An encoded picture as it lies in its source."""
+
+  key: str  # names the sample in logs and in code shards
+  picture: bytes
+  label: int = NO_LABEL
+
+
+class Source(Protocol):
+  """What Grain reads; `class_names` is empty for unlabelled pictures."""
+
+  class_names: tuple[str, ...]
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> Sample: ...
+
+
+def open_source(spec: str) -> Source:
+  """Opens `kind:place`: folder:, jsonl:, arrayrecord:, captions: or tfds:NAME/SPLIT."""
+  kinds = {
+    "folder": FolderSource,
+    "jsonl": JsonlSource,
+    "arrayrecord": ArrayRecordSource,
+    "captions": PictureSource,
+    "tfds": TfdsSource,
+  }
+  kind, _, place = spec.partition(":")
+  if kind not in kinds or not place:
+    raise UserError(
+      f"data source {spec!r}: expected folder:PATH, jsonl:FILE, arrayrecord:FILES,"
+      " captions:PATH or tfds:NAME[/SPLIT]"
+    )
+  return kinds[kind](place)
+
+
+class FolderSource:
+  """A folder of folders of pictures; a class is a folder, in sorted order.
+
+  A folder that holds pictures itself is a source without labels.
+  """
+
+  def __init__(self, root: str):
+    self.root = root
+    if not os.path.isdir(root):
+      raise UserError(f"data source folder:{root}: no such folder")
+    folders = sorted(e.name for e in os.scandir(root) if e.is_dir())
+    self.class_names = tuple(folders)
+    self._files: list[tuple[str, int]] = [
+      (f"{folder}/{name}", label)
+      for label, folder in enumerate(folders)
+      for name in _pictures_in(os.path.join(root, folder))
+    ]
+    if not folders:
+      self._files = [(name, NO_LABEL) for name in _pictures_in(root)]
+    if not self._files:
+      raise UserError(
+        f"data source folder:{root}: no pictures ({', '.join(SUFFIXES)}) in it or"
+        " in its folders"
+      )
+
+  def __len__(self) -> int:
+    return len(self._files)
+
+  def __getitem__(self, index: int) -> Sample:
+    key, label = self._files[index]
+    return Sample(key, read_picture(pathlib.Path(self.root, key)), label)
+
+
+def read_picture(path: pathlib.Path) -> bytes:
+  """A picture's file; nothing where it cannot be read, which `decode` reports."""
+  try:
+    return path.read_bytes()
+  except OSError as error:
+    logging.warning("picture %s: %s", path, error.strerror)
+    return b""
+
+
+def _pictures_in(folder: str) -> list[str]:
+  return sorted(
+    entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(SUFFIXES)
+  )
+
 
 HEADER = struct.Struct("<iH")  # label, length of the key
 
@@ -171,3 +269,21 @@ class TfdsSource:
 
 def _first_line(error: Exception) -> str:
   return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+class PictureSource:
+  """The pictures of the same folder, in the same order; a `Source`."""
+
+  class_names: tuple[str, ...] = ()
+
+  def __init__(self, folder: str | pathlib.Path):
+    self._captions = CaptionSource(folder)
+    self._records = grain.sources.ArrayRecordDataSource(
+      shards.paths(self._captions.folder, self._captions.manifest, "pictures")
+    )
+
+  def __len__(self) -> int:
+    return len(self._captions)
+
+  def __getitem__(self, index: int) -> Sample:
+    return Sample(self._captions[index].key, self._records[index])

@@ -12,13 +12,13 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from llamagen_jax import bundle
 from llamagen_jax.errors import UserError
-from llamagen_jax.evaluation.clip import similarity
 from llamagen_jax.evaluation.features import PictureValues
 from llamagen_jax.evaluation.sources import READERS, Source
-from llamagen_jax.interop.clip import load_clip
 from llamagen_jax.text.clip_tokens import ClipTokens
+from llamagen_jax.vision.clip import similarity
+from llamagen_jax.weights import bundle
+from llamagen_jax.weights.clip import load_clip
 
 CAPTIONS = "captions.txt"
 

@@ -18,11 +18,10 @@ from jax.sharding import Mesh
 import numpy as np
 import tqdm
 
-from llamagen_jax import bundle
-from llamagen_jax.data.loader import to_global
-from llamagen_jax.evaluation.inception import extract_features
 from llamagen_jax.evaluation.sources import Source
-from llamagen_jax.training.mesh import replicated
+from llamagen_jax.parallel.mesh import replicated, to_global
+from llamagen_jax.vision.inception import extract_features
+from llamagen_jax.weights import bundle
 
 CACHE = "~/.cache/llamagen_jax/features"
 PIECE = 4096  # pictures whose features are one file
@@ -123,7 +122,7 @@ class Extractor:
   """Pictures -> Inception's features: float32 pool [N, 2048] and spatial [N, 2023]."""
 
   def __init__(self, params: Any, values: PictureValues):
-    """Takes what `interop.inception.load_inception` reads, whole on every host."""
+    """Takes what `weights.inception.load_inception` reads, whole on every host."""
     self._values, self._params = values, values.replicate(params)
     self.identity = bundle.fingerprint(self._params)
     self._head = np.asarray(params["head"], np.float64)

@@ -8,8 +8,8 @@ import numpy as np
 from llamagen_jax.errors import UserError
 from llamagen_jax.evaluation.sources import Source
 from llamagen_jax.gpt.config import PRESETS
-from llamagen_jax.interop.published import PUBLISHED
 from llamagen_jax.tokenizer.config import TokenizerConfig
+from llamagen_jax.weights.published import PUBLISHED
 
 
 @dataclasses.dataclass(frozen=True)

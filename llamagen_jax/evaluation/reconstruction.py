@@ -13,10 +13,10 @@ import numpy as np
 from llamagen_jax.data.codes import perplexity
 from llamagen_jax.data.loader import Batch
 from llamagen_jax.errors import UserError
-from llamagen_jax.pictures import from_uint8, to_uint8
+from llamagen_jax.images import from_uint8, to_uint8
 from llamagen_jax.tokenizer import model
 from llamagen_jax.tokenizer.config import TokenizerConfig
-from llamagen_jax.tokenizer.lpips import lpips
+from llamagen_jax.vision.lpips import lpips
 
 SSIM_WINDOW = 7
 SSIM_K1, SSIM_K2 = 0.01, 0.03

@@ -24,8 +24,8 @@ from llamagen_jax.evaluation.protocols import (
   published_scores,
 )
 from llamagen_jax.evaluation.sources import Source
-from llamagen_jax.interop.inception import load_inception
-from llamagen_jax.training.mesh import make_mesh
+from llamagen_jax.parallel.mesh import make_mesh
+from llamagen_jax.weights.inception import load_inception
 
 SPLIT = 5000  # pictures a split of the Inception Score
 MANIFOLD = 10_000  # reference pictures of precision and recall

@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 import jax.numpy as jnp
 
-from llamagen_jax.training.mesh import spec
+from llamagen_jax.parallel.mesh import spec
 
 LANES = 128  # the kernel cuts sequences into blocks of a multiple of this
 

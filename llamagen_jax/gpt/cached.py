@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.layers import rms_norm
 from llamagen_jax.gpt.rope import apply_rope, rope_table
-from llamagen_jax.training.mesh import on_every_part
+from llamagen_jax.parallel.mesh import on_every_part
 
 
 class LayerCache(NamedTuple):

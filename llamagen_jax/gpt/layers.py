@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from llamagen_jax.gpt.attention import attention_weights, mix, splash_attention
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.rope import apply_rope
-from llamagen_jax.training.mesh import constrain
+from llamagen_jax.parallel.mesh import constrain
 
 INIT = nn.initializers.normal(stddev=0.02)
 

@@ -18,7 +18,7 @@ from llamagen_jax.gpt.conditioning import (
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.layers import INIT, Block, rms_norm
 from llamagen_jax.gpt.rope import rope_table
-from llamagen_jax.training.mesh import constrain
+from llamagen_jax.parallel.mesh import constrain
 
 REMAT_POLICIES = {
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llamagen_jax.data.loader import Batch
 from llamagen_jax.errors import UserError
-from llamagen_jax.training.mesh import constrain
+from llamagen_jax.parallel.mesh import constrain
+
+Batch = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from llamagen_jax.gpt.config import GPTConfig
+from llamagen_jax.gpt.flops import sampling_flops
+from llamagen_jax.gpt.sampling_config import SamplingConfig
+from llamagen_jax.parallel.mesh import batch_sharding, replicated
 from llamagen_jax.pod import topology
-from llamagen_jax.pod.flops import sampling_flops
 from llamagen_jax.pod.sampler import abstract_params, bytes_of, placed, read_bytes
 from llamagen_jax.pod.verdict import Verdict, analysed
-from llamagen_jax.sampling.config import SamplingConfig
+from llamagen_jax.sampling.slots import Plan, init_state, run_chunk
 from llamagen_jax.serving.engine import state_sharding
-from llamagen_jax.serving.slots import Plan, init_state, run_chunk
-from llamagen_jax.training.mesh import batch_sharding, replicated
 
 
 @dataclasses.dataclass(frozen=True)

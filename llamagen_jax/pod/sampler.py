@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from llamagen_jax.gpt.cached import Cache, decoding_params, init_cache
 from llamagen_jax.gpt.config import GPTConfig
+from llamagen_jax.gpt.flops import sampling_flops
 from llamagen_jax.gpt.model import init_gpt
+from llamagen_jax.gpt.sampling_config import SamplingConfig
+from llamagen_jax.parallel.mesh import batch_sharding, replicated, shardings, unbox
 from llamagen_jax.pod import topology
-from llamagen_jax.pod.flops import sampling_flops
 from llamagen_jax.pod.verdict import Verdict, analysed
-from llamagen_jax.sampling.config import SamplingConfig
 from llamagen_jax.sampling.decode import generate_codes, segment_ends
-from llamagen_jax.training.mesh import batch_sharding, replicated, shardings, unbox
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from llamagen_jax.errors import UserError
-from llamagen_jax.pod.chips import CHIPS, Chip
-from llamagen_jax.training.mesh import make_mesh
+from llamagen_jax.parallel.chips import CHIPS, Chip
+from llamagen_jax.parallel.mesh import make_mesh
 
 GENERATIONS = ("v4", "v5e", "v5p", "v6e")
 

@@ -12,15 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from llamagen_jax.errors import UserError
-from llamagen_jax.gpt.captions import padded_features
 from llamagen_jax.gpt.config import GPTConfig
-from llamagen_jax.gpt.train import GPTRecipe, init_state, train_step
+from llamagen_jax.gpt.flops import t5_flops, train_flops
+from llamagen_jax.parallel.mesh import batch_sharding, replicated
 from llamagen_jax.pod import topology
-from llamagen_jax.pod.flops import t5_flops, train_flops
 from llamagen_jax.pod.verdict import GIB, Verdict, analysed
-from llamagen_jax.text.t5 import T5Config, init_t5
-from llamagen_jax.training.mesh import batch_sharding, replicated
+from llamagen_jax.text.t5 import T5Config, init_t5, padded_features
 from llamagen_jax.training.state import abstract_state
+from llamagen_jax.training.train_gpt import GPTRecipe, init_state, train_step
 
 
 @dataclasses.dataclass(frozen=True)

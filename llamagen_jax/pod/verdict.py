@@ -8,8 +8,8 @@ from typing import Any
 import jax
 
 from llamagen_jax.errors import UserError
+from llamagen_jax.parallel.chips import Chip
 from llamagen_jax.pod import hlo
-from llamagen_jax.pod.chips import Chip
 
 GIB = 2**30
 

@@ -25,7 +25,7 @@ from llamagen_jax.gpt.cached import (
 from llamagen_jax.gpt.conditioning import attention_mask, embed_condition
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.model import embed_codes
-from llamagen_jax.sampling.config import Rows, SamplingConfig, Stages
+from llamagen_jax.gpt.sampling_config import Rows, SamplingConfig, Stages
 from llamagen_jax.sampling.guidance import guide, scale_at
 from llamagen_jax.sampling.logits import sample_codes
 

@@ -17,17 +17,18 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from llamagen_jax import bundle, pictures
 from llamagen_jax.data.classes import shown_name, to_labels
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.cached import decoding_params
-from llamagen_jax.interop.t5 import TextEncoder
-from llamagen_jax.sampling.config import SamplingConfig
+from llamagen_jax.gpt.sampling_config import SamplingConfig
+from llamagen_jax.images import resize_bicubic, to_uint8
+from llamagen_jax.parallel.mesh import RULES, batch_sharding
 from llamagen_jax.sampling.decode import generate
 from llamagen_jax.sampling.prompts import Prompts
+from llamagen_jax.text.encoder import TextEncoder
 from llamagen_jax.tokenizer import model
 from llamagen_jax.tokenizer.config import TokenizerConfig
-from llamagen_jax.training.mesh import RULES, batch_sharding
+from llamagen_jax.weights import bundle
 
 
 class Conditions(Protocol):
@@ -253,8 +254,8 @@ def render(
   def local_render(params, codes_BT):
     images = model.decode(config, params, codes_BT.reshape(-1, grid, grid))
     if side != images.shape[1]:
-      images = pictures.resize_bicubic(images, side)
-    return pictures.to_uint8(images)
+      images = resize_bicubic(images, side)
+    return to_uint8(images)
 
   if mesh is None:
     return local_render(params, codes_BT)

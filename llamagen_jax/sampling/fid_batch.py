@@ -17,9 +17,10 @@ import numpy as np
 from PIL import Image
 import tqdm
 
-from llamagen_jax import bundle, pictures
 from llamagen_jax.errors import UserError
+from llamagen_jax.images import save_npz, save_png
 from llamagen_jax.sampling.draw import Job, Seconds, draw
+from llamagen_jax.weights import bundle
 
 LABELS = ("uniform", "balanced")
 PLAN = "plan.json"
@@ -92,7 +93,7 @@ def run(
     for batch, images in draw(gpt, tokenizer, job, batches, seconds):
       if folder is not None:
         for row, image in zip(job.rows(batch), images, strict=True):
-          pictures.save_png(_png(folder, row), Image.fromarray(image))
+          save_png(_png(folder, row), Image.fromarray(image))
       _write_shard(_shard(shards, batch), images)
       # The other hosts draw at the same pace.
       bar.update(min(len(images) * jax.process_count(), bar.total - bar.n))
@@ -101,7 +102,7 @@ def run(
   if jax.process_index() == 0:
     write_settings(out, settings)
     parts = _read_shards(shards, job)
-    pictures.save_npz(out, parts, len(job.conditions), labels)
+    save_npz(out, parts, len(job.conditions), labels)
     shards.rmtree()
   multihost_utils.sync_global_devices("assembled")
   return seconds

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from llamagen_jax.sampling.config import SCHEDULES, Rows
+from llamagen_jax.gpt.sampling_config import SCHEDULES, Rows
 
 
 def scale_at(rows: Rows, index: jax.Array, image_tokens: int) -> jax.Array:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from llamagen_jax.sampling.config import Rows, Stages
+from llamagen_jax.gpt.sampling_config import Rows, Stages
 
 
 def sample_codes(

@@ -9,10 +9,10 @@ import pathlib
 import jax
 import numpy as np
 
-from llamagen_jax.bundle import Transformer
 from llamagen_jax.errors import UserError
-from llamagen_jax.gpt.captions import padded_features
-from llamagen_jax.interop.t5 import TextEncoder
+from llamagen_jax.text.encoder import TextEncoder
+from llamagen_jax.text.t5 import padded_features
+from llamagen_jax.weights.bundle import Transformer
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 COLUMNS = ("prompt", "caption", "text")  # looked for, in any case

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from llamagen_jax.data.classes import shown_name
-from llamagen_jax.sampling.config import SCHEDULES, SamplingConfig
+from llamagen_jax.gpt.sampling_config import SCHEDULES, SamplingConfig
 from llamagen_jax.serving.protocol import Finished
 from llamagen_jax.serving.refusal import Refusal, from_validation
 from llamagen_jax.serving.schema import LARGEST_SEED, ImageRequest

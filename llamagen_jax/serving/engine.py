@@ -7,15 +7,15 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
-from llamagen_jax import bundle
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.cached import LayerCache, decoding_params
 from llamagen_jax.gpt.config import GPTConfig
+from llamagen_jax.gpt.sampling_config import SamplingConfig
+from llamagen_jax.parallel.mesh import batch_sharding, replicated, spec
 from llamagen_jax.sampling import draw
-from llamagen_jax.sampling.config import SamplingConfig
+from llamagen_jax.sampling.slots import Plan, State, admit, init_state, run_chunk
 from llamagen_jax.serving.request import Request
-from llamagen_jax.serving.slots import Plan, State, admit, init_state, run_chunk
-from llamagen_jax.training.mesh import batch_sharding, replicated, spec
+from llamagen_jax.weights import bundle
 
 CHUNK = 8  # steps: short to wait for, long beside what happens between two chunks
 

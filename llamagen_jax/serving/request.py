@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llamagen_jax.sampling.config import SamplingConfig
+from llamagen_jax.gpt.sampling_config import SamplingConfig
 
 
 @dataclasses.dataclass(eq=False)

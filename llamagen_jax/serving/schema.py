@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from llamagen_jax.sampling.config import SCHEDULES
+from llamagen_jax.gpt.sampling_config import SCHEDULES
 
 LONGEST_PROMPT = 32_000  # characters, as OpenAI's
 LARGEST_SEED = 2**31 - 1  # JAX makes keys of int32

@@ -11,13 +11,7 @@ from anyio import to_thread
 import numpy as np
 
 from llamagen_jax.serving.metrics import Metrics
-from llamagen_jax.serving.protocol import (
-  Drawer,
-  Finished,
-  Handle,
-  Progress,
-  QueueFull,
-)
+from llamagen_jax.serving.protocol import Drawer, Finished, Handle, Progress, QueueFull
 from llamagen_jax.serving.refusal import Refusal
 from llamagen_jax.serving.schema import LARGEST_SEED, ImageRequest
 from llamagen_jax.serving.studio import Studio

@@ -10,15 +10,15 @@ import jax
 import numpy as np
 from PIL import Image
 
-from llamagen_jax import bundle
 from llamagen_jax.data.classes import RANGE, to_labels
 from llamagen_jax.errors import UserError
-from llamagen_jax.interop.t5 import TextEncoder
 from llamagen_jax.sampling.draw import check_pair, render
 from llamagen_jax.sampling.prompts import Prompts
 from llamagen_jax.serving.refusal import Refusal
 from llamagen_jax.serving.request import Request
 from llamagen_jax.serving.schema import ImageRequest, Style, Usage
+from llamagen_jax.text.encoder import TextEncoder
+from llamagen_jax.weights import bundle
 
 SAMPLING = (
   "guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p",

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llamagen_jax.errors import UserError
-from llamagen_jax.training.mesh import constrain
+from llamagen_jax.parallel.mesh import constrain
 
 # name: (layers, dim, heads, ffn_dim) of T5 v1.1's and flan-T5's encoders.
 PRESETS = {
@@ -205,3 +205,12 @@ def left_pad(features_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
   source_BT = jnp.arange(tokens) - (tokens - length_B1)
   moved = jnp.take_along_axis(features_BTD, jnp.maximum(source_BT, 0)[..., None], 1)
   return jnp.where(source_BT[..., None] >= 0, moved, 0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def padded_features(
+  config: Any, params: Any, ids_BP: jax.Array, mask_BP: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Tokens padded on the right -> features [B, P, C] and mask, padded on the left."""
+  features_BPC = left_pad(encode(config, params, ids_BP, mask_BP), mask_BP)
+  return features_BPC, jnp.flip(mask_BP, axis=1)

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llamagen_jax.parallel.mesh import constrain
 from llamagen_jax.tokenizer import quantizer
 from llamagen_jax.tokenizer.config import TokenizerConfig
-from llamagen_jax.training.mesh import constrain
 
 GROUP_NORM_EPS = 1e-6
 

@@ -20,9 +20,9 @@ import tqdm
 
 from llamagen_jax.data.loader import Batch, Stream
 from llamagen_jax.errors import RunFailed, Stopped
+from llamagen_jax.parallel.hosts import StopSignal
+from llamagen_jax.parallel.mesh import make_mesh, replicated
 from llamagen_jax.training.checkpoint import Checkpoints
-from llamagen_jax.training.hosts import StopSignal
-from llamagen_jax.training.mesh import make_mesh, replicated
 from llamagen_jax.training.metrics import MetricsLog
 from llamagen_jax.training.profile import Profile
 from llamagen_jax.training.recipe import MeshConfig, RunConfig

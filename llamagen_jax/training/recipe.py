@@ -19,7 +19,7 @@ import ml_collections
 from ml_collections import config_flags
 
 from llamagen_jax.errors import UserError
-from llamagen_jax.training import hosts
+from llamagen_jax.parallel import hosts
 
 T = TypeVar("T")
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from llamagen_jax.pod.chips import CHIPS
+from llamagen_jax.parallel.chips import CHIPS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import optax
 
-from llamagen_jax.training.mesh import shardings, unbox
+from llamagen_jax.parallel.mesh import shardings, unbox
 
 Params = Any
 

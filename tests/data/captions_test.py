@@ -10,15 +10,16 @@ import pyarrow
 from pyarrow import parquet
 import pytest
 
-from llamagen_jax import cli
+from llamagen_jax.commands import cli
+from llamagen_jax.commands.prepare_captions import prepare
 from llamagen_jax.data.caption_files import Keys
-from llamagen_jax.data.captions import Caption, CaptionSource, PictureSource, prepare
+from llamagen_jax.data.captions import Caption, CaptionSource
 from llamagen_jax.data.features import FeatureRecord
-from llamagen_jax.data.images import open_source
+from llamagen_jax.data.sources import PictureSource, open_source
 from llamagen_jax.errors import UserError
 from tests import tiny
 
-LLAMAGEN = [sys.executable, "-c", "from llamagen_jax.cli import main; main()"]
+LLAMAGEN = [sys.executable, "-c", "from llamagen_jax.commands.cli import main; main()"]
 PICTURE = tiny.picture_bytes(0)
 
 

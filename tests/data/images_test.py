@@ -8,14 +8,13 @@ from llamagen_jax import UserError
 from llamagen_jax.data.images import (
   BadPicture,
   CropSet,
-  Sample,
   TrainingPicture,
   center_crop,
   decode,
-  open_source,
   random_crop,
 )
-from llamagen_jax.pictures import to_uint8
+from llamagen_jax.data.sources import Sample, open_source
+from llamagen_jax.images import to_uint8
 from tests import parity
 
 

@@ -5,7 +5,7 @@ import pytest
 from llamagen_jax import UserError
 from llamagen_jax.data import loader
 from llamagen_jax.data.loader import Stream, epoch_batches
-from llamagen_jax.training.mesh import make_mesh
+from llamagen_jax.parallel.mesh import make_mesh
 
 RECORDS = 12
 

@@ -7,8 +7,8 @@ from PIL import Image
 import pytest
 
 from llamagen_jax import UserError
-from llamagen_jax.data.images import BadPicture, Sample, decode, open_source
-from llamagen_jax.data.sources import pack_picture
+from llamagen_jax.data.images import BadPicture, decode
+from llamagen_jax.data.sources import Sample, open_source, pack_picture
 from tests import tiny
 
 

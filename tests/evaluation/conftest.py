@@ -3,7 +3,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from llamagen_jax.evaluation import features
-from llamagen_jax.evaluation.inception import Features
+from llamagen_jax.vision.inception import Features
 from tests import parity
 
 

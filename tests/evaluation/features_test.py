@@ -9,10 +9,10 @@ from llamagen_jax.data.images import center_crop
 from llamagen_jax.errors import UserError
 from llamagen_jax.evaluation import features
 from llamagen_jax.evaluation.features import Extractor, PictureValues
-from llamagen_jax.evaluation.inception import Features
 from llamagen_jax.evaluation.sources import open_source
-from llamagen_jax.pictures import save_npz
-from llamagen_jax.training.mesh import make_mesh
+from llamagen_jax.images import save_npz
+from llamagen_jax.parallel.mesh import make_mesh
+from llamagen_jax.vision.inception import Features
 
 COUNT = 10
 IMAGES = np.random.default_rng(0).integers(0, 256, (COUNT, 6, 8, 3), np.uint8)

@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from llamagen_jax import cli
-from llamagen_jax.pictures import save_npz
+from llamagen_jax.commands import cli
+from llamagen_jax.images import save_npz
 from tests.processes import on_two_hosts
 
 COUNT = 7  # not the same on both hosts

@@ -6,10 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from llamagen_jax import bundle, cli, pictures
+from llamagen_jax.commands import cli
 from llamagen_jax.evaluation.protocols import PROTOCOLS, Protocol
+from llamagen_jax.images import resize_bicubic
+from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.tokenizer.model import init_tokenizer
-from llamagen_jax.training.mesh import unbox
+from llamagen_jax.weights import bundle
 from tests import tiny
 
 COUNT = 12
@@ -70,11 +72,11 @@ def test_what_is_refused_before_the_work(folder, capsys, flags, message):
 
 
 def test_larger_pictures_are_scored_at_the_protocols_side(tmp_path):
-  from llamagen_jax.tokenizer.reconstruct import _Spool
+  from llamagen_jax.commands.reconstruct import _Spool
 
   images = np.random.default_rng(0).integers(0, 256, (3, 24, 24, 3), np.uint8)
   spool = _Spool(tmp_path / "x", 16)
   spool.add(images)
   (found,) = spool.parts()
-  expected = np.asarray(pictures.resize_bicubic(images.astype(np.float32), 16))
+  expected = np.asarray(resize_bicubic(images.astype(np.float32), 16))
   assert np.abs(found - np.clip(expected, 0, 255)).max() <= 0.5001

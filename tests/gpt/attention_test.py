@@ -11,7 +11,7 @@ from llamagen_jax import UserError
 from llamagen_jax.gpt.attention import attention_weights, mix, splash_attention
 from llamagen_jax.gpt.conditioning import attention_mask, visible_tokens
 from llamagen_jax.gpt.model import GPT, init_gpt
-from llamagen_jax.training.mesh import make_mesh, unbox
+from llamagen_jax.parallel.mesh import make_mesh, unbox
 from tests import tiny
 
 B, T, K, G, H = 2, 20, 2, 3, 16

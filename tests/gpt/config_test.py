@@ -6,7 +6,7 @@ import pytest
 from llamagen_jax import GPTConfig, UserError
 from llamagen_jax.gpt.config import PRESETS
 from llamagen_jax.gpt.model import init_gpt
-from llamagen_jax.training.mesh import unbox
+from llamagen_jax.parallel.mesh import unbox
 from tests import parity
 
 

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamagen_jax import GPT, GPTConfig, interop
+from llamagen_jax import GPT, GPTConfig, weights
 from llamagen_jax.gpt.cached import cached_forward, decoding_params, init_cache
 from llamagen_jax.gpt.conditioning import attention_mask, embed_condition
 from llamagen_jax.gpt.model import embed_codes, init_gpt
 from llamagen_jax.gpt.objective import cross_entropy
-from llamagen_jax.training.mesh import unbox
+from llamagen_jax.parallel.mesh import unbox
 from tests import parity
 
 TINY = GPTConfig(2, 4, 32, grid=3, vocab_size=50, num_classes=7, ffn_multiple=16)
@@ -41,7 +41,7 @@ def inputs(config: GPTConfig, batch: int = 3):
 @pytest.mark.parametrize("name, out", [("c2i", "c2i"), ("gqa", "gqa")])
 def test_class_logits_equal_the_original(name, out):
   golden = parity.golden()
-  config, params = interop.gpt_from_torch(
+  config, params = weights.gpt_from_torch(
     parity.state_dict(f"gpt_tiny_{name}"), num_heads=4, image_tokens=16
   )
   logits = GPT(config).apply(
@@ -55,7 +55,7 @@ def test_class_logits_equal_the_original(name, out):
 
 def test_caption_logits_equal_the_original():
   golden = parity.golden()
-  config, params = interop.gpt_from_torch(
+  config, params = weights.gpt_from_torch(
     parity.state_dict("gpt_tiny_t2i"), num_heads=4, image_tokens=16
   )
   logits = GPT(config).apply(
@@ -67,7 +67,7 @@ def test_caption_logits_equal_the_original():
 def test_base_model_equals_the_original():
   golden = parity.golden()
   state_dict = parity.state_dict("GPT-B_256_c2i")
-  config, params = interop.gpt_from_torch(state_dict, image_tokens=256)
+  config, params = weights.gpt_from_torch(state_dict, image_tokens=256)
   assert config == GPTConfig.preset("B", image_size=256)
   codes = parity.randint("gptb/codes", 16384, (1, 256))
   labels = parity.randint("gptb/labels", 1000, (1,))

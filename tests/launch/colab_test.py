@@ -17,11 +17,11 @@ from PIL import Image
 import pytest
 
 import llamagen_jax as lg
-from llamagen_jax import pictures
-from llamagen_jax.interop.files import write_weights
+from llamagen_jax.images import GAP, LABEL_HEIGHT
+from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.tokenizer.model import init_tokenizer
-from llamagen_jax.training.mesh import unbox
 from llamagen_jax.training.metrics import read_rows
+from llamagen_jax.weights.files import write_weights
 from tests import parity
 
 COLAB = pathlib.Path(__file__).parents[2] / "launch" / "colab"
@@ -138,8 +138,8 @@ def shown(outputs) -> Image.Image:
 
 def tiles(sheet: Image.Image, rows: int, columns: int, side: int, top: int = 0):
   """Cuts a grid whose size has to fit exactly: uint8 [rows, columns, side, side, 3]."""
-  height, width = side + top + pictures.GAP, side + pictures.GAP
-  assert sheet.size == (columns * width - pictures.GAP, rows * height - pictures.GAP)
+  height, width = side + top + GAP, side + GAP
+  assert sheet.size == (columns * width - GAP, rows * height - GAP)
   pixels = np.asarray(sheet)
   return np.array([
     [
@@ -160,7 +160,7 @@ def test_quickstart(tmp_path, monkeypatch):
   config = lg.TokenizerConfig(
     (1, 1), width=32, res_blocks=1, latent_width=8, codebook_size=128, codebook_dim=4
   )
-  shapes = lg.interop.tokenizer_to_torch(
+  shapes = lg.weights.tokenizer_to_torch(
     config, unbox(init_tokenizer(config, jax.random.key(0)))
   )
   weights = parity.synthesize({name: x.shape for name, x in shapes.items()})
@@ -180,9 +180,9 @@ def test_quickstart(tmp_path, monkeypatch):
     with Image.open(tmp_path / "drawn" / file) as picture:
       sheets[cell] = picture.convert("RGB")
     np.testing.assert_array_equal(sheets[cell], shown(outputs[cell]))
-  classes = tiles(sheets["grid"], 2, 4, side=8, top=pictures.LABEL_HEIGHT)
+  classes = tiles(sheets["grid"], 2, 4, side=8, top=LABEL_HEIGHT)
   assert blank(classes).tolist() == [False] * 6 + [True] * 2
-  sweep = tiles(sheets["sweep"], 3, 2, side=8, top=pictures.LABEL_HEIGHT)
+  sweep = tiles(sheets["sweep"], 3, 2, side=8, top=LABEL_HEIGHT)
   assert not blank(sweep).any()
   assert (sweep[0] != sweep[2]).any()
 
@@ -201,7 +201,7 @@ def test_train_on_tpu(tmp_path, monkeypatch):
     DIGITS=20, TOKENIZER_STEPS=15, STEPS=40, BATCH_SIZE=16, WORK="run",
   )  # fmt: skip
   assert "CpuDevice(id=3)" in printed(outputs["devices"])
-  checked = tiles(shown(outputs["codes"]), 2, 12, side=32, top=pictures.LABEL_HEIGHT)
+  checked = tiles(shown(outputs["codes"]), 2, 12, side=32, top=LABEL_HEIGHT)
   assert not blank(checked).any()
 
   text = printed(outputs["loss"])

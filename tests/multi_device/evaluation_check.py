@@ -5,9 +5,9 @@ import numpy as np
 from llamagen_jax.evaluation.clip_score import ClipScorer
 from llamagen_jax.evaluation.features import Extractor, PictureValues
 from llamagen_jax.evaluation.sources import open_source
-from llamagen_jax.interop.inception import inception_from_torch
-from llamagen_jax.pictures import save_npz
-from llamagen_jax.training.mesh import make_mesh
+from llamagen_jax.images import save_npz
+from llamagen_jax.parallel.mesh import make_mesh
+from llamagen_jax.weights.inception import inception_from_torch
 from tests import parity
 from tests.evaluation import clip_test
 from tests.multi_device.sampling_check import one_device

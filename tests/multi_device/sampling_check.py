@@ -4,8 +4,8 @@ import jax
 from jax.sharding import AxisType
 import numpy as np
 
-from llamagen_jax import bundle
-from llamagen_jax.training.mesh import AXES, make_mesh
+from llamagen_jax.parallel.mesh import AXES, make_mesh
+from llamagen_jax.weights import bundle
 from tests.sampling import fid_batch_test
 from tests.sampling.fid_batch_test import JOB, LABELS, load, run
 

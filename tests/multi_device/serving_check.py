@@ -3,9 +3,10 @@
 import jax
 import pytest
 
-from llamagen_jax import UserError, bundle
+from llamagen_jax import UserError
+from llamagen_jax.parallel.mesh import make_mesh, shardings
 from llamagen_jax.serving.engine import Engine
-from llamagen_jax.training.mesh import make_mesh, shardings
+from llamagen_jax.weights import bundle
 from tests.serving.engine_test import (
   CAPTIONS,
   CLASSES,

@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from llamagen_jax.gpt import train as gpt_train
-from llamagen_jax.tokenizer import train as tokenizer_train
+from llamagen_jax.parallel.mesh import make_mesh
 from llamagen_jax.training import loop
-from llamagen_jax.training.mesh import make_mesh
+from llamagen_jax.training import train_gpt as gpt_train
+from llamagen_jax.training import train_tokenizer as tokenizer_train
 from llamagen_jax.training.metrics import read_rows
 from tests import tiny
 

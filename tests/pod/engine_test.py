@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from llamagen_jax import cli
+from llamagen_jax.commands import cli
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.pod import topology
 from llamagen_jax.pod.engine import compile_engine

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llamagen_jax import cli
+from llamagen_jax.commands import cli
 from llamagen_jax.gpt.cached import init_cache
 from llamagen_jax.gpt.config import GPTConfig
+from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.pod import hlo, topology
 from llamagen_jax.pod.sampler import abstract_params
-from llamagen_jax.sampling.config import SamplingConfig
 from llamagen_jax.sampling.decode import decode_segment
 
 pytestmark = pytest.mark.extra

@@ -5,14 +5,15 @@ import json
 
 import pytest
 
-from llamagen_jax import UserError, cli
-from llamagen_jax.gpt.train import GPTRecipe
+from llamagen_jax import UserError
+from llamagen_jax.commands import cli
+from llamagen_jax.parallel.chips import CHIPS
 from llamagen_jax.pod import search as search_module
-from llamagen_jax.pod.chips import CHIPS
 from llamagen_jax.pod.hlo import Analysis, Memory
 from llamagen_jax.pod.search import search
 from llamagen_jax.pod.train_step import TrainVerdict
 from llamagen_jax.training.recipe import build
+from llamagen_jax.training.train_gpt import GPTRecipe
 from tests import tiny
 
 CHIP = CHIPS["TPU v5 lite"]

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamagen_jax import GPT, SamplingConfig, generate, interop
+from llamagen_jax import GPT, SamplingConfig, generate, weights
 from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.sampling import decode
 from tests import parity
@@ -19,7 +19,7 @@ GREEDY = {
 @pytest.mark.parametrize("name", GREEDY)
 def test_greedy_classes_equal_the_original(name):
   golden = parity.golden()
-  config, params = interop.gpt_from_torch(
+  config, params = weights.gpt_from_torch(
     parity.state_dict("gpt_tiny_c2i"), num_heads=4, image_tokens=16
   )
   key = jax.random.key(0)
@@ -30,7 +30,7 @@ def test_greedy_classes_equal_the_original(name):
 @pytest.mark.parametrize("name", ["nocfg", "cfg"])
 def test_greedy_captions_equal_the_original(name):
   golden = parity.golden()
-  config, params = interop.gpt_from_torch(
+  config, params = weights.gpt_from_torch(
     parity.state_dict("gpt_tiny_t2i"), num_heads=4, image_tokens=16
   )
   codes = generate(

@@ -8,10 +8,11 @@ import sys
 import jax
 import pytest
 
-from llamagen_jax import SamplingConfig, TokenizerConfig, bundle
+from llamagen_jax import SamplingConfig, TokenizerConfig
 from llamagen_jax.gpt.model import init_gpt
+from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.tokenizer.model import init_tokenizer
-from llamagen_jax.training.mesh import unbox
+from llamagen_jax.weights import bundle
 from tests import tiny
 
 
@@ -43,7 +44,7 @@ def sample(saved, out, devices):
     [
       sys.executable,
       "-c",
-      "from llamagen_jax.cli import main; main()",
+      "from llamagen_jax.commands.cli import main; main()",
       *command.split(),
     ],
     env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},

@@ -9,13 +9,15 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from llamagen_jax import SamplingConfig, UserError, bundle, pictures
+from llamagen_jax import SamplingConfig, UserError
 from llamagen_jax.gpt.model import init_gpt
+from llamagen_jax.images import resize_bicubic, to_uint8
+from llamagen_jax.parallel.mesh import make_mesh, unbox
 from llamagen_jax.sampling import fid_batch
 from llamagen_jax.sampling.decode import generate
 from llamagen_jax.sampling.draw import Job, Labels, Seconds, draw
 from llamagen_jax.tokenizer.model import init_tokenizer
-from llamagen_jax.training.mesh import make_mesh, unbox
+from llamagen_jax.weights import bundle
 from tests import tiny
 
 SIDE = 6
@@ -136,7 +138,7 @@ def test_pictures_are_resized_before_they_are_rounded(models):
   keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(1), np.arange(4, 8))
   codes = generate(gpt.config, gpt.params, LABELS[4:8], keys, sampling=JOB.sampling)
   floats = tokenizer.decode(codes.reshape(4, 3, 3))
-  expected = pictures.to_uint8(pictures.resize_bicubic(floats, SIDE - 2))
+  expected = to_uint8(resize_bicubic(floats, SIDE - 2))
   assert images.shape == (4, SIDE - 2, SIDE - 2, 3)
   assert np.abs(images.astype(int) - np.asarray(expected).astype(int)).max() <= 1
 

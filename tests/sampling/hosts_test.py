@@ -2,7 +2,7 @@
 
 import pytest
 
-from llamagen_jax import cli
+from llamagen_jax.commands import cli
 from tests.processes import on_two_hosts
 from tests.sampling import fid_batch_test
 

@@ -7,15 +7,17 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from llamagen_jax import bundle, cli, generate
+from llamagen_jax import generate
+from llamagen_jax.commands import cli
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.model import init_gpt
-from llamagen_jax.interop.t5 import load_t5
-from llamagen_jax.sampling.config import SamplingConfig
+from llamagen_jax.gpt.sampling_config import SamplingConfig
+from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.sampling.prompts import Prompts, read_prompts
 from llamagen_jax.text.t5 import T5Config, init_t5
 from llamagen_jax.tokenizer.model import init_tokenizer
-from llamagen_jax.training.mesh import unbox
+from llamagen_jax.weights import bundle
+from llamagen_jax.weights.t5 import load_t5
 from tests import tiny
 
 T5 = T5Config(60, 16, layers=1, heads=2, head_dim=8, ffn_dim=16)

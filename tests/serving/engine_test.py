@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from llamagen_jax import GPTConfig, SamplingConfig, bundle, generate
+from llamagen_jax import GPTConfig, SamplingConfig, generate
 from llamagen_jax.gpt.model import init_gpt
+from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.serving.engine import Engine
 from llamagen_jax.serving.request import Request
-from llamagen_jax.training.mesh import unbox
+from llamagen_jax.weights import bundle
 
 CLASSES = GPTConfig(2, 4, 32, grid=4, vocab_size=50, num_classes=4, ffn_multiple=16)
 CAPTIONS = dataclasses.replace(

@@ -9,13 +9,14 @@ import time
 import jax
 import uvicorn
 
-from llamagen_jax import GPTConfig, SamplingConfig, bundle
+from llamagen_jax import GPTConfig, SamplingConfig
+from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.serving.api import make_app
 from llamagen_jax.serving.service import Limits, Service
 from llamagen_jax.serving.store import Store
 from llamagen_jax.serving.studio import Studio
 from llamagen_jax.tokenizer.model import init_tokenizer
-from llamagen_jax.training.mesh import unbox
+from llamagen_jax.weights import bundle
 from tests import tiny
 from tests.serving.fake import VOCABULARY, FakeDrawer
 

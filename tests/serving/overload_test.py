@@ -11,10 +11,11 @@ import pytest
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
 
-from llamagen_jax import GPTConfig, SamplingConfig, bundle  # noqa: E402
+from llamagen_jax import GPTConfig, SamplingConfig  # noqa: E402
 from llamagen_jax.gpt.model import init_gpt  # noqa: E402
+from llamagen_jax.parallel.mesh import unbox  # noqa: E402
 from llamagen_jax.tokenizer.model import init_tokenizer  # noqa: E402
-from llamagen_jax.training.mesh import unbox  # noqa: E402
+from llamagen_jax.weights import bundle  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.serving.run_test import running  # noqa: E402
 

@@ -8,15 +8,15 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from llamagen_jax import bundle  # noqa: E402
 from llamagen_jax.errors import UserError  # noqa: E402
-from llamagen_jax.interop.t5 import load_t5  # noqa: E402
+from llamagen_jax.parallel.mesh import unbox  # noqa: E402
 from llamagen_jax.sampling.prompts import Prompts  # noqa: E402
 from llamagen_jax.serving.refusal import Refusal  # noqa: E402
 from llamagen_jax.serving.schema import ImageRequest  # noqa: E402
 from llamagen_jax.serving.studio import GREY, Studio  # noqa: E402
 from llamagen_jax.text.t5 import T5Config, init_t5  # noqa: E402
-from llamagen_jax.training.mesh import unbox  # noqa: E402
+from llamagen_jax.weights import bundle  # noqa: E402
+from llamagen_jax.weights.t5 import load_t5  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.serving import live  # noqa: E402
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from llamagen_jax.errors import UserError
-from llamagen_jax.interop.t5 import (
+from llamagen_jax.text.t5 import T5Config, encode, left_pad, relative_buckets
+from llamagen_jax.weights.t5 import (
   FIELDS,
   load_t5,
   read_tensors,
   t5_from_torch,
   t5_to_torch,
 )
-from llamagen_jax.text.t5 import T5Config, encode, left_pad, relative_buckets
 from tests import parity, tiny
 
 MODEL = parity.eval_manifest()["t5_tiny"]

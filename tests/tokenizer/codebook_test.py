@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from llamagen_jax import UserError
-from llamagen_jax.tokenizer import codebook, train
+from llamagen_jax.tokenizer import codebook
+from llamagen_jax.training import train_tokenizer
 from llamagen_jax.training.metrics import read_rows
 from tests import parity, tiny
 
@@ -60,6 +61,6 @@ def test_a_run_with_both_cures_uses_more_of_its_codebook(tmp_path):
     config.loss.adversarial_weight = 0.0
     config.model.codebook_size = 512
     config.codebook = section
-    train.train(config, tmp_path / name)
+    train_tokenizer.train(config, tmp_path / name)
     usage[name] = read_rows(tmp_path / name / "metrics.jsonl")[-1]["eval/usage"]
   assert usage["on"] > usage["off"]

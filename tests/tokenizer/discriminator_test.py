@@ -5,18 +5,15 @@ import numpy as np
 import pytest
 
 from llamagen_jax import UserError
-from llamagen_jax.interop.discriminator import (
-  discriminator_from_torch,
-  discriminator_to_torch,
-)
+from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.tokenizer.discriminator import (
   BatchNorm,
   DiscriminatorConfig,
   discriminate,
   init_discriminator,
 )
-from llamagen_jax.training.mesh import unbox
 from tests import parity
+from tests.torch_discriminator import discriminator_from_torch, discriminator_to_torch
 
 
 @pytest.mark.parametrize(

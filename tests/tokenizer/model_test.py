@@ -4,17 +4,17 @@ import jax
 import numpy as np
 import pytest
 
-from llamagen_jax import TokenizerConfig, UserError, VQModel, interop
+from llamagen_jax import TokenizerConfig, UserError, VQModel, weights
+from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.tokenizer import model
 from llamagen_jax.tokenizer.model import init_tokenizer
-from llamagen_jax.training.mesh import unbox
 from tests import parity
 
 
 @pytest.mark.parametrize("name, side", [("VQ-16", 64), ("VQ-8", 32)])
 def test_published_tokenizers_equal_the_original(name, side):
   golden = parity.golden()
-  config, params = interop.tokenizer_from_torch(parity.state_dict(name))
+  config, params = weights.tokenizer_from_torch(parity.state_dict(name))
   assert config == TokenizerConfig.preset(name)
   images = np.tanh(parity.randn(f"{name}/image", (2, 3, side, side)))
   images = images.transpose(0, 2, 3, 1)

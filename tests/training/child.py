@@ -8,7 +8,7 @@ import json
 import sys
 import time
 
-from llamagen_jax import cli
+from llamagen_jax.commands import cli
 from llamagen_jax.data.codes import CodeSource
 from llamagen_jax.data.loader import Stream
 

@@ -10,8 +10,8 @@ import llamagen_jax as lg
 from llamagen_jax import UserError
 from llamagen_jax.data.loader import Stream
 from llamagen_jax.errors import RunFailed
-from llamagen_jax.gpt import train as gpt_train
-from llamagen_jax.tokenizer import train as tokenizer_train
+from llamagen_jax.training import train_gpt as gpt_train
+from llamagen_jax.training import train_tokenizer as tokenizer_train
 from llamagen_jax.training.checkpoint import Checkpoints
 from llamagen_jax.training.metrics import read_rows
 from llamagen_jax.training.recipe import RunConfig

@@ -4,13 +4,13 @@ import numpy as np
 
 from llamagen_jax import GPTConfig
 from llamagen_jax.gpt.model import init_gpt
-from llamagen_jax.gpt.train import decay_mask
-from llamagen_jax.training.mesh import unbox
+from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.training.optimizer import (
   OptimizerConfig,
   learning_rate,
   make_optimizer,
 )
+from llamagen_jax.training.train_gpt import decay_mask
 
 
 def test_schedules():

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from llamagen_jax.gpt.config import GPTConfig
-from llamagen_jax.pod.flops import train_flops
+from llamagen_jax.gpt.flops import train_flops
 from llamagen_jax.training import speed
 
 

@@ -1,0 +1,368 @@
+"""`llamagen extract-codes`: pictures to code shards, for training transformers.
+
+Every host encodes whole shards of its own on its own chips. A picture's codes are
+computed by the same program wherever it lies, so the shards do not depend on the
+number of hosts or chips, and a run that was killed goes on with the next shard.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+import dataclasses
+import functools
+import pathlib
+import time
+from typing import Any
+
+from absl import logging
+import grain
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+import tqdm
+
+from llamagen_jax.data.classes import shown_name
+from llamagen_jax.data.codes import CodePlan, CodeRecord, CodeSource, CodeWriter
+from llamagen_jax.data.images import BadPicture, CropSet, decode
+from llamagen_jax.data.sources import NO_LABEL, Sample, Source, open_source
+from llamagen_jax.data.workers import in_processes
+from llamagen_jax.errors import UserError
+from llamagen_jax.images import from_uint8, grid, save_png, to_uint8
+from llamagen_jax.parallel import hosts as cluster
+from llamagen_jax.parallel.mesh import make_mesh
+from llamagen_jax.tokenizer import model
+from llamagen_jax.tokenizer.config import TokenizerConfig
+from llamagen_jax.weights import bundle
+
+READ_THREADS = 4
+MOST_CLASSES_SHOWN = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class _Crops:
+  """Grain transform: sample -> its crops, or why it has none."""
+
+  crop_set: CropSet
+  min_side: int
+
+  def __call__(self, sample: Sample) -> dict[str, Any]:
+    found = {"key": sample.key, "label": sample.label, "problem": "", "crops": None}
+    try:
+      return found | {"crops": self.crop_set(decode(sample, self.min_side))}
+    except BadPicture as problem:
+      return found | {"problem": str(problem)}
+
+
+class Encoder:
+  """uint8 crops -> codes, on all chips of this host and no others."""
+
+  def __init__(self, path: str | pathlib.Path):
+    loaded = bundle.load_tokenizer(path, make_mesh())
+    self.config: TokenizerConfig = loaded.config
+    self.identity = loaded.identity
+    mesh = Mesh(np.array(jax.local_devices()), ("chips",))
+    self.chips = mesh.size
+    self._rows = NamedSharding(mesh, PartitionSpec("chips"))
+    # Without an fsdp axis every chip holds all parameters.
+    self._params = jax.tree.map(
+      lambda leaf: jax.device_put(
+        leaf.addressable_data(0), NamedSharding(mesh, PartitionSpec())
+      ),
+      loaded.params,
+    )
+
+  def encode(self, crops: np.ndarray) -> jax.Array:
+    """uint8 [B, crops, S, S, 3] -> int32 [B, crops, T]; B a multiple of `chips`."""
+    return _encode(self.config, self._params, jax.device_put(crops, self._rows))
+
+  def decode(self, codes: np.ndarray) -> np.ndarray:
+    """Codes [B, T] -> uint8 pictures [B, S, S, 3]."""
+    side = int(codes.shape[1] ** 0.5)
+    return np.asarray(_decode(self.config, self._params, codes.reshape(-1, side, side)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(config, params, crops_BNSSC):
+  def encode(images):
+    return model.encode(config, params, from_uint8(images))
+
+  # One crop of every picture at a time: the activations are large.
+  codes_NBhw = jax.lax.map(encode, crops_BNSSC.swapaxes(0, 1))
+  return codes_NBhw.reshape(*codes_NBhw.shape[:2], -1).swapaxes(0, 1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(config, params, codes_Bhw):
+  return to_uint8(model.decode(config, params, codes_Bhw))
+
+
+def main(argv: Sequence[str]) -> None:
+  parser = argparse.ArgumentParser("llamagen extract-codes", description=__doc__)
+  add = parser.add_argument
+  add("--tokenizer", required=True, help="bundle of the tokenizer")
+  add("--source", required=True, help="pictures: folder:, jsonl:, arrayrecord:, tfds:")
+  add("--out", required=True, help="folder of code shards to write")
+  add("--image-size", type=int, required=True, help="side of the crops in pixels")
+  add("--crops", default="five", help="center or five (default)")
+  add("--ranges", default="1.1,1.05", help="crop ranges (default 1.1,1.05)")
+  add("--no-mirror", action="store_true", help="leave out the mirrored crops")
+  add("--shards", type=int, default=64, help="files to write (default 64)")
+  add("--batch-size", type=int, default=16, help="pictures a step on every chip")
+  add("--min-side", type=int, default=16, help="smaller pictures are bad ones")
+  add("--max-bad-share", type=float, default=0.01, help="bad pictures that are let by")
+  add("--workers", type=int, default=0, help="processes that decode; 0 = threads")
+  add("--check", type=int, default=0, help="random codes to draw in OUT/check.png")
+  cluster.add_flags(parser)
+  args = parser.parse_args(argv)
+  cluster.connect(args)
+  try:
+    ranges = tuple(float(r) for r in args.ranges.split(","))
+  except ValueError as error:
+    raise UserError(
+      f"--ranges={args.ranges}: expected numbers, such as 1.1,1.05"
+    ) from error
+  crop_set = CropSet(args.image_size, args.crops, ranges, not args.no_mirror)
+  started = time.perf_counter()
+  encoder, source = Encoder(args.tokenizer), open_source(args.source)
+  manifest, encoded = extract(
+    encoder,
+    source,
+    args.source,
+    args.out,
+    crop_set,
+    shards=args.shards,
+    batch_size=args.batch_size,
+    min_side=args.min_side,
+    max_bad_share=args.max_bad_share,
+    workers=args.workers,
+  )
+  seconds = time.perf_counter() - started
+  if jax.process_index() == 0:
+    print(report(manifest, args.out, encoded / seconds))
+    if args.check:
+      print(check(encoder, source, args.out, crop_set, args.check, args.min_side))
+
+
+def extract(
+  encoder: Encoder,
+  source: Source,
+  source_spec: str,
+  out: str | pathlib.Path,
+  crop_set: CropSet,
+  *,
+  shards: int,
+  batch_size: int,
+  min_side: int,
+  max_bad_share: float,
+  workers: int,
+) -> tuple[dict[str, Any], int]:
+  """Writes the code shards of a source; shards that are finished are not redone.
+
+  Bad pictures are left out and named in the manifest, and end the run above
+  `max_bad_share` of the source.
+
+  Returns:
+    the manifest, and how many pictures this host went through now.
+  """
+  config = encoder.config
+  if crop_set.side % config.downsample:
+    raise UserError(
+      f"image size {crop_set.side} is not a multiple of the tokenizer's"
+      f" downsampling {config.downsample}"
+    )
+  plan = CodePlan(
+    tokenizer=encoder.identity,
+    tokenizer_config=dataclasses.asdict(config),
+    image_size=crop_set.side,
+    grid=crop_set.side // config.downsample,
+    codebook_size=config.codebook_size,
+    crops=crop_set.names,
+    class_names=source.class_names,
+    source=source_spec,
+    samples=len(source),
+    shards=min(shards, len(source)),
+  )
+  host, hosts = jax.process_index(), jax.process_count()
+  if host > 0:
+    _wait_for_all("plan")  # which host 0 writes
+  writer = CodeWriter(out, plan)
+  if host == 0:
+    _wait_for_all("plan")
+  manifest = writer.finished()
+  # No host goes on to write, and to finish, before every host has looked.
+  _wait_for_all("looked")
+  if manifest is not None:
+    return manifest, 0
+
+  mine = range(host, plan.shards, hosts)
+  transform = _Crops(crop_set, min_side)
+  bad = encoded = 0
+  with tqdm.tqdm(
+    total=sum(len(plan.shard_range(i)) for i in mine),
+    desc="extract",
+    unit="picture",
+    dynamic_ncols=True,
+    disable=host > 0,
+  ) as bar:
+    for index in mine:
+      samples = plan.shard_range(index)
+      if writer.is_done(index):
+        bar.update(len(samples))
+        continue
+      skipped: list[str] = []
+      found = _without_bad(_read(source, samples, transform, workers), skipped, bar)
+      batches = _batched(found, batch_size * encoder.chips)
+      records = _records(batches, encoder, batch_size * encoder.chips)
+      writer.write_shard(index, records, skipped)
+      encoded += len(samples)
+      bad += len(skipped)
+      if bad > max_bad_share * len(source):
+        raise UserError(
+          f"{bad} bad pictures so far in {source_spec} (the log names them): more"
+          f" than --max-bad-share={max_bad_share} of its {len(source)}"
+        )
+  _wait_for_all("shards")
+  if host == 0:
+    writer.finish()
+  _wait_for_all("manifest")
+  return writer.finished(), encoded
+
+
+def _wait_for_all(name: str) -> None:
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(f"extract {name}")
+
+
+def _read(source, samples: range, transform, workers: int) -> Iterator[dict[str, Any]]:
+  dataset = grain.MapDataset.source(source)[samples.start : samples.stop].map(transform)
+  threads = 0 if workers else READ_THREADS
+  read = dataset.to_iter_dataset(grain.ReadOptions(threads, 2 * READ_THREADS))
+  if workers:
+    read = in_processes(read, workers, READ_THREADS)
+  return iter(read)
+
+
+def _without_bad(found, skipped: list[str], bar) -> Iterator[dict[str, Any]]:
+  for picture in found:
+    bar.update()
+    if picture["problem"]:
+      logging.warning("skipped picture %s", picture["problem"])
+      skipped.append(picture["problem"])
+    else:
+      yield picture
+
+
+def _batched(found, size: int) -> Iterator[list[dict[str, Any]]]:
+  batch = []
+  for picture in found:
+    batch.append(picture)
+    if len(batch) == size:
+      yield batch
+      batch = []
+  if batch:
+    yield batch
+
+
+def _records(batches, encoder: Encoder, batch_size: int) -> Iterator[CodeRecord]:
+  """Encodes batches, one ahead of what is being written."""
+  pending = None
+  for batch in batches:
+    crops = np.stack([picture["crops"] for picture in batch])
+    missing = batch_size - len(batch)  # a constant shape compiles once
+    crops = np.pad(crops, ((0, missing), (0, 0), (0, 0), (0, 0), (0, 0)))
+    encoded = encoder.encode(crops)
+    if pending is not None:
+      yield from _unbatch(*pending)
+    pending = batch, encoded
+  if pending is not None:
+    yield from _unbatch(*pending)
+
+
+def _unbatch(batch, codes) -> Iterator[CodeRecord]:
+  for picture, rows in zip(batch, np.asarray(codes), strict=False):
+    yield CodeRecord(picture["key"], picture["label"], rows)
+
+
+def report(manifest: dict[str, Any], out: str, speed: float) -> str:
+  """What a finished folder holds, in lines for the user."""
+  skipped = [problem for shard in manifest["shards"] for problem in shard["skipped"]]
+  size = sum(shard["bytes"] for shard in manifest["shards"])
+  lines = [
+    f"{manifest['records']} pictures x {len(manifest['crops'])} crops in {out},"
+    f" {len(skipped)} skipped, {manifest['codes_used']} of"
+    f" {manifest['codebook_size']} codes used, perplexity"
+    f" {manifest['perplexity']:.0f}",
+    f"{speed:.1f} pictures/s on this host, {size / max(1, manifest['records']):.0f}"
+    f" bytes a picture, {size / 1e9:.3f} GB",
+    _classes(manifest, out),
+    *(f"skipped {problem}" for problem in skipped[:MOST_CLASSES_SHOWN]),
+  ]
+  return "\n".join(lines)
+
+
+def _classes(manifest: dict[str, Any], out: str) -> str:
+  counts, names = manifest["label_counts"], manifest["class_names"]
+  if list(counts) == [str(NO_LABEL)]:
+    return "no labels"
+  shown = [
+    f"{shown_name(names, int(label))} {count}"
+    for label, count in list(counts.items())[:MOST_CLASSES_SHOWN]
+  ]
+  if len(counts) > len(shown):
+    shown.append(f".. {len(counts) - len(shown)} more in {out}/manifest.json")
+  few, many = min(counts.values(), default=0), max(counts.values(), default=0)
+  return f"{len(counts)} classes of {few} to {many} pictures: {', '.join(shown)}"
+
+
+def check(
+  encoder: Encoder,
+  source: Source,
+  out: str | pathlib.Path,
+  crop_set: CropSet,
+  count: int,
+  min_side: int,
+) -> str:
+  """Draws random records beside the crops of the source they should be of.
+
+  `OUT/check.png` has crops above what their stored codes decode to, with the stored
+  class; in the result, how many stored codes and labels the source confirms.
+  """
+  codes = CodeSource(out)
+  rng = np.random.default_rng(0)
+  count = min(count, len(codes))
+  crops, rows, labels, same_label = [], [], [], 0
+  for index in sorted(rng.choice(len(codes), count, replace=False)):
+    record = codes[int(index)]
+    sample = _source_of(codes.manifest, source, int(index), record.key)
+    picked = int(rng.integers(len(record.codes)))
+    crops.append(crop_set(decode(sample, min_side))[picked])
+    rows.append(record.codes[picked].astype(np.int32))
+    labels.append(shown_name(codes.manifest["class_names"], record.label))
+    same_label += sample.label == record.label
+  crops, rows = np.stack(crops), np.stack(rows)
+  missing = -count % encoder.chips
+  padded = np.pad(crops[:, None], ((0, missing), *((0, 0),) * 4))
+  again = np.asarray(encoder.encode(padded))[:count, 0]
+  images = np.concatenate([crops, encoder.decode(rows)])
+  sheet = grid(images, columns=count, labels=labels + [""] * count)
+  path = pathlib.Path(out) / "check.png"
+  save_png(path, sheet)
+  return (
+    f"{path}: crops above their decoded codes; {np.mean(again == rows):.1%} of the"
+    f" codes and {same_label} of {count} labels are confirmed by the source"
+  )
+
+
+def _source_of(manifest: dict, source: Source, index: int, key: str) -> Sample:
+  """The sample of a record: so many later than the record as were skipped before."""
+  samples, shards = manifest["samples"], manifest["shards"]
+  for i, shard in enumerate(shards):
+    if index < shard["records"]:
+      start = samples * i // len(shards) + index
+      for place in range(start, start + len(shard["skipped"]) + 1):
+        sample = source[place]
+        if sample.key == key:
+          return sample
+      break
+    index -= shard["records"]
+  raise UserError(f"--check: the source has no {key} where its codes say it is")

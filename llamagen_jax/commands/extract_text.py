@@ -1,0 +1,164 @@
+"""`llamagen extract-text`: the captions of caption shards to T5 feature shards."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+import functools
+import pathlib
+from typing import Any
+
+from array_record.python import array_record_module
+import jax
+import numpy as np
+import tqdm
+
+from llamagen_jax.data.captions import WRITER_OPTIONS, CaptionSource
+from llamagen_jax.data.features import BFLOAT16, KIND, FeatureRecord
+from llamagen_jax.data.shards import ShardFolder
+from llamagen_jax.parallel import hosts as cluster
+from llamagen_jax.parallel.mesh import AXES, to_global
+from llamagen_jax.text.encoder import TextEncoder
+from llamagen_jax.text.t5 import encode
+from llamagen_jax.weights.t5 import load_t5
+
+WINDOW = 32  # batches whose captions are sorted by length before they are encoded
+SHORTEST = 16  # tokens of the shortest batch; others are twice, four times .. of it
+
+
+def main(argv: Sequence[str]) -> None:
+  parser = argparse.ArgumentParser("llamagen extract-text", description=__doc__)
+  add = parser.add_argument
+  add("--t5", required=True, help="folder of a T5 v1.1 or flan-T5 from Hugging Face")
+  add("--captions", required=True, help="folder that prepare-captions wrote")
+  add("--out", required=True, help="folder of feature shards to write")
+  add("--tokens", type=int, default=120, help="longer captions are cut (default 120)")
+  add("--batch-size", type=int, default=256, help="captions at a time, on every host")
+  add("--dtype", default="bfloat16", help="of the encoder: bfloat16 or float32")
+  cluster.add_flags(parser)
+  args = parser.parse_args(argv)
+  cluster.connect(args)
+  manifest = extract_text(
+    args.t5,
+    args.captions,
+    args.out,
+    tokens=args.tokens,
+    batch_size=args.batch_size,
+    dtype=args.dtype,
+  )
+  if manifest is None:
+    print(f"this host's shards are in {args.out}; other hosts have not finished")
+    return
+  size = sum(s["files"][KIND]["bytes"] for s in manifest["shards"])
+  records, rows = manifest["records"], manifest["rows"]
+  print(
+    f"{records} captions in {args.out}, {rows / records:.1f} tokens each,"
+    f" {size / 1e9:.3g} GB: {size / records / 1e3:.3g} GB per million captions"
+  )
+
+
+def extract_text(
+  t5: str | pathlib.Path,
+  captions: str | pathlib.Path,
+  out: str | pathlib.Path,
+  *,
+  tokens: int,
+  batch_size: int,
+  dtype: str,
+) -> dict[str, Any] | None:
+  """Writes the features of caption shards, one shard for one.
+
+  Every host does whole shards on its own chips. Finished shards are not done
+  again. Returns the manifest, or None while other hosts still write.
+  """
+  source = CaptionSource(captions)
+  mesh = _local_mesh()
+  encoder = load_t5(t5, dtype=dtype, mesh=mesh)
+  plan = {
+    "kind": KIND,
+    "captions": source.identity,
+    "t5": encoder.identity,
+    "dim": encoder.config.dim,
+    "tokens": tokens,
+    "dtype": dtype,
+  }
+  ranges = source.shard_ranges()
+  folder = ShardFolder(out, plan, len(ranges))
+  batch_size = -(-batch_size // mesh.size) * mesh.size
+  run = functools.partial(_encode, encoder, mesh, tokens, batch_size)
+  mine = range(jax.process_index(), len(ranges), jax.process_count())
+  total = sum(len(ranges[i]) for i in mine)
+  with tqdm.tqdm(total=total, desc="features", unit="caption") as bar:
+    for index in mine:
+      if folder.is_done(index):
+        bar.update(len(ranges[index]))
+      else:
+        _write_shard(folder, index, source, ranges[index], run, batch_size, bar)
+  return folder.finish(
+    lambda infos: {n: sum(i[n] for i in infos) for n in ("records", "rows", "empty")}
+  )
+
+
+def _local_mesh() -> jax.sharding.Mesh:
+  """The chips of this host, weights spread over all of them."""
+  devices = np.array(jax.local_devices()).reshape(1, -1, 1)
+  return jax.sharding.Mesh(devices, AXES)
+
+
+def _write_shard(folder, index, source, samples, run, batch_size, bar) -> None:
+  name = folder.file_name(KIND, index)
+  writer = array_record_module.ArrayRecordWriter(str(folder.part(name)), WRITER_OPTIONS)
+  rows = empty = 0
+  size = WINDOW * batch_size
+  for start in range(samples.start, samples.stop, size):
+    window = [source[i] for i in range(start, min(start + size, samples.stop))]
+    texts = [text for c in window for text in (c.caption, c.short)]
+    features = run(texts)
+    for sample, long, short in zip(window, features[0::2], features[1::2], strict=True):
+      writer.write(FeatureRecord(sample.key, long, short).pack())
+      rows += len(long) + len(short)
+      empty += not len(long)
+    bar.update(len(window))
+  writer.close()
+  info = {"records": len(samples), "rows": rows, "empty": empty}
+  folder.commit(index, {KIND: name}, info)
+
+
+def _encode(
+  encoder: TextEncoder,
+  mesh: jax.sharding.Mesh,
+  tokens: int,
+  batch_size: int,
+  texts: list[str],
+) -> list[np.ndarray]:
+  """Features [tokens of the text, dim] of every text; short ones go together."""
+  ids, masks = encoder.tokens.rows(texts, tokens)
+  lengths = masks.sum(axis=1)
+  features = [np.zeros((0, encoder.config.dim), BFLOAT16)] * len(texts)
+  order = np.argsort(lengths, kind="stable")
+  order = order[lengths[order] > 0]
+  for rows, found in _batches(encoder, mesh, ids, masks, order, batch_size):
+    found = np.asarray(found.astype(BFLOAT16))
+    for place, row in enumerate(rows):
+      features[row] = found[place, : lengths[row]]
+  return features
+
+
+def _batches(
+  encoder, mesh, ids, masks, order, batch_size
+) -> Iterator[tuple[np.ndarray, jax.Array]]:
+  """(rows, their features), the next batch dispatched before one is looked at."""
+  pending = None
+  for start in range(0, len(order), batch_size):
+    rows = order[start : start + batch_size]
+    width = SHORTEST
+    while width < masks[rows[-1]].sum():
+      width *= 2
+    width = min(width, ids.shape[1])
+    filled = np.resize(rows, batch_size)  # a constant shape compiles once
+    batch = to_global({"ids": ids[filled, :width], "mask": masks[filled, :width]}, mesh)
+    with jax.set_mesh(mesh):
+      found = encode(encoder.config, encoder.params, batch["ids"], batch["mask"])
+    if pending is not None:
+      yield pending
+    pending = rows, found
+  if pending is not None:
+    yield pending

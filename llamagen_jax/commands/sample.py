@@ -1,0 +1,229 @@
+"""`llamagen sample`: classes or prompts in, pictures out."""
+
+import argparse
+from collections.abc import Sequence
+import dataclasses
+import glob
+import math
+import os
+from typing import Any
+
+from etils import epath
+import jax
+import numpy as np
+from PIL import Image
+
+import llamagen_jax
+from llamagen_jax.commands import sampling_flags
+from llamagen_jax.data.classes import to_labels
+from llamagen_jax.errors import UserError
+from llamagen_jax.gpt.cached import decoding_params
+from llamagen_jax.images import grid, save_npz, save_png
+from llamagen_jax.parallel import hosts
+from llamagen_jax.parallel.mesh import make_mesh
+from llamagen_jax.sampling import fid_batch
+from llamagen_jax.sampling.draw import Job, Labels, Seconds, check_pair, draw, slots
+from llamagen_jax.sampling.prompts import Prompts, read_prompts, write_captions
+from llamagen_jax.weights import bundle
+from llamagen_jax.weights.t5 import load_t5
+
+BATCH_SIZE = 16
+EVALUATED_SIDE = 256  # published scores are of pictures of this side
+LEAST_THREADS = 8  # so that up to 8 fake devices draw what one does
+LABELLED_SIDE = 64  # smaller pictures are too narrow for a name
+
+
+def main(argv: Sequence[str]) -> None:
+  args = _parse(argv)
+  steady_reductions()
+  hosts.connect(args)
+  out = epath.Path(args.out)
+  mesh = make_mesh(tensor=args.tensor)
+  dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+  gpt = bundle.load_gpt(args.gpt, mesh, dtype)
+  tokenizer = bundle.load_tokenizer(args.tokenizer, mesh)
+  check_pair(gpt, tokenizer)
+
+  conditions = _prompts(args, gpt, dtype) if _of_prompts(args) else _labels(args, gpt)
+  drawn_side = gpt.config.grid * tokenizer.config.downsample
+  side = drawn_side
+  batch_size = args.batch_size
+  if args.fid_batch:
+    side = min(drawn_side, EVALUATED_SIDE)
+  else:
+    batch_size = min(batch_size, math.ceil(len(conditions) / slots(mesh)))
+  job = Job(
+    conditions,
+    dataclasses.replace(gpt.sampling, **sampling_flags.given(args)),
+    args.seed,
+    batch_size,
+    args.image_size or side,
+  )
+  settings = _settings(args, gpt, tokenizer, job, drawn_side)
+  gpt = dataclasses.replace(gpt, params=decoding_params(gpt.config, gpt.params))
+
+  if args.fid_batch:
+    folder = args.png_folder
+    seconds = fid_batch.run(
+      gpt, tokenizer, job, out, settings, conditions.labels, folder
+    )
+    if seconds is None:
+      print(f"{out} is finished already")
+      return
+  else:
+    seconds = Seconds()
+    drawn = dict(draw(gpt, tokenizer, job, range(job.batches), seconds))
+    images = np.concatenate([drawn[batch] for batch in range(job.batches)])
+    _write(out, images, job, args.count, settings)
+  if jax.process_index() == 0:
+    print(f"{len(job.conditions)} pictures in {out}, {seconds}")
+
+
+def steady_reductions() -> None:
+  """Makes sums on CPU independent of the number of threads, so of fake devices.
+
+  XLA's library for reductions splits them by threads, which shows in the last bits
+  of a picture. The flag must be set before JAX starts. A version that does not know
+  it would not start; nor would libtpu, so it is left alone where there is a TPU.
+
+  XLA takes a thread a device or, if more, NPROC; how it cuts a loop for them decides
+  which numbers the vector unit rounds. Two cores are 6 % slower with eight threads.
+  """
+  known = jax.__version__.startswith("0.10.")
+  if known and not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/[0-9]*"):
+    flag = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    os.environ.setdefault("NPROC", str(max(LEAST_THREADS, os.cpu_count() or 1)))
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+  parser = argparse.ArgumentParser("llamagen sample", description=__doc__)
+  add = parser.add_argument
+  add("--gpt", required=True, help="bundle of the transformer")
+  add("--tokenizer", required=True, help="bundle of the tokenizer")
+  add("--out", required=True, help="x.png (a grid), x.npz (arr_0), or a new folder")
+  add("--classes", help="indices, names and ranges: 207,360-362,'golden retriever'")
+  add("--classes-file", help="the same in a file, also one a line")
+  add("--prompts", nargs="+", help="texts to draw, in quotes")
+  add("--prompt-file", help="the same: x.txt, a prompt a line, or x.csv or x.tsv and"
+      " the column after a colon")  # fmt: skip
+  add("--negative-prompt", default="", help="what guidance leads away from")
+  add("--t5", help="folder of the T5 that the transformer was trained with")
+  add("--count", type=_positive, default=1, help="pictures a class or prompt")
+  add("--fid-batch", type=_positive, help="this many pictures of classes of all kinds")
+  add("--labels", choices=fid_batch.LABELS, default="uniform", help="of --fid-batch")
+  add("--png-folder", help="--fid-batch also writes its pictures here")
+  add("--image-size", type=_positive, help="side of the pictures written; default: as"
+      f" drawn, and at most {EVALUATED_SIDE} for --fid-batch")  # fmt: skip
+  add("--batch-size", type=_positive, default=BATCH_SIZE, help="pictures at a time on"
+      f" every device (default {BATCH_SIZE})")  # fmt: skip
+  add("--tensor", type=_positive, default=1, help="devices that share one model")
+  add("--dtype", choices=("float32", "bfloat16"), help="of the transformer's"
+      " activations; default: float32 on CPU, else bfloat16")  # fmt: skip
+  add("--seed", type=int, default=0)
+  sampling_flags.add_sampling_flags(parser, "the bundle's")
+  hosts.add_flags(parser)
+  args = parser.parse_args(argv)
+  sources = ("classes", "classes_file", "prompts", "prompt_file", "fid_batch")
+  if sum(bool(getattr(args, name)) for name in sources) != 1:
+    raise UserError(
+      "expected one of --classes, --classes-file, --prompts, --prompt-file and"
+      " --fid-batch"
+    )
+  suffix = epath.Path(args.out).suffix
+  allowed = (".npz",) if args.fid_batch else (".png", ".npz", "")
+  if suffix not in allowed:
+    expected = ".npz" if args.fid_batch else ".png or .npz, or a folder"
+    raise UserError(f"--out={args.out}: expected a name that ends in {expected}")
+  if args.png_folder and not args.fid_batch:
+    raise UserError("--png-folder goes with --fid-batch: give a folder as --out")
+  return args
+
+
+def _positive(text: str) -> int:
+  value = int(text)
+  if value < 1:
+    raise argparse.ArgumentTypeError(f"{value}: expected 1 or more")
+  return value
+
+
+def _of_prompts(args: argparse.Namespace) -> bool:
+  return bool(args.prompts or args.prompt_file)
+
+
+def _prompts(args: argparse.Namespace, gpt: bundle.Transformer, dtype: str) -> Prompts:
+  if gpt.config.condition != "caption":
+    raise UserError(f"--gpt={args.gpt} draws classes: give --classes")
+  if not args.t5:  # a bundle names its encoder, and does not hold it
+    raise UserError("prompts need --t5, the folder of their text encoder")
+  texts = args.prompts or read_prompts(args.prompt_file)
+  encoder = load_t5(args.t5, dtype=dtype)
+  repeated = tuple(text for text in texts for _ in range(args.count))
+  return Prompts.of(gpt, encoder, repeated, args.negative_prompt)
+
+
+def _labels(args: argparse.Namespace, gpt: bundle.Transformer) -> Labels:
+  """Labels int32, one a picture."""
+  classes = gpt.config.num_classes
+  if gpt.config.condition != "class":
+    raise UserError(f"--gpt={args.gpt} draws texts: give --prompts and --t5")
+  if args.fid_batch:
+    labels = fid_batch.choose_labels(args.labels, args.fid_batch, classes, args.seed)
+    return Labels(labels, gpt.class_names)
+  text = args.classes
+  if args.classes_file:
+    file = epath.Path(args.classes_file)
+    if not file.exists():
+      raise UserError(f"--classes-file={file}: no such file")
+    text = ",".join(file.read_text().splitlines())
+  labels = to_labels(text, gpt.class_names, classes)
+  return Labels(np.repeat(np.array(labels, np.int32), args.count), gpt.class_names)
+
+
+def _settings(
+  args: argparse.Namespace,
+  gpt: bundle.Transformer,
+  tokenizer: bundle.Tokenizer,
+  job: Job,
+  drawn_side: int,
+) -> dict[str, Any]:
+  """All that decides the pictures, for the JSON file next to an npz."""
+  return {
+    "count": len(job.conditions),
+    "image_size": job.image_size,
+    "drawn_size": drawn_side,
+    "labels": args.labels if args.fid_batch else "given",
+    "seed": job.seed,
+    "sampling": dataclasses.asdict(job.sampling),
+    "batch_size": job.batch_size,
+    "transformer": bundle.fingerprint(gpt.params),
+    "transformer_config": dataclasses.asdict(gpt.config),
+    "tokenizer": tokenizer.identity,
+    "tokenizer_config": dataclasses.asdict(tokenizer.config),
+    "backend": jax.default_backend(),
+    "versions": {"llamagen_jax": llamagen_jax.__version__, "jax": jax.__version__},
+  }
+
+
+def _write(out: epath.Path, images: np.ndarray, job: Job, count: int, settings) -> None:
+  names = [job.conditions.name(row) for row in range(len(images))]
+  prompts = getattr(job.conditions, "prompts", None)
+  if not out.suffix:
+    out.mkdir(parents=True, exist_ok=True)
+    if prompts is not None:
+      names = [""] * len(images)
+      write_captions(out, prompts)
+    for row, image in enumerate(images):
+      name = "_".join(names[row].split()).replace("/", "-")
+      stem = f"{row:05d}_{name}".rstrip("_")
+      save_png(out / f"{stem}.png", Image.fromarray(image))
+    return
+  out.parent.mkdir(parents=True, exist_ok=True)
+  if out.suffix == ".npz":
+    fid_batch.write_settings(out, settings)
+    save_npz(out, [images], len(images), getattr(job.conditions, "labels", None))
+    return
+  columns = count if count > 1 else min(len(images), 8)
+  labelled = images.shape[1] >= LABELLED_SIDE
+  sheet = grid(images, columns, names if labelled else ())
+  save_png(out, sheet)

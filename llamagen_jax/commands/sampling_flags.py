@@ -1,0 +1,35 @@
+"""The settings of `SamplingConfig` as command-line flags."""
+
+import argparse
+import dataclasses
+from typing import Any
+
+from llamagen_jax.gpt.sampling_config import SCHEDULES, SamplingConfig
+
+HELP = {
+  "guidance_scale": "strength of classifier-free guidance; 1 = off",
+  "guidance_schedule": f"its course over a picture: {', '.join(SCHEDULES)}",
+  "guidance_power": "of the power-cosine schedule",
+  "guidance_stop": "no guidance after this decode step; -1 = never stop",
+  "temperature": "logits are divided by it",
+  "top_k": "draw from the k most probable codes; 0 = off",
+  "top_p": "draw from the nucleus of this mass; 1 = off",
+  "greedy": "the most probable code, always",
+}
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser, default: str) -> None:
+  """One flag a field; one that is not given leaves the default in force."""
+  group = parser.add_argument_group(f"sampling, by default {default}")
+  for field in dataclasses.fields(SamplingConfig):
+    name, text = "--" + field.name.replace("_", "-"), HELP[field.name]
+    if field.type is bool:
+      group.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+    else:
+      group.add_argument(name, type=field.type, help=text)
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
+  """The fields of `SamplingConfig` that the command line names."""
+  values = {f.name: getattr(args, f.name) for f in dataclasses.fields(SamplingConfig)}
+  return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,165 @@
+"""`llamagen evaluate --sweep`: scores over a range of one sampling setting.
+
+Every value is a set of samples and a result of its own in the folder, so that a sweep
+that was killed goes on, and a longer one takes what is there.
+"""
+
+import argparse
+import decimal
+from typing import Any
+
+from etils import epath
+from matplotlib import figure
+
+from llamagen_jax.commands import sample as sampling
+from llamagen_jax.commands import sampling_flags
+from llamagen_jax.errors import UserError
+from llamagen_jax.evaluation import score
+from llamagen_jax.evaluation.protocols import (
+  PROTOCOLS,
+  count_problems,
+  reference_problems,
+)
+from llamagen_jax.evaluation.sources import open_source
+from llamagen_jax.weights.published import PUBLISHED
+
+SETTINGS = {
+  "guidance": "guidance_scale", "temperature": "temperature", "top-k": "top_k",
+  "top-p": "top_p",
+}  # fmt: skip
+DRAWN = ("FID", "IS")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  group = parser.add_argument_group("a sweep")
+  add = group.add_argument
+  add("--sweep", metavar="NAME=START:STOP:STEP", help="draw and evaluate samples for"
+      " every value, both ends included, such as guidance=1.5:2.25:0.25; NAME is one of"
+      f" {', '.join(SETTINGS)}")  # fmt: skip
+  add("--gpt", help="bundle of the transformer that draws")
+  add("--tokenizer", help="bundle of the tokenizer")
+  add("--count", type=int, help="samples a value; default: the protocol's")
+  add("--seed", type=int, default=0, help="of the samples")
+  add("--batch-size", type=int, default=sampling.BATCH_SIZE, help="samples at a time"
+      f" on every device (default {sampling.BATCH_SIZE})")  # fmt: skip
+  sampling_flags.add_sampling_flags(parser, "the bundle's")
+
+
+def run(args: argparse.Namespace) -> None:
+  """Draws, evaluates and plots, one value after the other."""
+  setting, values = parse(args.sweep)
+  _check(args, setting)
+  count = args.count or PROTOCOLS[args.protocol].samples
+  if not count:
+    raise UserError(f"--protocol={args.protocol} has no number of samples: --count")
+  folder, evaluate, results = epath.Path(args.out), None, {}
+  reference = open_source("--reference", args.reference)
+  protocol = PROTOCOLS[args.protocol]
+  found = count_problems(protocol, count) + reference_problems(protocol, reference)
+  if found and not args.mismatched:
+    raise UserError(f"not {args.protocol}: {'; '.join(found)} (--mismatched draws and"
+                    " evaluates anyway)")  # fmt: skip
+  for value in values:
+    samples = folder / f"{args.sweep.partition('=')[0]}-{value}.npz"
+    sampling.main(_sampling_argv(args, setting, value, count, samples))
+    evaluate = evaluate or score.Evaluator(args)
+    result = evaluate(open_source("--sweep", samples), reference)
+    if result is None:
+      continue
+    score.write(result, samples.with_suffix(".scores.json"))
+    print(score.table(result))
+    results[float(value)] = result
+    draw(folder / "sweep.png", args.sweep.partition("=")[0], results)
+  if results:
+    print(f"{summary(results)}\n{folder}/sweep.png")
+
+
+def parse(text: str) -> tuple[str, list[decimal.Decimal]]:
+  """NAME=START:STOP:STEP -> a field of `SamplingConfig`, and exact values."""
+  name, _, span = text.partition("=")
+  try:
+    start, stop, step = map(decimal.Decimal, span.split(":"))
+    if name not in SETTINGS or step <= 0 or not start <= stop:
+      raise ValueError
+    values = [start + i * step for i in range(int((stop - start) / step) + 1)]
+  except (ValueError, decimal.InvalidOperation) as error:
+    raise UserError(
+      f"--sweep={text}: expected NAME=START:STOP:STEP with NAME one of"
+      f" {', '.join(SETTINGS)}, START <= STOP and a positive STEP"
+    ) from error
+  return SETTINGS[name], values
+
+
+def _check(args: argparse.Namespace, setting: str) -> None:
+  missing = [name for name in ("gpt", "tokenizer", "out") if not getattr(args, name)]
+  if missing:
+    raise UserError(f"--sweep needs --{missing[0]}")
+  if PROTOCOLS[args.protocol].same_order:
+    raise UserError(f"--protocol={args.protocol} is not for samples of a transformer")
+  if args.samples:
+    raise UserError("--sweep draws its samples: no --samples")
+  if getattr(args, setting) is not None:
+    raise UserError(f"--sweep={args.sweep} sets {setting}: do not give it twice")
+  if not epath.Path(args.inception).exists():  # before hours of sampling
+    raise UserError(f"--inception={args.inception}: no such file or folder")
+
+
+def _sampling_argv(args, setting: str, value, count: int, out) -> list[str]:
+  given = sampling_flags.given(args) | {setting: value}
+  argv = [
+    f"--gpt={args.gpt}", f"--tokenizer={args.tokenizer}", f"--out={out}",
+    f"--fid-batch={count}", f"--seed={args.seed}", f"--batch-size={args.batch_size}",
+  ]  # fmt: skip
+  for name, chosen in given.items():
+    flag = name.replace("_", "-")
+    if isinstance(chosen, bool):
+      argv.append(f"--{flag}" if chosen else f"--no-{flag}")
+    else:
+      argv.append(f"--{flag}={chosen}")
+  return argv
+
+
+def summary(results: dict[float, dict[str, Any]]) -> str:
+  """All values in one table."""
+  names = list(next(iter(results.values()))["scores"])
+  rows = ["".join([f"{'value':>10}", *(f"{name:>12}" for name in names)])]
+  for value, result in results.items():
+    scores = (f"{result['scores'][name]['ours']:12.5g}" for name in names)
+    rows.append("".join([f"{value:10g}", *scores]))
+  return "\n".join(rows)
+
+
+def draw(path: epath.Path, name: str, results: dict[float, dict[str, Any]]) -> None:
+  """FID and IS against the setting, beside the published figures."""
+  values = list(results)
+  models = {result["model"] for result in results.values()}
+  model = models.pop() if len(models) == 1 else None
+  sheet = figure.Figure(figsize=(9, 3.6), layout="constrained")
+  for axes, metric in zip(sheet.subplots(1, 2), DRAWN, strict=True):
+    ours = [result["scores"][metric]["ours"] for result in results.values()]
+    axes.plot(values, ours, "o-", label="ours")
+    best = (min if metric == "FID" else max)(zip(ours, values, strict=True))
+    axes.annotate(
+      f"{best[0]:.4g}", best[::-1], xytext=(0, 8), textcoords="offset points",
+      ha="center",
+    )  # fmt: skip
+    known = published(name, model, metric)
+    if known:
+      label = f"published {model}"
+      axes.plot(*zip(*known, strict=True), "s", color="0.4", label=label)
+    axes.set(xlabel=name, title=metric)
+    axes.margins(y=0.15)
+    axes.grid(alpha=0.3)
+    axes.legend()
+  part = path.with_name(f".{path.name}.part")
+  with part.open("wb") as file:
+    sheet.savefig(file, dpi=120, format="png")
+  part.replace(path)
+
+
+def published(name: str, model: str | None, metric: str) -> list[tuple[float, float]]:
+  """What is published for a model, (guidance, score): without, and with the best."""
+  known = PUBLISHED.get(model or "")
+  if name != "guidance" or known is None or metric not in known.unguided:
+    return []
+  return [(1.0, known.unguided[metric]), (known.guidance_scale, known.scores[metric])]

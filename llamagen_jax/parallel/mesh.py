@@ -1,0 +1,162 @@
+"""The device mesh and the one table that shards everything on it.
+
+Parameters name their axes where they are declared (`nn.with_logical_partitioning`);
+this file alone says which mesh axis a named axis lies on.
+"""
+
+import collections
+from collections.abc import Callable, Sequence
+import math
+from typing import Any
+
+from absl import logging
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from llamagen_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes. An axis that is not listed is replicated.
+RULES = {
+  "batch": ("data", "fsdp"),  # pictures and sequences, never their positions
+  "embed": ("fsdp",),  # D: weights are gathered layer by layer
+  "kv_heads": ("tensor",),  # K: a head's query, key and value stay together
+  "ffn": ("tensor",),  # F
+  "vocab": ("tensor",),  # V
+  "conv_out": ("fsdp",),  # output channels of the tokenizer's convolutions
+}
+
+
+def make_mesh(
+  data: int = -1,
+  fsdp: int = 1,
+  tensor: int = 1,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+  """A mesh over all devices; a size of -1 takes the devices that are left."""
+  devices = jax.devices() if devices is None else devices
+  sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
+  free = [axis for axis, size in sizes.items() if size == -1]
+  fixed = math.prod(size for size in sizes.values() if size != -1)
+  if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+    raise UserError(f"mesh {sizes}: sizes are positive, and one of them may be -1")
+  if free:
+    sizes[free[0]] = len(devices) // fixed
+  if math.prod(sizes.values()) != len(devices):
+    raise UserError(
+      f"mesh {sizes} holds {math.prod(sizes.values())} devices, but"
+      f" {len(devices)} are here"
+    )
+  # Flax layers leave the placement of intermediates to the compiler.
+  kinds = (AxisType.Auto,) * len(AXES)
+  shape = tuple(sizes.values())
+  return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+
+
+def spec(mesh: Mesh, shape: tuple[int, ...], names: tuple) -> PartitionSpec:
+  """Where an array with these logical axes lies.
+
+  An axis that the mesh does not divide, or whose mesh axis is taken by an
+  earlier one, is replicated.
+  """
+  placed, used = [], set()
+  for size, name in zip(shape, names, strict=True):
+    axes = tuple(a for a in RULES.get(name, ()) if mesh.shape[a] > 1 and a not in used)
+    if axes and size % math.prod(mesh.shape[a] for a in axes):
+      axes = ()
+    used.update(axes)
+    placed.append(axes[0] if len(axes) == 1 else axes or None)
+  return PartitionSpec(*placed)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+  """Pins an activation's placement; does nothing where no mesh is set."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(mesh, x.shape, names))
+
+
+def on_every_part(
+  function: Callable[[jax.Array], jax.Array], x: jax.Array, *names: str | None
+) -> jax.Array:
+  """Applies what the compiler cannot partition to every chip's part of an array.
+
+  Args:
+    function: gives an array of the shape of its argument.
+    x: any array.
+    names: logical axes, one an axis of `x`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return function(x)
+  placed = spec(mesh, x.shape, names)
+  return jax.shard_map(function, in_specs=placed, out_specs=placed)(x)
+
+
+def axis_names(boxed: Any) -> Any:
+  """Tree of boxed parameters -> the same tree of tuples of logical names."""
+  return jax.tree.map(
+    lambda leaf: leaf.names if is_boxed(leaf) else (None,) * leaf.ndim,
+    boxed,
+    is_leaf=is_boxed,
+  )
+
+
+def unbox(boxed: Any) -> Any:
+  """Drops the boxes that carry logical names, and touches nothing else."""
+  return jax.tree.map(
+    lambda leaf: leaf.value if is_boxed(leaf) else leaf, boxed, is_leaf=is_boxed
+  )
+
+
+def is_boxed(leaf: Any) -> bool:
+  return isinstance(leaf, nn.LogicallyPartitioned)
+
+
+def shardings(mesh: Mesh, boxed: Any) -> Any:
+  """Abstract boxed tree -> tree of NamedShardings of the unboxed tree.
+
+  Logs, once a kind, every axis that has a rule but had to be replicated.
+  """
+  replicated = collections.Counter()
+
+  def place(leaf):
+    if not is_boxed(leaf):
+      return NamedSharding(mesh, PartitionSpec())
+    placed = spec(mesh, leaf.value.shape, leaf.names)
+    for name, size, axes in zip(leaf.names, leaf.value.shape, placed, strict=True):
+      wanted = [a for a in RULES.get(name, ()) if mesh.shape[a] > 1]
+      if wanted and axes is None:
+        replicated[name, size, "/".join(wanted)] += 1
+    return NamedSharding(mesh, placed)
+
+  tree = jax.tree.map(place, boxed, is_leaf=is_boxed)
+  for (name, size, wanted), count in replicated.items():
+    parts = math.prod(mesh.shape[a] for a in wanted.split("/"))
+    logging.warning(
+        "%d arrays keep axis %r (%d) whole on every chip: %s has %d parts",
+        count, name, size, wanted, parts,
+    )  # fmt: skip
+  return tree
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Arrays whose first axis is the batch."""
+  return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """Every host's rows -> arrays over all chips, rows in the order of the hosts."""
+  sharding = batch_sharding(mesh)
+  return {
+    name: jax.make_array_from_process_local_data(sharding, value)
+    for name, value in batch.items()
+  }

@@ -1,0 +1,142 @@
+"""What tokenizer training updates, and starting it from another run's weights."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from llamagen_jax.errors import UserError
+from llamagen_jax.training.checkpoint import restore_part
+from llamagen_jax.training.state import Params, TrainState
+from llamagen_jax.weights import bundle
+
+
+@flax.struct.dataclass
+class TokenizerState:
+  """Generator, discriminator, and what rides along with them."""
+
+  generator: TrainState
+  discriminator: TrainState | None  # None where the loss has no adversarial term
+  lpips: Params | None  # frozen; None where the loss has no perceptual term
+  window: jax.Array  # int32, the newest codes; see `codebook.push`
+
+  @property
+  def step(self) -> jax.Array:
+    return self.generator.step
+
+  @property
+  def params(self) -> Params:
+    return self.generator.params
+
+  @property
+  def ema(self) -> Params | None:
+    return self.generator.ema
+
+  @property
+  def weights(self) -> Params:
+    return self.generator.weights
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+  """Where a fresh run takes its weights from; its step is 0 in any case."""
+
+  source: str = ""  # work folder of a run, or a bundle (generator only); "" = none
+  discriminator: bool = True  # from a work folder: the discriminator too
+  optimizers: bool = True  # from a work folder: the optimisers' moments too
+
+
+def place(values: Any, like: Any) -> Any:
+  """Host arrays -> device arrays that lie as the leaves of `like` do."""
+  return jax.tree.map(
+    lambda value, leaf: jax.make_array_from_callback(
+      leaf.shape, leaf.sharding, lambda index: np.asarray(value)[index]
+    ),
+    values,
+    like,
+  )
+
+
+def load_weights(config: InitConfig, state: TokenizerState) -> TokenizerState:
+  """The fresh state with weights (and moments) of `config.source`, at step 0.
+
+  Raises:
+    UserError: it is neither a work folder nor a bundle, or its shapes are others.
+  """
+  path = pathlib.Path(config.source)
+  if (path / "checkpoints").is_dir():
+    return _from_run(config, path, state)
+  if not (path / bundle.CONFIG).is_file():
+    raise UserError(
+      f"--init-from={path}: expected a work folder (with checkpoints/) or a bundle"
+    )
+  params = bundle.load_tokenizer(path).params
+  _check_shapes(path, params, state.params)
+  params = place(params, state.params)
+  generator = state.generator.replace(params=params, ema=_copy_if(state.ema, params))
+  return state.replace(generator=generator)
+
+
+def _from_run(config, path: pathlib.Path, state: TokenizerState) -> TokenizerState:
+  """Reads only what is asked for, so the other run may lack the rest."""
+
+  def part(fresh: TrainState) -> dict[str, Any]:
+    wanted = {"params": fresh.params}
+    return wanted | ({"opt_state": fresh.opt_state} if config.optimizers else {})
+
+  wanted = {"generator": part(state.generator)}
+  if config.discriminator and state.discriminator is not None:
+    wanted["discriminator"] = part(state.discriminator)
+  found = restore_part(path, wanted)
+
+  def filled(name: str) -> TrainState:
+    fresh = getattr(state, name)
+    if name not in found:
+      return fresh
+    stored = found[name]
+    opt_state = _restart_schedule(stored.get("opt_state", fresh.opt_state))
+    ema = _copy_if(fresh.ema, stored["params"])
+    return fresh.replace(params=stored["params"], opt_state=opt_state, ema=ema)
+
+  return state.replace(
+    generator=filled("generator"), discriminator=filled("discriminator")
+  )
+
+
+def _copy_if(wanted: Any, params: Params) -> Params | None:
+  return None if wanted is None else jax.tree.map(jnp.copy, params)
+
+
+def _restart_schedule(opt_state: Any) -> Any:
+  """The learning rate starts over; Adam's bias correction does not."""
+
+  def is_schedule(node):
+    return isinstance(node, optax.ScaleByScheduleState)
+
+  return jax.tree.map(
+    lambda node: (
+      node._replace(count=jnp.zeros_like(node.count)) if is_schedule(node) else node
+    ),
+    opt_state,
+    is_leaf=is_schedule,
+  )
+
+
+def _check_shapes(path: pathlib.Path, found: Params, expected: Params) -> None:
+  shapes = (
+    {jax.tree_util.keystr(k, simple=True, separator="/"): v.shape
+     for k, v in jax.tree.leaves_with_path(tree)}
+    for tree in (found, expected)
+  )  # fmt: skip
+  found, expected = shapes
+  for name in sorted(found.keys() | expected.keys()):
+    if found.get(name) != expected.get(name):
+      raise UserError(
+        f"--init-from={path}: {name} is {found.get(name)}, this model expects"
+        f" {expected.get(name)}"
+      )

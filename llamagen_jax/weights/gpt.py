@@ -1,0 +1,176 @@
+"""Transformers of the original <-> ours."""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from llamagen_jax.errors import UserError
+from llamagen_jax.gpt.config import PRESETS, GPTConfig
+from llamagen_jax.weights.tables import (
+  Array,
+  Entry,
+  copy,
+  defer_table,
+  linear,
+  shape_of,
+  write_table,
+)
+
+
+def gpt_from_torch(
+  state_dict: Mapping[str, Array],
+  *,
+  num_heads: int | None = None,
+  image_tokens: int | None = None,
+  **changes,
+) -> tuple[GPTConfig, dict[str, Any]]:
+  """Reads a transformer of the original.
+
+  Args:
+    state_dict: names -> arrays, PyTorch layouts ([out, in]).
+    num_heads: needed where (layers, dim) is not a published preset's.
+    image_tokens: codes a picture; 256 if not given.
+    **changes: fields of `GPTConfig` that shapes cannot tell.
+
+  Returns:
+    The config and float32 parameters, stacked over layers.
+
+  Raises:
+    UserError: with every missing, unexpected or misshapen tensor.
+  """
+  config, params = defer_gpt(
+    state_dict, num_heads=num_heads, image_tokens=image_tokens, **changes
+  )
+  return config, jax.tree.map(lambda load: load(), params)
+
+
+def defer_gpt(
+  state_dict: Mapping[str, Array],
+  *,
+  num_heads: int | None = None,
+  image_tokens: int | None = None,
+  **changes,
+) -> tuple[GPTConfig, dict[str, Any]]:
+  """`gpt_from_torch` with functions for arrays: each is read when it is called."""
+  config = _gpt_config(state_dict, num_heads, image_tokens or 256, changes)
+  return config, defer_table(_gpt_table(config), state_dict)
+
+
+def gpt_to_torch(config: GPTConfig, params: dict[str, Any]) -> dict[str, Array]:
+  """The inverse of `gpt_from_torch`: names, shapes and values of the original."""
+  return write_table(_gpt_table(config), params)
+
+
+def _gpt_config(state_dict, num_heads, image_tokens, changes) -> GPTConfig:
+  layers = len({m[1] for n in state_dict if (m := re.match(r"layers\.(\d+)\.", n))})
+  embedding = shape_of(state_dict, "tok_embeddings.weight", 2)
+  qkv = shape_of(state_dict, "layers.0.attention.wqkv.weight", 2)
+  vocab_size, dim = embedding
+  by_shape = {(n, d): heads for n, heads, d in PRESETS.values()}
+  heads = num_heads or by_shape.get((layers, dim))
+  if heads is None:
+    raise UserError(
+      f"{layers} layers of width {dim} are no published model: give num_heads"
+    )
+  kv_heads = (qkv[0] * heads // dim - heads) // 2
+  grid = round(image_tokens**0.5)
+  if grid**2 != image_tokens:
+    raise UserError(f"image_tokens={image_tokens} is not a square")
+  if "cls_embedding.embedding_table.weight" in state_dict:
+    classes = shape_of(state_dict, "cls_embedding.embedding_table.weight", 2)[0] - 1
+    condition = {"condition": "class", "num_classes": classes}
+  else:
+    tokens, width = shape_of(state_dict, "cls_embedding.uncond_embedding", 2)
+    condition = {
+      "condition": "caption",
+      "caption_tokens": tokens,
+      "caption_dim": width,
+    }
+  fields = {
+    "kv_heads": 0 if kv_heads == heads else kv_heads,
+    "vocab_size": vocab_size,
+  }
+  return GPTConfig(layers, heads, dim, grid, **(fields | condition | changes))
+
+
+def _gpt_table(config: GPTConfig) -> list[Entry]:
+  c = config
+  if c.qk_norm:
+    raise UserError("model.qk_norm: the PyTorch model has no norm of queries and keys")
+  D, K, G, H, F = (
+      c.dim, c.num_kv_heads, c.heads // c.num_kv_heads, c.head_dim, c.ffn_dim,
+  )  # fmt: skip
+  table = [
+    linear(("code_embedding",), "tok_embeddings.weight", (c.vocab_size, D), False),
+    linear(("head",), "output.weight", (c.vocab_size, D), True),
+    copy(("norm",), "norm.weight", (D,)),
+  ]
+  if c.condition == "class":
+    name, shape = "cls_embedding.embedding_table.weight", (c.num_classes + 1, D)
+    table.append(linear(("condition", "table"), name, shape, False))
+  else:
+    mlp, P, C = "cls_embedding.cap_proj", c.caption_tokens, c.caption_dim
+    name = "cls_embedding.uncond_embedding"
+    table += [
+      copy(("condition", "unconditional"), name, (P, C)),
+      linear(("condition", "in"), f"{mlp}.fc1.weight", (D, C), True),
+      linear(("condition", "out"), f"{mlp}.fc2.weight", (D, D), True),
+    ]
+  for i in range(c.layers):
+    torch, ours = f"layers.{i}", ("layers",)
+    attention, ffn = f"{torch}.attention", f"{torch}.feed_forward"
+    layer = [
+      copy((*ours, "attention_norm"), f"{torch}.attention_norm.weight", (D,)),
+      copy((*ours, "ffn_norm"), f"{torch}.ffn_norm.weight", (D,)),
+      Entry(
+        (*ours, "attention", "qkv"),
+        {f"{attention}.wqkv.weight": (K * (G + 2) * H, D)},
+        functools.partial(_pack_qkv, K, G, H),
+        functools.partial(_unpack_qkv, K, G, H),
+      ),
+      Entry(
+        (*ours, "attention", "out"),
+        {f"{attention}.wo.weight": (D, K * G * H)},
+        lambda w: w.T.reshape(K, G, H, D),
+        lambda p: (p.reshape(K * G * H, D).T,),
+      ),
+      Entry(
+        (*ours, "ffn", "in"),
+        {f"{ffn}.w1.weight": (F, D), f"{ffn}.w3.weight": (F, D)},
+        lambda w1, w3: np.stack([w1.T, w3.T], axis=1),
+        lambda p: (p[:, 0].T, p[:, 1].T),
+      ),
+      linear((*ours, "ffn", "out"), f"{ffn}.w2.weight", (D, F), True),
+    ]
+    table += [dataclasses.replace(e, layer=i, layers=c.layers) for e in layer]
+  return table
+
+
+def _pack_qkv(K, G, H, w):
+  """[(N + 2K) H, D], queries, keys, values -> [D, K, G + 2, H]."""
+  q, k, v = np.split(w, [K * G * H, K * (G + 1) * H])
+  q, k = (_halves_from_pairs(x.reshape(K, -1, H, w.shape[1])) for x in (q, k))
+  packed = np.concatenate([q, k, v.reshape(K, 1, H, -1)], axis=1)
+  return packed.transpose(3, 0, 1, 2)
+
+
+def _unpack_qkv(K, G, H, p):
+  packed = p.transpose(1, 2, 3, 0)  # [K, G + 2, H, D]
+  q, k, v = packed[:, :G], packed[:, G : G + 1], packed[:, G + 1 :]
+  parts = (_pairs_from_halves(q), _pairs_from_halves(k), v)
+  return (np.concatenate([x.reshape(-1, x.shape[-1]) for x in parts]),)
+
+
+def _halves_from_pairs(x_KGHD):
+  """Channels (0, 1, 2, ..) of a head -> (0, 2, .., 1, 3, ..); see gpt/rope.py."""
+  return np.concatenate([x_KGHD[:, :, 0::2], x_KGHD[:, :, 1::2]], axis=2)
+
+
+def _pairs_from_halves(x_KGHD):
+  halves = np.split(x_KGHD, 2, axis=2)
+  return np.stack(halves, axis=3).reshape(x_KGHD.shape)

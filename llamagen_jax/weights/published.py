@@ -1,0 +1,82 @@
+"""The published checkpoints, and what is known about them.
+
+Scores are those of arXiv 2406.06525 on 256x256 pictures: of the tokenizers on the
+50 000 validation pictures of ImageNet, of the class-conditional transformers over
+50 000 samples with the guidance given here, and without any (`unguided`).
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import pathlib
+
+from llamagen_jax.gpt.sampling_config import SamplingConfig
+
+C2I_REPO = "FoundationVision/LlamaGen"
+T2I_REPO = "peizesun/llamagen_t2i"
+ROW = "{:20} {:5} {:>7} {:>9} {:>8}  {}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+  """A checkpoint on the Hugging Face hub."""
+
+  repo: str
+  model: str  # name of a preset
+  image_size: int  # that it was trained for; a tokenizer takes others too
+  guidance_scale: float = 1.0  # with the best FID
+  top_k: int = 0
+  scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  unguided: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+  @property
+  def is_tokenizer(self) -> bool:
+    return self.model.startswith("VQ")
+
+  @property
+  def sampling(self) -> SamplingConfig:
+    return SamplingConfig(guidance_scale=self.guidance_scale, top_k=self.top_k)
+
+
+def _c2i(
+  model, image_size, guidance, fid, inception, sfid, precision, recall, unguided
+):
+  scores = {
+    "FID": fid, "IS": inception, "sFID": sfid, "precision": precision,
+    "recall": recall,
+  }  # fmt: skip
+  without = dict(zip(("FID", "IS"), unguided, strict=True))
+  return Published(
+    C2I_REPO, model, image_size, guidance, scores=scores, unguided=without
+  )
+
+
+PUBLISHED = {
+  "vq_ds16_c2i": Published(C2I_REPO, "VQ-16", 256, scores={"rFID": 2.19}),
+  "vq_ds8_c2i": Published(C2I_REPO, "VQ-8", 256, scores={"rFID": 0.59}),
+  "vq_ds16_t2i": Published(T2I_REPO, "VQ-16", 256),
+  "c2i_B_256": _c2i("B", 256, 2.0, 5.46, 193.6, 7.50, 0.839, 0.457, (26.26, 48.1)),
+  "c2i_B_384": _c2i("B", 384, 2.25, 6.09, 182.5, 7.24, 0.845, 0.416, (32.2, 39.9)),
+  "c2i_L_256": _c2i("L", 256, 1.75, 3.80, 248.3, 8.49, 0.833, 0.515, (13.45, 82.3)),
+  "c2i_L_384": _c2i("L", 384, 2.0, 3.07, 256.1, 6.09, 0.832, 0.522, (19.07, 64.3)),
+  "c2i_XL_384": _c2i("XL", 384, 1.75, 2.62, 244.1, 5.59, 0.807, 0.579, (15.55, 79.2)),
+  "c2i_XXL_384": _c2i("XXL", 384, 1.75, 2.34, 253.9, 5.98, 0.809, 0.596, (14.65, 86.3)),
+  "c2i_3B_384": _c2i("3B", 384, 1.65, 2.18, 263.3, 5.97, 0.819, 0.581, (9.38, 112.9)),
+  "t2i_XL_stage1_256": Published(T2I_REPO, "XL", 256, 7.5, 1000),
+  "t2i_XL_stage2_512": Published(T2I_REPO, "XL", 512, 7.5, 1000),
+}
+
+
+def identify(path: str | pathlib.Path) -> str | None:
+  """The published name that a file's name starts with, if any."""
+  stem = pathlib.Path(path).name
+  return max((n for n in PUBLISHED if stem.startswith(n)), key=len, default=None)
+
+
+def table() -> str:
+  """The published checkpoints as text, a line each."""
+  rows = [ROW.format("name", "model", "picture", "guidance", "top-k", "scores")]
+  for name, known in PUBLISHED.items():
+    scores = ", ".join(f"{k} {v:g}" for k, v in known.scores.items())
+    sampling = ("", "") if known.is_tokenizer else (known.guidance_scale, known.top_k)
+    rows.append(ROW.format(name, known.model, known.image_size, *sampling, scores))
+  return "\n".join(row.rstrip() for row in rows)

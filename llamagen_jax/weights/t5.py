@@ -1,0 +1,261 @@
+"""T5 encoders <-> a folder as Hugging Face lays it out.
+
+`config.json`, the weights in `model.safetensors`, in files that
+`model.safetensors.index.json` lists, or in `pytorch_model.bin` (with the extra
+`convert`), and the tokenizer's `spiece.model` or `tokenizer.json`. A decoder in the
+same files is left alone.
+"""
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llamagen_jax.errors import UserError
+from llamagen_jax.parallel.mesh import shardings
+from llamagen_jax.text.encoder import TextEncoder
+from llamagen_jax.text.t5 import T5Config, init_t5
+from llamagen_jax.text.tokens import CaptionTokens
+from llamagen_jax.weights.tables import (
+  Array,
+  Entry,
+  copy,
+  linear,
+  read_table,
+  write_table,
+)
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+TORCH_WEIGHTS = "pytorch_model.bin"
+FIELDS = {  # config.json's name -> ours
+  "vocab_size": "vocab_size",
+  "d_model": "dim",
+  "num_layers": "layers",
+  "num_heads": "heads",
+  "d_kv": "head_dim",
+  "d_ff": "ffn_dim",
+  "relative_attention_num_buckets": "buckets",
+  "relative_attention_max_distance": "max_distance",
+  "layer_norm_epsilon": "norm_eps",
+}
+OPTIONAL = ("relative_attention_max_distance",)  # missing in old files
+DECODER = ("decoder.", "lm_head.")
+
+
+def load_t5(
+  folder: str | pathlib.Path, *, dtype: str, mesh: jax.sharding.Mesh | None = None
+) -> TextEncoder:
+  """Reads a folder, onto the first device or sharded over a mesh.
+
+  Raises:
+    UserError: a file is missing, the model is no T5 v1.1, or tensors do not fit.
+  """
+  folder = pathlib.Path(folder)
+  config = read_t5_config(folder, dtype)
+  tokens = CaptionTokens.load(folder)
+  if tokens.size > config.vocab_size:
+    raise UserError(
+      f"{folder}: the tokenizer has {tokens.size} tokens, the model {config.vocab_size}"
+    )
+  params = t5_from_torch(config, read_tensors(folder))
+  identity = _identity(config, params, tokens)
+  places = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  if mesh is not None:
+    boxed = jax.eval_shape(lambda key: init_t5(config, key), jax.random.key(0))
+    places = shardings(mesh, boxed)
+  return TextEncoder(config, _place(params, places), tokens, identity)
+
+
+def read_t5_config(folder: pathlib.Path, dtype: str) -> T5Config:
+  """The shape of the encoder in a folder, from its config.json."""
+  path = folder / CONFIG
+  if not path.exists():
+    raise UserError(f"{folder}: no {CONFIG}, so it is not a folder of T5")
+  try:
+    fields = json.loads(path.read_text())
+  except ValueError as error:
+    raise UserError(f"{path}: not JSON ({error})") from error
+  activation = fields.get("feed_forward_proj", "relu")
+  if activation not in ("gated-gelu", "gated-gelu_new"):
+    raise UserError(
+      f"{path}: feed_forward_proj is {activation!r}; expected gated-gelu (T5 v1.1,"
+      " flan-T5)"
+    )
+  missing = [n for n in FIELDS if n not in fields and n not in OPTIONAL]
+  if missing:
+    raise UserError(f"{path}: no field {missing[0]}")
+  known = {FIELDS[name]: fields[name] for name in FIELDS if name in fields}
+  return T5Config(**known, dtype=dtype)
+
+
+def save_t5(folder: pathlib.Path, config: T5Config, params: Any) -> None:
+  """Writes config.json and model.safetensors; the tokenizer is the caller's."""
+  from safetensors.numpy import save_file
+
+  folder.mkdir(parents=True, exist_ok=True)
+  part = folder / f".{WEIGHTS}.part"
+  save_file(t5_to_torch(config, params), part, metadata={"format": "pt"})
+  part.rename(folder / WEIGHTS)
+  fields = {theirs: getattr(config, ours) for theirs, ours in FIELDS.items()}
+  fields |= {"model_type": "t5", "feed_forward_proj": "gated-gelu"}
+  part = folder / f".{CONFIG}.part"
+  part.write_text(json.dumps(fields, indent=1))
+  part.rename(folder / CONFIG)
+
+
+def t5_from_torch(config: T5Config, state_dict: Mapping[str, Array]) -> dict[str, Any]:
+  """Reads an encoder's tensors into parameters of `config.dtype`, on the host."""
+  state_dict = {n: v for n, v in state_dict.items() if not n.startswith(DECODER)}
+  twin = state_dict.pop("encoder.embed_tokens.weight", None)
+  table = state_dict.get("shared.weight", twin)
+  if twin is not None and not np.array_equal(table, twin):
+    raise UserError("shared.weight and encoder.embed_tokens.weight differ")
+  if table is not None:
+    state_dict["shared.weight"] = table
+  dtype = jnp.dtype(config.dtype)
+  return jax.tree.map(
+    lambda leaf: leaf.astype(dtype, copy=False), read_table(_table(config), state_dict)
+  )
+
+
+def t5_to_torch(config: T5Config, params: Any) -> dict[str, Array]:
+  """The inverse of `t5_from_torch`."""
+  return write_table(_table(config), params)
+
+
+def read_tensors(folder: pathlib.Path) -> dict[str, Array]:
+  """All tensors of a folder's weights, but for a decoder's."""
+  if (folder / f"{WEIGHTS}.index.json").exists():
+    return dict(_indexed(folder, folder / f"{WEIGHTS}.index.json"))
+  if (folder / WEIGHTS).exists():
+    return dict(_safetensors(folder / WEIGHTS))
+  if (folder / f"{TORCH_WEIGHTS}.index.json").exists():
+    return dict(_indexed(folder, folder / f"{TORCH_WEIGHTS}.index.json"))
+  if (folder / TORCH_WEIGHTS).exists():
+    return dict(_pickled(folder / TORCH_WEIGHTS))
+  raise UserError(
+    f"{folder}: no weights; expected {WEIGHTS}, {WEIGHTS}.index.json or {TORCH_WEIGHTS}"
+  )
+
+
+def _indexed(folder: pathlib.Path, index: pathlib.Path) -> Iterator[tuple[str, Array]]:
+  try:
+    places = json.loads(index.read_text())["weight_map"]
+  except (ValueError, KeyError) as error:
+    raise UserError(f"{index}: not an index of weights ({error})") from error
+  wanted = {n: file for n, file in places.items() if not n.startswith(DECODER)}
+  for file in sorted(set(wanted.values())):
+    path = folder / file
+    if not path.exists():
+      raise UserError(f"{index} lists {file}, which is not there")
+    read = _pickled if path.suffix == ".bin" else _safetensors
+    found = dict(read(path))
+    for name in (n for n, place in wanted.items() if place == file):
+      if name not in found:
+        raise UserError(f"{path}: no tensor {name}, which {index.name} places there")
+      yield name, found[name]
+
+
+def _safetensors(path: pathlib.Path) -> Iterator[tuple[str, Array]]:
+  try:
+    from safetensors import SafetensorError, safe_open
+  except ImportError as error:
+    raise UserError(f"{path} needs safetensors: pip install -e '.[text]'") from error
+  try:
+    with safe_open(path, "numpy") as file:
+      for name in file.keys():  # noqa: SIM118 (it is no mapping)
+        if not name.startswith(DECODER):
+          yield name, file.get_tensor(name)
+  except SafetensorError as error:
+    raise UserError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def _pickled(path: pathlib.Path) -> Iterator[tuple[str, Array]]:
+  try:
+    import torch
+  except ImportError as error:
+    raise UserError(f"{path} needs PyTorch: pip install -e '.[convert]'") from error
+  try:
+    tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+  except Exception as error:
+    raise UserError(f"{path}: not a file of PyTorch weights ({error})") from error
+  for name, tensor in tensors.items():
+    if not name.startswith(DECODER):
+      yield name, tensor.float().numpy()
+
+
+def _table(config: T5Config) -> list[Entry]:
+  c = config
+  D, N, H, F = c.dim, c.heads, c.head_dim, c.ffn_dim
+  first = "encoder.block.0.layer.0.SelfAttention"
+  table = [
+    copy(("embedding",), "shared.weight", (c.vocab_size, D)),
+    copy(("position_bias",), f"{first}.relative_attention_bias.weight", (c.buckets, N)),
+    copy(("norm",), "encoder.final_layer_norm.weight", (D,)),
+  ]
+  for i in range(c.layers):
+    attention, ffn = (f"encoder.block.{i}.layer.{j}" for j in (0, 1))
+    qkv = {f"{attention}.SelfAttention.{x}.weight": (N * H, D) for x in "qkv"}
+    dense = f"{ffn}.DenseReluDense"
+    layer = [
+      copy(("layers", "attention_norm"), f"{attention}.layer_norm.weight", (D,)),
+      copy(("layers", "ffn_norm"), f"{ffn}.layer_norm.weight", (D,)),
+      Entry(
+        ("layers", "qkv"),
+        qkv,
+        lambda *ws: np.stack([w.T.reshape(D, N, H) for w in ws], axis=1),
+        lambda p: tuple(p[:, j].reshape(D, N * H).T for j in range(3)),
+      ),
+      Entry(
+        ("layers", "out"),
+        {f"{attention}.SelfAttention.o.weight": (D, N * H)},
+        lambda w: w.T.reshape(N, H, D),
+        lambda p: (p.reshape(N * H, D).T,),
+      ),
+      Entry(
+        ("layers", "in"),
+        {f"{dense}.wi_0.weight": (F, D), f"{dense}.wi_1.weight": (F, D)},
+        lambda gate, up: np.stack([gate.T, up.T], axis=1),
+        lambda p: (p[:, 0].T, p[:, 1].T),
+      ),
+      linear(("layers", "ffn_out"), f"{dense}.wo.weight", (D, F), True),
+    ]
+    table += [dataclasses.replace(e, layer=i, layers=c.layers) for e in layer]
+  return table
+
+
+def _place(params: Any, places: Any) -> Any:
+  """Host arrays -> device arrays; every host has them whole, and keeps its part."""
+  if isinstance(places, jax.sharding.Sharding):
+    places = jax.tree.map(lambda _: places, params)
+  return jax.tree.map(
+    lambda leaf, place: jax.make_array_from_callback(
+      leaf.shape, place, lambda index: leaf[index]
+    ),
+    params,
+    places,
+  )
+
+
+def _identity(config: T5Config, params: Any, tokens: CaptionTokens) -> str:
+  """sha256 over shape, weights rounded to bfloat16, and vocabulary.
+
+  It is the same for the float32 and the bfloat16 form of a model.
+  """
+  shape = dataclasses.asdict(config)
+  del shape["dtype"]
+  digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+  for path, value in sorted(flax.traverse_util.flatten_dict(params, sep="/").items()):
+    digest.update(path.encode())
+    rounded = np.ascontiguousarray(value.astype(jnp.bfloat16))
+    digest.update(rounded.view(np.uint16))
+  digest.update(tokens.identity.encode())
+  return digest.hexdigest()

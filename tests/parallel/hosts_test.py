@@ -1,0 +1,201 @@
+"""Several hosts; runs in processes of their own: kills, preemption, damage."""
+
+import argparse
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from llamagen_jax.parallel import hosts as cluster
+from llamagen_jax.training.metrics import read_rows
+from tests import tiny
+
+CHILD = pathlib.Path(__file__).with_name("child.py")
+MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (2, 1, 4), "mix": (2, 2, 2)}
+
+
+@pytest.mark.parametrize(
+  "environment, joins",
+  [
+    ({}, True),  # a TPU VM: JAX asks the metadata server
+    ({"TPU_SKIP_MDS_QUERY": "1"}, False),
+    ({"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}, False),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+    ({"TPU_PROCESS_ADDRESSES": "a:1,b:1", "TPU_WORKER_HOSTNAMES": "a"}, True),
+    ({"MEGASCALE_COORDINATOR_ADDRESS": "a", "TPU_WORKER_HOSTNAMES": "a"}, True),
+  ],
+)
+def test_a_lone_host_with_chips_looks_for_no_others(monkeypatch, environment, joins):
+  for name in ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES"):
+    monkeypatch.delenv(name, raising=False)  # JAX sets the first where it finds no chip
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  calls = []
+  monkeypatch.setattr(cluster, "on_tpu_vm", lambda: True)
+  monkeypatch.setattr(jax.distributed, "initialize", lambda: calls.append("joined"))
+  cluster.connect(argparse.Namespace(coordinator=None, hosts=None, host=None))
+  assert calls == ["joined"] * joins
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("hosts")
+  tiny.write_codes(folder / "train", records=160)
+  tiny.write_codes(folder / "val", records=8)
+  return folder
+
+
+def command(folder, workdir, steps=6, mesh=(-1, 1, 1), save_every=100) -> list[str]:
+  config = tiny.gpt_config(folder / "train", steps)
+  config.data.eval_codes = str(folder / "val")
+  config.run.save_every = save_every
+  config.mesh = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
+  path = folder / f"{workdir}-{steps}-{'-'.join(map(str, mesh))}.py"
+  path.write_text(
+    "import ml_collections\n\ndef get_config():\n"
+    f"  return ml_collections.ConfigDict({config.to_dict()!r})\n"
+  )
+  return ["train-gpt", f"--config={path}", f"--workdir={folder / workdir}"]
+
+
+def start(commands, devices=1, hosts=1, host=0, port=0, **spec) -> subprocess.Popen:
+  if hosts > 1:
+    flags = [f"--coordinator=127.0.0.1:{port}", f"--hosts={hosts}", f"--host={host}"]
+    commands = [[*words, *flags] for words in commands]
+  quick = "--xla_backend_optimization_level=0"
+  return subprocess.Popen(
+    [sys.executable, CHILD, json.dumps({"commands": commands, **spec})],
+    env=os.environ
+    | {
+      "XLA_FLAGS": f"{quick} --xla_force_host_platform_device_count={devices}",
+      "JAX_PLATFORMS": "cpu",
+    },
+    cwd=CHILD.parents[2],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def finish(process, code=0) -> str:
+  try:
+    output, _ = process.communicate(timeout=150)
+  finally:
+    process.kill()
+  assert process.returncode == code, output[-4000:]
+  return output
+
+
+def free_port() -> int:
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    return probe.getsockname()[1]
+
+
+def losses(workdir) -> list[float]:
+  rows = [row for row in read_rows(workdir / "metrics.jsonl") if "loss" in row]
+  assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+  return [row["loss"] for row in rows]
+
+
+def final_state(workdir, step):
+  place = (workdir / "checkpoints" / f"step_{step:09d}" / "state").absolute()
+  with ocp.StandardCheckpointer() as checkpointer:
+    return jax.tree.leaves(checkpointer.restore(place))
+
+
+@pytest.fixture(scope="module")
+def one_device(folder):
+  record = folder / "one.json"
+  finish(start([command(folder, "one")], record=str(record)))
+  return losses(folder / "one"), json.loads(record.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MESHES)
+def test_two_hosts_train_what_one_does(folder, one_device, name):
+  expected, read_by_one = one_device
+  port, run = free_port(), command(folder, f"two-{name}", mesh=MESHES[name])
+  records = [folder / f"{name}{i}.json" for i in range(2)]
+  processes = [
+    start([run], 4, hosts=2, host=i, port=port, record=str(records[i]))
+    for i in range(2)
+  ]
+  for process in processes:
+    finish(process)
+  assert len(expected) == 6
+  np.testing.assert_allclose(losses(folder / f"two-{name}"), expected, atol=1e-4)
+
+  # Every host read its half of every batch, and nothing of the other's.
+  first, second = (json.loads(record.read_text()) for record in records)
+  assert not set(first["keys"]) & set(second["keys"])
+  together = zip(first["rows"], second["rows"], read_by_one["rows"], strict=True)
+  for top, bottom, whole in together:
+    assert top + bottom == whole
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_hosts_and_chips(folder, one_device):
+  port = free_port()
+  half = [command(folder, "moved", steps=3, mesh=(2, 2, 2))]
+  for process in [start(half, 4, hosts=2, host=i, port=port) for i in range(2)]:
+    finish(process)
+  record = folder / "moved.json"
+  finish(start([command(folder, "moved")], devices=4, record=str(record)))
+  np.testing.assert_allclose(losses(folder / "moved"), one_device[0], atol=1e-4)
+  assert json.loads(record.read_text())["rows"] == one_device[1]["rows"][3:]
+
+
+@pytest.mark.slow
+def test_five_kills_change_nothing(folder):
+  steps, rng = 40, random.Random(os.urandom(4))
+  finish(start([command(folder, "whole", steps)]))
+  killed = command(folder, "killed", steps, save_every=2)
+  path = folder / "killed" / "metrics.jsonl"
+  for _ in range(5):
+    before = len(read_rows(path))
+    process = start([killed], delay=0.15)
+    while len(read_rows(path)) < before + 1 and process.poll() is None:
+      time.sleep(0.02)
+    time.sleep(rng.uniform(0, 0.6))
+    assert process.poll() is None, finish(process)
+    process.kill()
+    finish(process, -signal.SIGKILL)
+  assert len(losses(folder / "killed")) < steps
+  finish(start([killed]))
+  assert losses(folder / "killed") == losses(folder / "whole")
+  states = [final_state(folder / name, steps) for name in ("killed", "whole")]
+  for a, b in zip(*states, strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_sigterm_saves_and_exits_with_0(folder, hosts):
+  name, port = f"term{hosts}", free_port()
+  path = folder / name / "metrics.jsonl"
+  words = command(folder, name, steps=200)
+  processes = [
+    start([words], 2, hosts=hosts, host=i, port=port, delay=0.1) for i in range(hosts)
+  ]
+  while len(read_rows(path)) < 2 and processes[0].poll() is None:
+    time.sleep(0.05)
+  processes[-1].terminate()  # one host is told, all of them stop
+  outputs = [finish(process) for process in processes]
+  stopped = {int(re.search(r"stopped at step (\d+) and saved", o)[1]) for o in outputs}
+  assert len(stopped) == 1
+  assert all("resume with the same command" in output for output in outputs)
+  step = stopped.pop()
+  assert len(losses(folder / name)) == step < 200
+  assert (folder / name / "checkpoints" / f"step_{step:09d}").is_dir()

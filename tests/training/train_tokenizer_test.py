@@ -1,0 +1,255 @@
+"""The joint step of generator and discriminator."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from llamagen_jax import UserError, VQModel
+from llamagen_jax.parallel.mesh import unbox
+from llamagen_jax.tokenizer.discriminator import discriminate
+from llamagen_jax.training import train_tokenizer
+from llamagen_jax.training.metrics import read_rows
+from llamagen_jax.training.recipe import build
+from llamagen_jax.training.tokenizer_state import InitConfig, load_weights
+from llamagen_jax.training.train_tokenizer import Stage, TokenizerRecipe, train_step
+from llamagen_jax.weights import bundle
+from tests import tiny
+
+BOTH = Stage(discriminator=True, adversarial=True)
+
+
+def make_recipe(**changes) -> TokenizerRecipe:
+  recipe = build(TokenizerRecipe, tiny.tokenizer_config("nowhere", 10))
+  model = dataclasses.replace(recipe.model, dropout=0.0)
+  return dataclasses.replace(recipe, model=model, **changes)
+
+
+def fresh(recipe, seed=0):
+  return unbox(train_tokenizer.init_state(recipe, jax.random.key(seed)))
+
+
+def a_batch(size=4):
+  rng = np.random.default_rng(0)
+  return {"image": rng.integers(0, 256, (size, tiny.SIDE, tiny.SIDE, 3), np.uint8)}
+
+
+@pytest.fixture(scope="module")
+def stepped():
+  """recipe, state before, batch, state after, metrics."""
+  recipe = make_recipe()
+  state, batch = fresh(recipe), a_batch()
+  after, metrics = jax.jit(functools.partial(train_step, recipe, BOTH))(state, batch)
+  return recipe, state, batch, after, metrics
+
+
+def test_a_step_equals_one_written_out(stepped):
+  """Everything by jax.grad from whole losses, one gradient after the other."""
+  recipe, state, batch, after, metrics = stepped
+  generator, critic = state.generator.params, state.discriminator.params
+  x = batch["image"] / 127.5 - 1.0
+
+  def reconstruct(params):
+    return VQModel(recipe.model).apply({"params": params}, x)
+
+  def with_kernel(kernel):
+    conv_out = generator["decoder"]["conv_out"] | {"kernel": kernel}
+    decoder = generator["decoder"] | {"conv_out": conv_out}
+    return reconstruct(generator | {"decoder": decoder})[0]
+
+  def l1(y):
+    return jnp.mean(jnp.abs(x - y))
+
+  def fooled(y):
+    return -jnp.mean(discriminate(recipe.discriminator, critic, y))
+
+  kernel = generator["decoder"]["conv_out"]["kernel"]
+  rec_grad = jax.grad(lambda k: l1(with_kernel(k)))(kernel)
+  adv_grad = jax.grad(lambda k: fooled(with_kernel(k)))(kernel)
+  rec_norm, adv_norm = (jnp.sqrt(jnp.sum(g**2)) for g in (rec_grad, adv_grad))
+  weight = rec_norm / (adv_norm + 1e-4)
+
+  def generator_loss(params):
+    y, quantized = reconstruct(params)
+    losses = quantized.losses
+    vq = losses["codebook"] + losses["commitment"] + losses["entropy"]
+    return l1(y) + weight * 0.5 * fooled(y) + vq
+
+  y = reconstruct(generator)[0]
+
+  def critic_loss(params):
+    real = discriminate(recipe.discriminator, params, x)
+    fake = discriminate(recipe.discriminator, params, y)
+    return 0.5 * (
+      jnp.mean(jnp.maximum(0, 1 - real)) + jnp.mean(jnp.maximum(0, 1 + fake))
+    )
+
+  adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3, 0.9, 0.95))
+  for loss_fn, params, found, name in (
+    (generator_loss, generator, after.generator.params, "loss"),
+    (critic_loss, critic, after.discriminator.params, "discriminator_loss"),
+  ):
+    loss, grads = jax.jit(jax.value_and_grad(loss_fn))(params)
+    updates, _ = adam.update(grads, adam.init(params), params)
+    expected = optax.apply_updates(params, updates)
+    assert metrics[name] == pytest.approx(float(loss), rel=1e-5)
+    # The first update of Adam is lr * sign(g): compared where g is not rounding.
+    jax.tree.map(
+      lambda e, f, g: np.testing.assert_allclose(
+        np.where(np.abs(g) > 1e-6, f, e), e, atol=2e-5
+      ),
+      expected, found, grads,
+    )  # fmt: skip
+    jax.tree.map(
+      lambda e, f: np.testing.assert_allclose(f, 0.1 * e, atol=1e-6),
+      _clipped(grads),
+      (after.generator if name == "loss" else after.discriminator).opt_state[1].mu,
+    )
+  assert metrics["adaptive_weight"] == pytest.approx(float(weight), rel=1e-4)
+  # The average moved by a tenth of the way.
+  jax.tree.map(
+    lambda e, p, q: np.testing.assert_allclose(e, p + 0.1 * (q - p), atol=1e-6),
+    after.ema, state.params, after.params,
+  )  # fmt: skip
+
+
+def _clipped(grads):
+  norm = optax.global_norm(grads)
+  return jax.tree.map(lambda g: g / jnp.maximum(norm, 1.0), grads)
+
+
+def test_every_term_is_logged(stepped):
+  metrics = stepped[-1]
+  assert {
+    "loss", "reconstruction", "codebook", "commitment", "entropy", "adversarial",
+    "adaptive_weight", "discriminator_loss", "logits_real", "logits_fake", "usage",
+    "perplexity", "grad_norm", "discriminator_grad_norm", "lr",
+  } <= metrics.keys()  # fmt: skip
+  codes = stepped[3].window[-4 * 64 :]
+  assert metrics["usage"] == pytest.approx(len(np.unique(codes)) / 16)
+
+
+def compiled_cost(recipe, stage):
+  state = jax.eval_shape(functools.partial(fresh, recipe))
+  step = jax.jit(functools.partial(train_step, recipe, stage))
+  return step.lower(state, a_batch()).compile().cost_analysis()["flops"]
+
+
+@pytest.mark.slow
+def test_before_it_starts_the_discriminator_costs_nothing():
+  recipe = make_recipe()
+  without = make_recipe(loss=dataclasses.replace(recipe.loss, adversarial_weight=0.0))
+  before, acting = (compiled_cost(recipe, stage) for stage in (Stage(), BOTH))
+  assert before == compiled_cost(without, Stage())
+  assert before < acting
+
+
+def test_stages_follow_the_config():
+  loss = dataclasses.replace(make_recipe().loss, disc_start=20, disc_lead=5)
+  assert train_tokenizer.stages(loss) == {0: Stage(), 15: Stage(True), 20: BOTH}
+  now = dataclasses.replace(loss, disc_start=0, disc_lead=0)
+  assert train_tokenizer.stages(now) == {0: BOTH}
+  assert train_tokenizer.stages(dataclasses.replace(loss, adversarial_weight=0)) == {
+    0: Stage()
+  }
+
+
+def test_the_discriminator_waits_then_leads_then_acts(run):
+  folder = run[1]
+  rows = [r for r in read_rows(folder / "metrics.jsonl") if "loss" in r]
+  assert ["discriminator_loss" in row for row in rows] == [False, True, True]
+  assert ["adversarial" in row for row in rows] == [False, False, True]
+  evaluated = read_rows(folder / "metrics.jsonl")[-1]
+  assert {"eval/psnr", "eval/ssim", "eval/ssim_lg", "eval/usage"} <= evaluated.keys()
+
+
+@pytest.mark.slow
+def test_accumulated_parts_equal_the_whole_batch():
+  """Where no term couples the pictures of a batch."""
+  recipe = make_recipe()
+  loss = dataclasses.replace(recipe.loss, adversarial_weight=0.0)
+  whole = dataclasses.replace(recipe, loss=loss)
+  data = dataclasses.replace(whole.data, accumulate=2)
+  parts = dataclasses.replace(whole, data=data)
+  state, batch = fresh(whole), a_batch()
+  results = [
+    jax.jit(functools.partial(train_step, r, Stage()))(state, batch)
+    for r in (whole, parts)
+  ]
+  (a, a_metrics), (b, b_metrics) = results
+  for name in a_metrics:
+    assert b_metrics[name] == pytest.approx(float(a_metrics[name]), rel=1e-5, abs=1e-7)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6),
+    a.generator.opt_state, b.generator.opt_state,
+  )  # fmt: skip
+  assert sorted(a.window[-256:].tolist()) == sorted(b.window[-256:].tolist())
+
+
+@pytest.mark.slow
+def test_bfloat16_steps_stay_close_to_float32(stepped):
+  recipe = stepped[0]
+  half = dataclasses.replace(
+    recipe,
+    model=dataclasses.replace(recipe.model, dtype="bfloat16", remat=True),
+    discriminator=dataclasses.replace(recipe.discriminator, dtype="bfloat16"),
+  )
+  step = jax.jit(functools.partial(train_step, half, BOTH))
+  after, metrics = step(stepped[1], stepped[2])
+  for name in ("reconstruction", "discriminator_loss"):
+    assert metrics[name] == pytest.approx(float(stepped[-1][name]), rel=0.03)
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(after.params))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """The state and the work folder of a run through all stages."""
+  folder = tmp_path_factory.mktemp("tokenizer")
+  pictures = tiny.write_pictures(folder / "pictures")
+  return train_tokenizer.train(
+    tiny.tokenizer_config(pictures, 3), folder / "run"
+  ), folder / "run"
+
+
+@pytest.mark.parametrize("optimizers", [True, False])
+def test_a_run_starts_from_another_ones_weights(run, optimizers):
+  trained, folder = run
+  recipe = make_recipe()
+  config = InitConfig(str(folder), optimizers=optimizers)
+  state = load_weights(config, fresh(recipe, seed=9))
+  assert int(state.step) == 0
+  for name in ("generator", "discriminator"):
+    found, expected = getattr(state, name), getattr(trained, name)
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+    nu = (found.opt_state[1].nu, expected.opt_state[1].nu)
+    if optimizers:
+      jax.tree.map(np.testing.assert_array_equal, *nu)
+      assert int(found.opt_state[1].count) == int(expected.opt_state[1].count)
+    else:
+      assert not any(leaf.any() for leaf in jax.tree.leaves(nu[0]))
+    assert int(found.opt_state[3].count) == 0  # of the learning rate
+
+  without = InitConfig(str(folder), discriminator=False)
+  other = fresh(recipe, seed=9)
+  kept = load_weights(without, other).discriminator.params
+  jax.tree.map(np.testing.assert_array_equal, kept, other.discriminator.params)
+
+  from_bundle = InitConfig(str(folder / "bundle"))
+  found = load_weights(from_bundle, fresh(recipe, seed=9))
+  expected = bundle.load_tokenizer(folder / "bundle").params
+  jax.tree.map(np.testing.assert_array_equal, found.params, expected)
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+  recipe = make_recipe()
+  bundle.save_tokenizer(tmp_path, recipe.model, fresh(recipe).params)
+  model = dataclasses.replace(recipe.model, codebook_size=32)
+  other = fresh(dataclasses.replace(recipe, model=model))
+  with pytest.raises(UserError, match=r"codebook is \(16, 4\).*expects \(32, 4\)"):
+    load_weights(InitConfig(str(tmp_path)), other)
+  with pytest.raises(UserError, match="--init-from=.*none: expected a work folder"):
+    load_weights(InitConfig(str(tmp_path / "none")), other)

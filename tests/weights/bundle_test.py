@@ -1,0 +1,32 @@
+"""Bundles, as programs call them."""
+
+import jax
+import numpy as np
+
+import llamagen_jax as lg
+from llamagen_jax.gpt.model import init_gpt
+from llamagen_jax.images import from_uint8
+from llamagen_jax.parallel.mesh import unbox
+from llamagen_jax.tokenizer.model import init_tokenizer
+from llamagen_jax.weights.bundle import Tokenizer, Transformer
+from tests import tiny
+
+
+def test_bytes_and_floats_of_a_picture_have_the_same_codes():
+  params = unbox(init_tokenizer(tiny.TOKENIZER, jax.random.key(0)))
+  tokenizer = Tokenizer(tiny.TOKENIZER, params, "tiny")
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (2, 8, 8, 3), np.uint8)
+  codes = tokenizer.encode(images)
+  assert len(np.unique(codes)) > 1
+  np.testing.assert_array_equal(codes, tokenizer.encode(from_uint8(images)))
+
+
+def test_a_transformer_computes_in_another_type_when_asked_to(tmp_path):
+  params = unbox(init_gpt(tiny.GPT, jax.random.key(0)))
+  lg.save_gpt(tmp_path, Transformer(tiny.GPT, params, lg.SamplingConfig(), "tiny"))
+  for dtype in ("float32", "bfloat16"):
+    gpt = lg.load_gpt(tmp_path, lg.make_mesh(), dtype=dtype)
+    assert gpt.config.dtype == dtype
+    jax.tree.map(np.testing.assert_array_equal, gpt.params, params)
+  assert lg.load_gpt(tmp_path).config == tiny.GPT
