@@ -1,6 +1,6 @@
 """Speed of drawing codes, held against the memory that a step has to read.
 
-python -m benchmarks.decode              # GPT-B, 256 codes, 4 pictures, float32
+python -m benchmarks.decode              # GPT-B, 256 codes, 4 images, float32
 python -m benchmarks.decode --preset=XL --image-size=384 --batch=32 --dtype=bfloat16
 
 A step multiplies every weight with a few rows, so it cannot be faster than reading
@@ -32,7 +32,7 @@ def main() -> None:
   add = parser.add_argument
   add("--preset", default="B", choices=PRESETS)
   add("--image-size", type=int, default=256)
-  add("--batch", type=int, default=4, help="pictures, two rows each with guidance")
+  add("--batch", type=int, default=4, help="images, two rows each with guidance")
   add("--dtype", default="float32", choices=("float32", "bfloat16"))
   add("--guidance", type=float, default=4.0)
   add("--top-k", type=int, default=2000)
@@ -53,7 +53,7 @@ def main() -> None:
   found = {
     "seconds": seconds,
     "ms_per_step": 1e3 * seconds / steps,
-    "pictures_per_second": args.batch / seconds,
+    "images_per_second": args.batch / seconds,
     "bound_seconds": bound,
     "share_of_bound": bound / seconds,
     "read_gb_per_second": bandwidth / 1e9,
@@ -61,12 +61,12 @@ def main() -> None:
     "first_call_seconds": first,
   }
   print(
-    f"GPT-{args.preset}, {steps} codes, {args.batch} pictures in {rows} rows,"
+    f"GPT-{args.preset}, {steps} codes, {args.batch} images in {rows} rows,"
     f" {args.dtype}, top-k {args.top_k}, {jax.devices()[0]}"
   )
   print(f"seconds                 {seconds:8.2f}   with compilation {first:.2f}")
   print(f"milliseconds a step     {found['ms_per_step']:8.1f}")
-  print(f"pictures a second       {found['pictures_per_second']:8.2f}")
+  print(f"images a second       {found['images_per_second']:8.2f}")
   print(f"bound by memory         {bound:8.2f} s at {bandwidth / 1e9:.1f} GB/s")
   print(f"share of the bound      {found['share_of_bound']:8.0%}")
   print(f"top-k's share of a step {found['top_k_share']:8.1%}")

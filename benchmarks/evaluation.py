@@ -1,6 +1,6 @@
-"""Speed and memory of what an evaluation of 50 000 pictures is made of.
+"""Speed and memory of what an evaluation of 50 000 images is made of.
 
-python -m benchmarks.evaluation inception   # pictures a second, on all devices
+python -m benchmarks.evaluation inception   # images a second, on all devices
 python -m benchmarks.evaluation moments     # mean, covariance, Frechet distance
 python -m benchmarks.evaluation manifold    # precision and recall, 10 000 x 50 000
 python -m benchmarks.evaluation tpu         # Inception compiled for a TPU v5e
@@ -56,7 +56,7 @@ def inception(args: argparse.Namespace) -> dict[str, float]:
   params = jax.tree.map(lambda x: jnp.full(x.shape, 0.01), abstract_inception())
   images = np.zeros((args.batch, 256, 256, 3), np.uint8)
   seconds = best_seconds(lambda: extract_features(params, images), repeats=3)
-  return {"pictures_per_second": args.batch / seconds, "peak_gb": peak_gb()}
+  return {"images_per_second": args.batch / seconds, "peak_gb": peak_gb()}
 
 
 def moments(args: argparse.Namespace) -> dict[str, float]:
@@ -112,10 +112,10 @@ def tpu(args: argparse.Namespace) -> dict[str, float]:
     HIGHEST_PASSES * cost["flops"] / V5E_FLOPS, cost["bytes accessed"] / V5E_BYTES
   )
   return {
-    "gflop_per_picture": cost["flops"] / args.batch / 1e9,
+    "gflop_per_image": cost["flops"] / args.batch / 1e9,
     "gb_read_and_written": cost["bytes accessed"] / 1e9,
     "memory_gb": (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 1e9,
-    "most_pictures_per_second": args.batch / seconds,
+    "most_images_per_second": args.batch / seconds,
   }
 
 

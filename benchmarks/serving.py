@@ -12,7 +12,7 @@ codes.
 
 A static batch takes what waits and has the same sampling settings as the first of it,
 draws it by the loop of `sample`, and only then looks at the queue again; its size is
-that of the slots. Without --workdir weights are random and pictures are not rendered:
+that of the slots. Without --workdir weights are random and images are not rendered:
 on a CPU the tokenizer would take longer than the codes.
 """
 
@@ -34,14 +34,14 @@ from llamagen_jax.gpt.config import PRESETS, GPTConfig
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.runtime import ask_for_large_pages
 from llamagen_jax.serving.engine import CHUNK, Engine
+from llamagen_jax.serving.image_model import ImageModel
 from llamagen_jax.serving.protocol import Finished
 from llamagen_jax.serving.request import Request
-from llamagen_jax.serving.studio import Studio
-from llamagen_jax.serving.worker import Ticket, Worker
+from llamagen_jax.serving.worker import RequestHandle, Worker
 from llamagen_jax.weights import bundle
 
 LOAD = 0.8
-PARTIAL = 0.25  # of the codes: when a first partial picture is worth showing
+PARTIAL = 0.25  # of the codes: when a first partial image is worth showing
 GUIDED = SamplingConfig(guidance_scale=4.0, top_k=2000)
 MIXED = (
   GUIDED,
@@ -90,9 +90,7 @@ def main() -> None:
   if "poisson" in args.loads:
     deadline = 2 * seconds_of_a_batch(gpt, args.slots)
     print(f"\nin time: within {deadline:.1f} s")
-    rate = (
-      LOAD * found["saturated"][f"engine, {args.slots} slots"]["pictures_per_second"]
-    )
+    rate = LOAD * found["saturated"][f"engine, {args.slots} slots"]["images_per_second"]
     for name, make in list(kinds.items())[1:]:
       found["poisson"][name] = run(make(), requests, codes, poisson(rate), deadline)
       _print("poisson", name, found)
@@ -103,9 +101,9 @@ def _models(args):
   if args.workdir:
     gpt = bundle.load_gpt(f"{args.workdir}/gpt/bundle")
     tokenizer = bundle.load_tokenizer(f"{args.workdir}/tokenizer/bundle")
-    studio = Studio("quickstart", gpt, tokenizer)
-    studio.warm_up()
-    return gpt, studio.render
+    image_model = ImageModel("quickstart", gpt, tokenizer)
+    image_model.warm_up()
+    return gpt, image_model.render
   config = GPTConfig.preset(args.preset, image_size=args.image_size, dtype=args.dtype)
   params = decoding_params(config, random_params(config))
   gpt = bundle.Transformer(config, params, GUIDED, "random")
@@ -125,11 +123,11 @@ def _requests(gpt, count: int, mixed: tuple[SamplingConfig, ...]) -> list[Reques
 
 
 class StaticBatches:
-  """Batches of one size, one after the other; as much of a drawer as is needed."""
+  """Batches of one size, one after the other; as much of a backend as is needed."""
 
   def __init__(self, gpt, size: int, render):
     self._gpt, self._size, self._render = gpt, size, render
-    self._waiting: collections.deque[Ticket] = collections.deque()
+    self._waiting: collections.deque[RequestHandle] = collections.deque()
     self._state, self._stopping = threading.Condition(), False
     self._thread = threading.Thread(target=self._main)
     for sampling in MIXED:  # compiled before the clock starts
@@ -146,21 +144,21 @@ class StaticBatches:
       self._state.notify()
     self._thread.join()
 
-  def submit(self, request: Request) -> Ticket:
-    ticket = Ticket(self, request)
+  def submit(self, request: Request) -> RequestHandle:
+    handle = RequestHandle(self, request)
     with self._state:
-      self._waiting.append(ticket)
+      self._waiting.append(handle)
       self._state.notify()
-    return ticket
+    return handle
 
   def _main(self) -> None:
-    while tickets := self._next():
-      requests = [ticket.request for ticket in tickets]
+    while handles := self._next():
+      requests = [handle.request for handle in handles]
       codes_BT = draw_batch(self._gpt, self._size, requests)
-      for ticket, codes in zip(tickets, codes_BT, strict=False):
-        ticket.tell(Finished(self._render(codes[None])[0], codes))
+      for handle, codes in zip(handles, codes_BT, strict=False):
+        handle.tell(Finished(self._render(codes[None])[0], codes))
 
-  def _next(self) -> list[Ticket]:
+  def _next(self) -> list[RequestHandle]:
     with self._state:
       while not self._waiting and not self._stopping:
         self._state.wait()
@@ -194,13 +192,13 @@ class Record:
   """When things happened to a request, in seconds."""
 
   sent: float
-  first: float = np.nan  # partial picture
+  first: float = np.nan  # partial image
   done: float = np.nan
 
 
-async def follow(drawer, request: Request, record: Record, enough: int) -> None:
-  """Waits for a picture; `enough` codes make a partial one."""
-  async for event in drawer.submit(dataclasses.replace(request, codes=[])):
+async def follow(backend, request: Request, record: Record, enough: int) -> None:
+  """Waits for an image; `enough` codes make a partial one."""
+  async for event in backend.submit(dataclasses.replace(request, codes=[])):
     if np.isnan(record.first) and len(event.codes) >= enough:
       record.first = time.perf_counter()
   record.done = time.perf_counter()
@@ -236,11 +234,11 @@ def poisson(rate: float):
 
 
 def run(
-  drawer, requests: list[Request], codes: int, load, deadline: float | None = None
+  backend, requests: list[Request], codes: int, load, deadline: float | None = None
 ) -> dict[str, float]:
-  """Puts a load on a drawer, compiled first, and says what became of it.
+  """Puts a load on a backend, compiled first, and says what became of it.
 
-  Pictures a second count to the moment of the last request: what is late is missing.
+  Images a second count to the moment of the last request: what is late is missing.
   In a closed loop that moment is the last answer's.
   """
   records: list[Record] = []
@@ -248,20 +246,20 @@ def run(
 
   async def ask(request: Request) -> None:
     records.append(record := Record(time.perf_counter()))
-    await follow(drawer, request, record, enough)
+    await follow(backend, request, record, enough)
 
   async def main() -> None:
-    drawer.start()
-    while not drawer.ready:
+    backend.start()
+    while not backend.ready:
       await asyncio.sleep(0.05)
     await load(ask, requests)
 
   asyncio.run(main())
-  drawer.stop()
+  backend.stop()
   sent, first, done = np.array([(r.sent, r.first, r.done) for r in records]).T
   end = done.max() if load.__qualname__.startswith("closed") else sent.max()
   latency, seconds = done - sent, end - sent.min()
-  found = {"pictures_per_second": float((done <= end).sum() / seconds)}
+  found = {"images_per_second": float((done <= end).sum() / seconds)}
   if deadline is not None:
     found["in_time_per_second"] = float((latency <= deadline).sum() / seconds)
   percentiles = {f"p{q}": float(np.percentile(latency, q)) for q in (50, 95, 99)}

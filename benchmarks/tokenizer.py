@@ -1,6 +1,6 @@
-"""Seconds that a tokenizer takes for a few pictures, against the matmul speed.
+"""Seconds that a tokenizer takes for a few images, against the matmul speed.
 
-python -m benchmarks.tokenizer                  # VQ-16, 8 pictures of 256x256, float32
+python -m benchmarks.tokenizer                  # VQ-16, 8 images of 256x256, float32
 python -m benchmarks.tokenizer --preset=VQ-8 --image-size=384 --batch=2
 """
 
@@ -39,7 +39,7 @@ def main() -> None:
   images = jnp.zeros((args.batch, args.image_size, args.image_size, 3))
   peak = matmul_peak(args.dtype)
   found = {"peak_gflops": peak / 1e9}
-  print(f"{args.preset}, {args.batch} pictures of {args.image_size}, {args.dtype}")
+  print(f"{args.preset}, {args.batch} images of {args.image_size}, {args.dtype}")
   for name, function, x in (
     ("decode", model.decode, codes),
     ("encode", model.encode, images),
@@ -48,7 +48,7 @@ def main() -> None:
     seconds = best_seconds(lambda run=run, x=x: run(config, params, x), args.repeats)
     speed = flops(config, params, name, x[:1]) * args.batch / seconds
     print(
-      f"{name}  {seconds:6.2f} s, {seconds / args.batch:.2f} s a picture,"
+      f"{name}  {seconds:6.2f} s, {seconds / args.batch:.2f} s an image,"
       f" {speed / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s ({speed / peak:.0%})"
     )
     found |= {f"{name}_seconds": seconds, f"{name}_gflops": speed / 1e9}
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def flops(config: TokenizerConfig, params, method: str, one) -> float:
-  """Of one picture, as the compiler counts them."""
+  """Of one image, as the compiler counts them."""
   vq = model.VQModel(config)
   program = jax.jit(lambda p, x: vq.apply({"params": p}, x, method=method))
   return program.lower(params, one).cost_analysis()["flops"]

@@ -18,7 +18,7 @@ import numpy as np
 from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.training.recipe import build
 from llamagen_jax.training.train_tokenizer import (
-  Stage,
+  GanPhase,
   TokenizerRecipe,
   init_state,
   train_step,
@@ -56,15 +56,15 @@ def run(preset, image_size, batch_size, dtype, perceptual) -> dict[str, float]:
   rng = np.random.default_rng(0)
   shape = (batch_size, image_size, image_size, 3)
   batch = {"image": rng.integers(0, 256, shape, np.uint8)}
-  for name, stage in (("before", Stage()), ("after", Stage(True, True))):
+  for name, stage in (("before", GanPhase()), ("after", GanPhase(True, True))):
     step = jax.jit(functools.partial(train_step, recipe, stage), donate_argnums=0)
     compiled = step.lower(state, batch).compile()
     memory = compiled.memory_analysis()
     total = memory.temp_size_in_bytes + memory.argument_size_in_bytes
     print(
       f"{name} disc_start: {compiled.cost_analysis()['flops'] / batch_size / 1e9:.0f}"
-      f" GFLOP a picture, {total / 2**30:.2f} GiB"
-      f" ({memory.temp_size_in_bytes / 2**30 / batch_size:.2f} GiB a picture on top of"
+      f" GFLOP an image, {total / 2**30:.2f} GiB"
+      f" ({memory.temp_size_in_bytes / 2**30 / batch_size:.2f} GiB an image on top of"
       f" {memory.argument_size_in_bytes / 2**30:.2f} GiB of state)",
       flush=True,
     )

@@ -22,7 +22,7 @@ says that these fit, and the hours that 300 epochs take at least; 50 epochs,
 The loss starts at ln 16384 = 9.704. At 256 after 50 epochs about 7.86 is reported for L
 and 7.33 for 1B, at 384 after 300 about 6.9 for XL.
 `:L,strong` trains on batches of 2048 with a warm-up, a cosine and QK-norm instead.
-`:runlocal` shrinks model and run to a laptop; the codes must be of 64x64 pictures.
+`:runlocal` shrinks model and run to a laptop; the codes must be of 64x64 images.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.training.recipe import parse_arg
 from llamagen_jax.weights.published import PUBLISHED
 
-IMAGENET_PICTURES = 1_281_167
+IMAGENET_IMAGES = 1_281_167
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -43,7 +43,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
   local, strong = arg.runlocal, arg.strong
   batch_size = 8 if local else 2048 if strong else 256
-  steps = 20 if local else arg.epochs * IMAGENET_PICTURES // batch_size
+  steps = 20 if local else arg.epochs * IMAGENET_IMAGES // batch_size
   config = ml_collections.ConfigDict()
 
   # Shape of the model; every field of GPTConfig can be overridden.
@@ -87,7 +87,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.guard = {
     "skip_nonfinite": False,  # loss or gradient is inf or NaN
     "skip_spike": 0.0,  # loss above its running mean by so many nats; 0 = never
-    "give_up": 10,  # skipped steps in a row that end the run
+    "max_skipped_in_a_row": 10,  # skipped steps in a row that end the run
   }
   config.log_update_norm = False  # costs a pass over the weights every step
 

@@ -1,4 +1,4 @@
-"""Caption-conditional transformer: LAION-COCO at 256, then fine pictures at 512.
+"""Caption-conditional transformer: LAION-COCO at 256, then fine images at 512.
 
 llamagen prepare-captions --source='webdataset:/data/laion-coco/*.tar' \\
     --short-key=top_caption --min-side=256 --out=/data/captions
@@ -24,7 +24,7 @@ flan-t5-xl running along instead of stored features:
     :stage1  v5e:8x8 2.0 h, 2.3 h with T5; v5p:4x4x4 1.0 h, 1.2 h
     :stage2  v5e:8x8 2.6 h, 2.7 h with T5; v5p:4x4x4 0.9 h, 0.9 h
 
-`:runlocal` shrinks model and run to a laptop; the codes must be of 64x64 pictures.
+`:runlocal` shrinks model and run to a laptop; the codes must be of 64x64 images.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.training.recipe import parse_arg
 
-# stage: (side of the pictures, pairs to see, probability of the short caption)
+# stage: (side of the images, pairs to see, probability of the short caption)
 STAGES = {"stage1": (256, 50_000_000, 0.0), "stage2": (512, 10_000_000, 0.3)}
 
 

@@ -40,7 +40,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "reconstruction": "l2",
     "adversarial_weight": 0.01 if arg.gan else 0.0,
     "disc_start": 300,
-    "disc_lead": 50,
+    "disc_warmup_steps": 50,
   }
   config.discriminator = {"width": 32, "layers": 2}
   config.codebook = {
@@ -52,8 +52,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "eval_source": "folder:quickstart/digits/val",
     "image_size": 24 if coloured else 32,
     "batch_size": 16 if fast else 32,
-    "largest_resize": 1.1 if coloured else 1.2,
-    "mirror": False,  # mirrored digits are no digits
+    "max_resize": 1.1 if coloured else 1.2,
+    "random_flip": False,  # mirrored digits are no digits
     "min_side": 16,
     "max_bad_share": 0.01,
     "workers": 0,

@@ -1,22 +1,22 @@
-"""VQ tokenizer on ImageNet pictures of 256x256: VQ-16 or VQ-8, and their finetuning.
+"""VQ tokenizer on ImageNet images of 256x256: VQ-16 or VQ-8, and their finetuning.
 
 llamagen train-tokenizer --config=configs/vq_imagenet.py:VQ-16 \\
     --config.data.source=tfds:imagenet2012/train \\
     --config.data.eval_source=tfds:imagenet2012/validation \\
     --config.loss.lpips=vgg.pth,vgg16-397923af.pth --workdir=gs://bucket/vq16
 
-Finetuning on pictures for text to image, from the run above (both networks and
+Finetuning on images for text to image, from the run above (both networks and
 their optimisers, the discriminator acting from the first step on):
 
 llamagen train-tokenizer --config=configs/vq_imagenet.py:VQ-16,finetune \\
-    --config.data.source=jsonl:/data/pictures.jsonl \\
+    --config.data.source=jsonl:/data/images.jsonl \\
     --config.data.eval_source=jsonl:/data/held_out.jsonl \\
     --config.loss.lpips=vgg.pth,vgg16-397923af.pth \\
     --init-from=gs://bucket/vq16 --workdir=gs://bucket/vq16_t2i
 
-Published after 40 epochs, on the 50 000 validation pictures: VQ-16 rFID 2.19, PSNR
+Published after 40 epochs, on the 50 000 validation images: VQ-16 rFID 2.19, PSNR
 20.79, ssim_lg .675, usage 97 %; VQ-8 rFID 0.59, PSNR 24.45, ssim_lg .813. `:runlocal`
-shrinks model, pictures and run to a laptop, and trains without LPIPS.
+shrinks model, images and run to a laptop, and trains without LPIPS.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ import ml_collections
 from llamagen_jax.tokenizer.config import TokenizerConfig
 from llamagen_jax.training.recipe import parse_arg
 
-IMAGENET_PICTURES = 1_281_167
+IMAGENET_IMAGES = 1_281_167
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -56,7 +56,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "discriminator": "hinge",  # or vanilla, non-saturating
     "adaptive_weight": False,  # VQGAN's; the published runs have weight 1
     "disc_start": 0 if arg.finetune else disc_start,
-    "disc_lead": 0,  # steps before that in which the discriminator learns alone
+    "disc_warmup_steps": 0,  # steps before that in which the discriminator learns alone
   }
   config.discriminator = {
     "kind": "patchgan",  # or stylegan
@@ -78,10 +78,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "image_size": 64 if local else arg.image_size,
     "batch_size": batch_size,  # over all hosts
     "accumulate": 1,  # parts of a batch, one after the other, to save memory
-    "largest_resize": 1.25,  # random crops from shorter sides of 256 .. 320
-    "mirror": True,
-    "min_side": 16,  # smaller pictures are bad ones
-    "max_bad_share": 0.001,  # bad pictures that are replaced before the run fails
+    "max_resize": 1.25,  # random crops from shorter sides of 256 .. 320
+    "random_flip": True,
+    "min_side": 16,  # smaller images are bad ones
+    "max_bad_share": 0.001,  # bad images that are replaced before the run fails
     "workers": 0 if local else 16,  # decoding processes on every host
   }
 
@@ -100,7 +100,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
   config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
   config.run = {
-    "steps": 20 if local else arg.epochs * IMAGENET_PICTURES // batch_size,
+    "steps": 20 if local else arg.epochs * IMAGENET_IMAGES // batch_size,
     "seed": 0,
     "log_every": 1 if local else 50,
     "eval_every": 10 if local else 10_000,

@@ -42,10 +42,10 @@ class Replica:
 
   async def check_health(self) -> None:
     """Waits while the engine compiles, so that no request comes too early."""
-    drawer = self._service.drawer
-    while drawer.alive and not self._service.ready:
+    backend = self._service.backend
+    while backend.alive and not self._service.ready:
       await asyncio.sleep(0.1)
-    if not drawer.alive:
+    if not backend.alive:
       raise RuntimeError("the engine has died")
 
 

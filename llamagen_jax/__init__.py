@@ -17,7 +17,7 @@ HOMES = {
   "load_gpt": "weights.bundle",
   "load_tokenizer": "weights.bundle",
   "make_mesh": "parallel.mesh",
-  "sample": "sampling.draw",
+  "sample": "sampling.sample",
   "save_gpt": "weights.bundle",
   "save_tokenizer": "weights.bundle",
 }

@@ -1,4 +1,4 @@
-"""Writing pictures: uint8 conversion, resizing, labelled grids, PNG and npz files."""
+"""Writing images: uint8 conversion, resizing, labelled grids, PNG and npz files."""
 
 from collections.abc import Iterable, Sequence
 import itertools
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-LABEL_HEIGHT = 14  # pixels above a labelled picture
+LABEL_HEIGHT = 14  # pixels above a labelled image
 GAP = 2
 BICUBIC_A = -0.75  # slope of the cubic kernel at 1; other libraries take -0.5
 
@@ -27,7 +27,7 @@ def from_uint8(images: jax.Array) -> jax.Array:
 
 
 def resize_bicubic(images: jax.Array, side: int) -> jax.Array:
-  """Square pictures [B, H, H, C] -> [B, side, side, C], as the original resizes.
+  """Square images [B, H, H, C] -> [B, side, side, C], as the original resizes.
 
   Cubic convolution with half-pixel centres, borders repeated, and no
   antialiasing: PyTorch's default, which published scores at 384 depend on.
@@ -55,7 +55,7 @@ def _bicubic_weights(length: int, side: int) -> np.ndarray:
 def grid(
   images: np.ndarray, columns: int, labels: Sequence[str] = (), zoom: int = 1
 ) -> Image.Image:
-  """Lays uint8 pictures [B, H, W, 3] out in rows, with labels above if given."""
+  """Lays uint8 images [B, H, W, 3] out in rows, with labels above if given."""
   count, height, width = images.shape[:3]
   height, width = height * zoom, width * zoom
   top = LABEL_HEIGHT if labels else 0
@@ -65,19 +65,19 @@ def grid(
   draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
   for i, image in enumerate(images):
     x, y = i % columns * (width + GAP), i // columns * (height + top + GAP)
-    picture = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
-    sheet.paste(picture, (x, y + top))
+    tile = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+    sheet.paste(tile, (x, y + top))
     if labels:
       draw.text((x + 1, y + 1), labels[i], fill="black", font=font)
   return sheet
 
 
-def save_png(path: str | os.PathLike, picture: Image.Image) -> None:
+def save_png(path: str | os.PathLike, image: Image.Image) -> None:
   """Writes a PNG under its final name only when it is complete."""
   path = epath.Path(path)
   part = path.with_name(f".{path.name}.part")
   with part.open("wb") as file:
-    picture.save(file, format="PNG")
+    image.save(file, format="PNG")
   part.replace(path)
 
 
@@ -87,9 +87,9 @@ def save_npz(
   count: int,
   labels: np.ndarray | None,
 ) -> None:
-  """Writes what the ADM evaluators read, a part of the pictures at a time.
+  """Writes what the ADM evaluators read, a part of the images at a time.
 
-  `arr_0` holds the pictures, uint8 [count, H, W, 3], `arr_1` their labels if they have
+  `arr_0` holds the images, uint8 [count, H, W, 3], `arr_1` their labels if they have
   any. The bytes of the file depend on these alone.
   """
   path, parts = epath.Path(path), iter(parts)

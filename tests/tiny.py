@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 import sentencepiece
 
 from llamagen_jax import GPTConfig, TokenizerConfig
-from llamagen_jax.data.codes import CodePlan, CodeRecord, CodeWriter
+from llamagen_jax.data.codes import CodeRecord, CodeShardSpec, CodeWriter
 from llamagen_jax.text.t5 import T5Config
 from llamagen_jax.weights.t5 import save_t5
 
@@ -29,7 +29,7 @@ SIDE = 16
 
 def write_codes(folder: pathlib.Path, records: int = 20, config: GPTConfig = GPT):
   """Code shards of random codes."""
-  plan = CodePlan(
+  plan = CodeShardSpec(
     tokenizer="tiny", tokenizer_config={}, image_size=config.grid * 2,
     grid=config.grid, codebook_size=config.vocab_size, crops=("a", "b"),
     class_names=tuple("abcd"), source="random", samples=records, shards=2,
@@ -43,15 +43,15 @@ def write_codes(folder: pathlib.Path, records: int = 20, config: GPTConfig = GPT
   return folder
 
 
-def write_pictures(folder: pathlib.Path, count: int = 12):
-  """Pictures of blobs in two classes."""
+def write_images(folder: pathlib.Path, count: int = 12):
+  """Images of blobs in two classes."""
   rng = np.random.default_rng(0)
   for i in range(count):
     coarse = rng.integers(0, 256, (3, 3, 3), np.uint8)
     path = folder / f"class{i % 2}" / f"{i:02d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(coarse).resize((20, 24), Image.Resampling.BICUBIC)
-    picture.save(path)
+    image = Image.fromarray(coarse).resize((20, 24), Image.Resampling.BICUBIC)
+    image.save(path)
   return folder
 
 
@@ -73,18 +73,18 @@ def gpt_config(codes: pathlib.Path, steps: int, batch_size: int = 8):
   })  # fmt: skip
 
 
-def tokenizer_config(pictures: pathlib.Path, steps: int, batch_size: int = 4):
+def tokenizer_config(images: pathlib.Path, steps: int, batch_size: int = 4):
   """With a discriminator that learns from step 1 on and acts from step 2 on."""
   return ml_collections.ConfigDict({
     "model": dataclasses.asdict(TOKENIZER),
     "loss": {
       "reconstruction": "l1", "adversarial_weight": 0.5, "adaptive_weight": True,
-      "disc_start": 2, "disc_lead": 1,
+      "disc_start": 2, "disc_warmup_steps": 1,
     },
     "discriminator": {"width": 4, "layers": 1},
     "discriminator_optimizer": {"lr": 1e-3},
     "data": {
-      "source": f"folder:{pictures}", "eval_source": f"folder:{pictures}",
+      "source": f"folder:{images}", "eval_source": f"folder:{images}",
       "image_size": SIDE, "batch_size": batch_size,
     },
     "optimizer": {"lr": 1e-3, "ema": 0.9},
@@ -129,11 +129,11 @@ def write_sharded(folder: pathlib.Path, tensors: dict, files: int) -> None:
   (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def picture_bytes(seed: int, size: tuple[int, int] = (20, 24), kind="JPEG") -> bytes:
+def image_bytes(seed: int, size: tuple[int, int] = (20, 24), kind="JPEG") -> bytes:
   rng = np.random.default_rng(seed)
-  picture = Image.fromarray(rng.integers(0, 256, (3, 3, 3), np.uint8))
+  image = Image.fromarray(rng.integers(0, 256, (3, 3, 3), np.uint8))
   file = io.BytesIO()
-  picture.resize(size, Image.Resampling.BICUBIC).save(file, format=kind)
+  image.resize(size, Image.Resampling.BICUBIC).save(file, format=kind)
   return file.getvalue()
 
 
@@ -144,7 +144,7 @@ def write_tar(path: pathlib.Path, first: int, count: int, extra: dict | None = N
     key, caption = f"{i:09d}", CAPTIONS[i % len(CAPTIONS)]
     short = {"key": key, "caption": "", "top_caption": caption[:6]}
     members |= {
-      f"{key}.jpg": picture_bytes(i),
+      f"{key}.jpg": image_bytes(i),
       f"{key}.json": json.dumps(short).encode(),
       f"{key}.txt": caption.encode(),
     }

@@ -26,7 +26,7 @@ RUNNING = (".running_mean", ".running_var")
 def discriminator_from_torch(
   config: DiscriminatorConfig, side: int, state_dict: Mapping[str, Array]
 ) -> dict[str, Any]:
-  """Parameters of a discriminator for pictures of `side`."""
+  """Parameters of a discriminator for images of `side`."""
   state_dict = {n: v for n, v in state_dict.items() if not n.endswith(RUNNING)}
   return read_table(_table(config, side), state_dict)
 

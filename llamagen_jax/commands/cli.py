@@ -9,16 +9,16 @@ from llamagen_jax.runtime import ask_for_large_pages
 # verb: (module with a `main(argv)`, what it does)
 VERBS = {
   "quickstart": ("quickstart", "the whole pipeline on real handwritten digits"),
-  "train-tokenizer": ("train_tokenizer", "train a VQ tokenizer on pictures"),
+  "train-tokenizer": ("train_tokenizer", "train a VQ tokenizer on images"),
   "reconstruct": ("reconstruct", "measure what a tokenizer keeps"),
-  "extract-codes": ("extract_codes", "pictures to code shards"),
-  "prepare-captions": ("prepare_captions", "pictures with captions to caption shards"),
+  "extract-codes": ("extract_codes", "images to code shards"),
+  "prepare-captions": ("prepare_captions", "images with captions to caption shards"),
   "extract-text": ("extract_text", "caption shards to shards of T5 features"),
   "train-gpt": ("train_gpt", "train a transformer on code shards"),
   "compile-for-pod": ("compile_for_pod", "prove that a config fits a pod, without one"),
-  "sample": ("sample", "draw pictures"),
-  "serve": ("serve", "draw pictures over HTTP, with a web demo"),
-  "evaluate": ("evaluate", "FID and its kin of two sets of pictures"),
+  "sample": ("sample", "draw images"),
+  "serve": ("serve", "draw images over HTTP, with a web demo"),
+  "evaluate": ("evaluate", "FID and its kin of two sets of images"),
   "import-weights": ("import_weights", "published weights to a bundle"),
   "export-weights": ("export_weights", "a bundle to published weights"),
 }

@@ -14,10 +14,10 @@ from absl import flags
 
 from llamagen_jax.pod import topology
 from llamagen_jax.pod.engine import compile_engine
+from llamagen_jax.pod.report import CompileReport
 from llamagen_jax.pod.sampler import compile_sampler
 from llamagen_jax.pod.search import HEADER, Trial, search
 from llamagen_jax.pod.train_step import compile_train_step
-from llamagen_jax.pod.verdict import Verdict
 from llamagen_jax.serving.engine import CHUNK
 from llamagen_jax.text.t5 import PRESETS, T5Config
 from llamagen_jax.training.recipe import build, parse_config
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     flag_values=values,
   )
   flags.DEFINE_integer(
-    "pictures",
+    "images",
     32,
     "Drawn at once by sampler or engine on a data slot.",
     1,
@@ -104,10 +104,10 @@ def _encoder(recipe: GPTRecipe, size: str | None) -> T5Config | None:
 
 def judge(
   recipe: GPTRecipe, values: flags.FlagValues, encoder: T5Config | None
-) -> Verdict:
+) -> CompileReport:
   if values.program == "train":
     return compile_train_step(recipe, values.topology, encoder)
   shared = values.tensor, values.topology
   if values.program == "engine":
-    return compile_engine(recipe.model, values.pictures, values.chunk, *shared)
-  return compile_sampler(recipe.model, recipe.sampling, values.pictures, *shared)
+    return compile_engine(recipe.model, values.images, values.chunk, *shared)
+  return compile_sampler(recipe.model, recipe.sampling, values.images, *shared)

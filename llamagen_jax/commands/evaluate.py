@@ -1,4 +1,4 @@
-"""`llamagen evaluate`: two sets of pictures in, a table of scores out.
+"""`llamagen evaluate`: two sets of images in, a table of scores out.
 
 With --sweep it draws the samples itself, for every value of a sampling setting.
 """
@@ -11,24 +11,24 @@ import jax
 from llamagen_jax.commands import sweep
 from llamagen_jax.errors import UserError
 from llamagen_jax.evaluation import score
+from llamagen_jax.evaluation.image_sets import open_image_set
 from llamagen_jax.evaluation.protocols import PROTOCOLS
-from llamagen_jax.evaluation.sources import open_source
 from llamagen_jax.images import save_npz
 from llamagen_jax.parallel import hosts
 
 
 def main(argv: Sequence[str]) -> None:
   args = _parse(argv)
-  hosts.connect(args)
+  hosts.initialize_distributed(args)
   if args.sweep:
     sweep.run(args)
     return
   if not args.samples:
     raise UserError("expected --samples or --sweep")
-  samples = open_source("--samples", args.samples)
+  samples = open_image_set("--samples", args.samples)
   protocol = PROTOCOLS[args.protocol]
   crop = protocol.side if protocol.crop_reference else None
-  reference = open_source("--reference", args.reference, crop)
+  reference = open_image_set("--reference", args.reference, crop)
   evaluate = score.Evaluator(args)
   evaluate.check(samples, reference)
   if args.export_adm and jax.process_index() == 0:

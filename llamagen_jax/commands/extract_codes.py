@@ -1,6 +1,6 @@
-"""`llamagen extract-codes`: pictures to code shards, for training transformers.
+"""`llamagen extract-codes`: images to code shards, for training transformers.
 
-Every host encodes whole shards of its own on its own chips. A picture's codes are
+Every host encodes whole shards of its own on its own chips. An image's codes are
 computed by the same program wherever it lies, so the shards do not depend on the
 number of hosts or chips, and a run that was killed goes on with the next shard.
 """
@@ -22,9 +22,9 @@ import numpy as np
 import tqdm
 
 from llamagen_jax.data.classes import shown_name
-from llamagen_jax.data.codes import CodePlan, CodeRecord, CodeSource, CodeWriter
-from llamagen_jax.data.images import BadPicture, CropSet, decode
-from llamagen_jax.data.sources import NO_LABEL, Sample, Source, open_source
+from llamagen_jax.data.codes import CodeRecord, CodeShardSpec, CodeSource, CodeWriter
+from llamagen_jax.data.images import BadImage, CropSet, decode
+from llamagen_jax.data.sources import NO_LABEL, ImageRecord, Source, open_source
 from llamagen_jax.data.workers import in_processes
 from llamagen_jax.errors import UserError
 from llamagen_jax.images import from_uint8, grid, save_png, to_uint8
@@ -45,11 +45,11 @@ class _Crops:
   crop_set: CropSet
   min_side: int
 
-  def __call__(self, sample: Sample) -> dict[str, Any]:
+  def __call__(self, sample: ImageRecord) -> dict[str, Any]:
     found = {"key": sample.key, "label": sample.label, "problem": "", "crops": None}
     try:
       return found | {"crops": self.crop_set(decode(sample, self.min_side))}
-    except BadPicture as problem:
+    except BadImage as problem:
       return found | {"problem": str(problem)}
 
 
@@ -76,7 +76,7 @@ class Encoder:
     return _encode(self.config, self._params, jax.device_put(crops, self._rows))
 
   def decode(self, codes: np.ndarray) -> np.ndarray:
-    """Codes [B, T] -> uint8 pictures [B, S, S, 3]."""
+    """Codes [B, T] -> uint8 images [B, S, S, 3]."""
     side = int(codes.shape[1] ** 0.5)
     return np.asarray(_decode(self.config, self._params, codes.reshape(-1, side, side)))
 
@@ -86,7 +86,7 @@ def _encode(config, params, crops_BNSSC):
   def encode(images):
     return model.encode(config, params, from_uint8(images))
 
-  # One crop of every picture at a time: the activations are large.
+  # One crop of every image at a time: the activations are large.
   codes_NBhw = jax.lax.map(encode, crops_BNSSC.swapaxes(0, 1))
   return codes_NBhw.reshape(*codes_NBhw.shape[:2], -1).swapaxes(0, 1)
 
@@ -100,21 +100,21 @@ def main(argv: Sequence[str]) -> None:
   parser = argparse.ArgumentParser("llamagen extract-codes", description=__doc__)
   add = parser.add_argument
   add("--tokenizer", required=True, help="bundle of the tokenizer")
-  add("--source", required=True, help="pictures: folder:, jsonl:, arrayrecord:, tfds:")
+  add("--source", required=True, help="images: folder:, jsonl:, arrayrecord:, tfds:")
   add("--out", required=True, help="folder of code shards to write")
   add("--image-size", type=int, required=True, help="side of the crops in pixels")
   add("--crops", default="five", help="center or five (default)")
   add("--ranges", default="1.1,1.05", help="crop ranges (default 1.1,1.05)")
   add("--no-mirror", action="store_true", help="leave out the mirrored crops")
   add("--shards", type=int, default=64, help="files to write (default 64)")
-  add("--batch-size", type=int, default=16, help="pictures a step on every chip")
-  add("--min-side", type=int, default=16, help="smaller pictures are bad ones")
-  add("--max-bad-share", type=float, default=0.01, help="bad pictures that are let by")
+  add("--batch-size", type=int, default=16, help="images a step on every chip")
+  add("--min-side", type=int, default=16, help="smaller images are bad ones")
+  add("--max-bad-share", type=float, default=0.01, help="bad images that are let by")
   add("--workers", type=int, default=0, help="processes that decode; 0 = threads")
   add("--check", type=int, default=0, help="random codes to draw in OUT/check.png")
   cluster.add_flags(parser)
   args = parser.parse_args(argv)
-  cluster.connect(args)
+  cluster.initialize_distributed(args)
   try:
     ranges = tuple(float(r) for r in args.ranges.split(","))
   except ValueError as error:
@@ -158,11 +158,11 @@ def extract(
 ) -> tuple[dict[str, Any], int]:
   """Writes the code shards of a source; shards that are finished are not redone.
 
-  Bad pictures are left out and named in the manifest, and end the run above
+  Bad images are left out and named in the manifest, and end the run above
   `max_bad_share` of the source.
 
   Returns:
-    the manifest, and how many pictures this host went through now.
+    the manifest, and how many images this host went through now.
   """
   config = encoder.config
   if crop_set.side % config.downsample:
@@ -170,7 +170,7 @@ def extract(
       f"image size {crop_set.side} is not a multiple of the tokenizer's"
       f" downsampling {config.downsample}"
     )
-  plan = CodePlan(
+  plan = CodeShardSpec(
     tokenizer=encoder.identity,
     tokenizer_config=dataclasses.asdict(config),
     image_size=crop_set.side,
@@ -200,7 +200,7 @@ def extract(
   with tqdm.tqdm(
     total=sum(len(plan.shard_range(i)) for i in mine),
     desc="extract",
-    unit="picture",
+    unit="image",
     dynamic_ncols=True,
     disable=host > 0,
   ) as bar:
@@ -218,7 +218,7 @@ def extract(
       bad += len(skipped)
       if bad > max_bad_share * len(source):
         raise UserError(
-          f"{bad} bad pictures so far in {source_spec} (the log names them): more"
+          f"{bad} bad images so far in {source_spec} (the log names them): more"
           f" than --max-bad-share={max_bad_share} of its {len(source)}"
         )
   _wait_for_all("shards")
@@ -243,19 +243,19 @@ def _read(source, samples: range, transform, workers: int) -> Iterator[dict[str,
 
 
 def _without_bad(found, skipped: list[str], bar) -> Iterator[dict[str, Any]]:
-  for picture in found:
+  for image in found:
     bar.update()
-    if picture["problem"]:
-      logging.warning("skipped picture %s", picture["problem"])
-      skipped.append(picture["problem"])
+    if image["problem"]:
+      logging.warning("skipped image %s", image["problem"])
+      skipped.append(image["problem"])
     else:
-      yield picture
+      yield image
 
 
 def _batched(found, size: int) -> Iterator[list[dict[str, Any]]]:
   batch = []
-  for picture in found:
-    batch.append(picture)
+  for image in found:
+    batch.append(image)
     if len(batch) == size:
       yield batch
       batch = []
@@ -267,7 +267,7 @@ def _records(batches, encoder: Encoder, batch_size: int) -> Iterator[CodeRecord]
   """Encodes batches, one ahead of what is being written."""
   pending = None
   for batch in batches:
-    crops = np.stack([picture["crops"] for picture in batch])
+    crops = np.stack([image["crops"] for image in batch])
     missing = batch_size - len(batch)  # a constant shape compiles once
     crops = np.pad(crops, ((0, missing), (0, 0), (0, 0), (0, 0), (0, 0)))
     encoded = encoder.encode(crops)
@@ -279,8 +279,8 @@ def _records(batches, encoder: Encoder, batch_size: int) -> Iterator[CodeRecord]
 
 
 def _unbatch(batch, codes) -> Iterator[CodeRecord]:
-  for picture, rows in zip(batch, np.asarray(codes), strict=False):
-    yield CodeRecord(picture["key"], picture["label"], rows)
+  for image, rows in zip(batch, np.asarray(codes), strict=False):
+    yield CodeRecord(image["key"], image["label"], rows)
 
 
 def report(manifest: dict[str, Any], out: str, speed: float) -> str:
@@ -288,12 +288,12 @@ def report(manifest: dict[str, Any], out: str, speed: float) -> str:
   skipped = [problem for shard in manifest["shards"] for problem in shard["skipped"]]
   size = sum(shard["bytes"] for shard in manifest["shards"])
   lines = [
-    f"{manifest['records']} pictures x {len(manifest['crops'])} crops in {out},"
+    f"{manifest['records']} images x {len(manifest['crops'])} crops in {out},"
     f" {len(skipped)} skipped, {manifest['codes_used']} of"
     f" {manifest['codebook_size']} codes used, perplexity"
     f" {manifest['perplexity']:.0f}",
-    f"{speed:.1f} pictures/s on this host, {size / max(1, manifest['records']):.0f}"
-    f" bytes a picture, {size / 1e9:.3f} GB",
+    f"{speed:.1f} images/s on this host, {size / max(1, manifest['records']):.0f}"
+    f" bytes an image, {size / 1e9:.3f} GB",
     _classes(manifest, out),
     *(f"skipped {problem}" for problem in skipped[:MOST_CLASSES_SHOWN]),
   ]
@@ -311,7 +311,7 @@ def _classes(manifest: dict[str, Any], out: str) -> str:
   if len(counts) > len(shown):
     shown.append(f".. {len(counts) - len(shown)} more in {out}/manifest.json")
   few, many = min(counts.values(), default=0), max(counts.values(), default=0)
-  return f"{len(counts)} classes of {few} to {many} pictures: {', '.join(shown)}"
+  return f"{len(counts)} classes of {few} to {many} images: {', '.join(shown)}"
 
 
 def check(
@@ -353,7 +353,7 @@ def check(
   )
 
 
-def _source_of(manifest: dict, source: Source, index: int, key: str) -> Sample:
+def _source_of(manifest: dict, source: Source, index: int, key: str) -> ImageRecord:
   """The sample of a record: so many later than the record as were skipped before."""
   samples, shards = manifest["samples"], manifest["shards"]
   for i, shard in enumerate(shards):

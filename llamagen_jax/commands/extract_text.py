@@ -13,7 +13,7 @@ import tqdm
 
 from llamagen_jax.data.captions import WRITER_OPTIONS, CaptionSource
 from llamagen_jax.data.features import BFLOAT16, KIND, FeatureRecord
-from llamagen_jax.data.shards import ShardFolder
+from llamagen_jax.data.shards import ShardWriter
 from llamagen_jax.parallel import hosts as cluster
 from llamagen_jax.parallel.mesh import AXES, to_global
 from llamagen_jax.text.encoder import TextEncoder
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
   add("--dtype", default="bfloat16", help="of the encoder: bfloat16 or float32")
   cluster.add_flags(parser)
   args = parser.parse_args(argv)
-  cluster.connect(args)
+  cluster.initialize_distributed(args)
   manifest = extract_text(
     args.t5,
     args.captions,
@@ -81,7 +81,7 @@ def extract_text(
     "dtype": dtype,
   }
   ranges = source.shard_ranges()
-  folder = ShardFolder(out, plan, len(ranges))
+  folder = ShardWriter(out, plan, len(ranges))
   batch_size = -(-batch_size // mesh.size) * mesh.size
   run = functools.partial(_encode, encoder, mesh, tokens, batch_size)
   mine = range(jax.process_index(), len(ranges), jax.process_count())

@@ -145,7 +145,7 @@ def _import_gpt(
   bundle.save_gpt(out, gpt)
   return (
     f"transformer, {config.layers} layers of width {config.dim}, {config.condition}"
-    f" conditions, {image_size}x{image_size} pictures, guidance"
+    f" conditions, {image_size}x{image_size} images, guidance"
     f" {sampling.guidance_scale:g}, top-k {sampling.top_k}"
   )
 

@@ -1,4 +1,4 @@
-"""`llamagen prepare-captions`: pictures with captions, from anywhere, to shards."""
+"""`llamagen prepare-captions`: images with captions, from anywhere, to shards."""
 
 import argparse
 import collections
@@ -15,10 +15,15 @@ from array_record.python import array_record_module
 import tqdm
 
 from llamagen_jax.data import shards
-from llamagen_jax.data.caption_files import CaptionFiles, Keys, RawSample, open_files
+from llamagen_jax.data.caption_files import (
+  CaptionFiles,
+  FieldNames,
+  RawSample,
+  open_files,
+)
 from llamagen_jax.data.captions import KIND, WRITER_OPTIONS, Caption
-from llamagen_jax.data.images import BadPicture, decode
-from llamagen_jax.data.sources import Sample
+from llamagen_jax.data.images import BadImage, decode
+from llamagen_jax.data.sources import ImageRecord
 from llamagen_jax.data.workers import end_with_parent
 from llamagen_jax.errors import UserError
 
@@ -33,11 +38,11 @@ def main(argv: Sequence[str]) -> None:
     " folder:PATH; * and ? stand for several files",
   )
   add("--out", required=True, help="folder of caption shards to write")
-  add("--pictures", default="", help="folder that paths of jsonl and coco start in")
+  add("--images", default="", help="folder that paths of jsonl and coco start in")
   add("--caption-key", default="", help="field of the caption, where there are several")
   add("--short-key", default="", help="field of a short caption; none if not given")
-  add("--picture-key", default="", help="parquet: column of the picture's bytes")
-  add("--min-side", type=int, default=256, help="smaller pictures are left out")
+  add("--image-key", default="", help="parquet: column of the image's bytes")
+  add("--min-side", type=int, default=256, help="smaller images are left out")
   add("--shards", type=int, default=64, help="files to write of jsonl, coco, folder")
   add("--workers", type=int, default=os.cpu_count() or 1, help="processes")
   add("--hosts", type=int, default=1, help="machines that share the work")
@@ -48,8 +53,8 @@ def main(argv: Sequence[str]) -> None:
   manifest = prepare(
     args.source,
     args.out,
-    keys=Keys(args.caption_key, args.short_key, args.picture_key),
-    pictures=args.pictures,
+    keys=FieldNames(args.caption_key, args.short_key, args.image_key),
+    images=args.images,
     min_side=args.min_side,
     shard_count=args.shards,
     workers=args.workers,
@@ -60,15 +65,15 @@ def main(argv: Sequence[str]) -> None:
     print(f"this host's shards are in {args.out}; other hosts have not finished")
     return
   rejected = "".join(f"; {n} {reason}" for reason, n in manifest["rejected"].items())
-  print(f"{manifest['records']} pictures with captions in {args.out}{rejected}")
+  print(f"{manifest['records']} images with captions in {args.out}{rejected}")
 
 
 def prepare(
   source: str,
   out: str | pathlib.Path,
   *,
-  keys: Keys,
-  pictures: str,
+  keys: FieldNames,
+  images: str,
   min_side: int,
   shard_count: int,
   workers: int,
@@ -80,16 +85,16 @@ def prepare(
   Shard i holds what piece i of the source holds, so the result does not depend on
   the number of processes and hosts, and finished shards are not done again.
   """
-  files = open_files(source, keys, pictures, shard_count)
+  files = open_files(source, keys, images, shard_count)
   plan = {
     "kind": KIND,
     "source": source,
-    "pictures": pictures,
+    "images": images,
     "min_side": min_side,
     **dataclasses.asdict(keys),
     "pieces": files.pieces,
   }
-  folder = shards.ShardFolder(out, plan, files.pieces)
+  folder = shards.ShardWriter(out, plan, files.pieces)
   mine = [i for i in range(host, files.pieces, hosts) if not folder.is_done(i)]
   work = functools.partial(_write_shard, folder, files, min_side)
   with tqdm.tqdm(total=len(mine), desc="captions", unit="shard") as bar:
@@ -121,9 +126,9 @@ def _parallel(work, indices: list[int], workers: int) -> Iterator[Any]:
 
 
 def _write_shard(
-  folder: shards.ShardFolder, files: CaptionFiles, min_side: int, index: int
+  folder: shards.ShardWriter, files: CaptionFiles, min_side: int, index: int
 ) -> None:
-  names = {kind: folder.file_name(kind, index) for kind in ("text", "pictures")}
+  names = {kind: folder.file_name(kind, index) for kind in ("text", "images")}
   writers = {
     kind: array_record_module.ArrayRecordWriter(str(folder.part(n)), WRITER_OPTIONS)
     for kind, n in names.items()
@@ -139,7 +144,7 @@ def _write_shard(
       continue
     caption = Caption(sample.key, sample.caption, sample.short, sample.source)
     writers["text"].write(caption.pack())
-    writers["pictures"].write(sample.picture)
+    writers["images"].write(sample.image)
     records += 1
   for writer in writers.values():
     writer.close()
@@ -156,9 +161,9 @@ def _problem(sample: RawSample, min_side: int) -> str:
   if not sample.caption.strip():
     return "empty captions"
   try:
-    decode(Sample(sample.key, sample.picture), min_side)
-  except BadPicture as problem:
+    decode(ImageRecord(sample.key, sample.image), min_side)
+  except BadImage as problem:
     detail = str(problem).removeprefix(f"{sample.key}: ")
     small = detail.endswith(f"smaller than {min_side}")
-    return f"{'small' if small else 'broken'} pictures: {detail}"
+    return f"{'small' if small else 'broken'} images: {detail}"
   return ""

@@ -1,6 +1,6 @@
 """`llamagen quickstart`: the whole pipeline on real handwritten digits, on a laptop.
 
-Digits -> VQ tokenizer -> codes -> class-conditional transformer -> pictures, judged
+Digits -> VQ tokenizer -> codes -> class-conditional transformer -> images, judged
 by a classifier that was fitted on real digits only. Every step is one of the other
 verbs with a config from `configs/`; a rerun continues where the last one stopped.
 """
@@ -21,7 +21,7 @@ from PIL import Image
 
 from llamagen_jax.commands.classifier import classify, fit_classifier
 from llamagen_jax.commands.extract_codes import Encoder, extract
-from llamagen_jax.data.images import CenterPicture, CropSet, decode
+from llamagen_jax.data.images import CenterImage, CropSet, decode
 from llamagen_jax.data.loader import epoch_batches
 from llamagen_jax.data.sources import open_source
 from llamagen_jax.errors import UserError
@@ -29,7 +29,7 @@ from llamagen_jax.evaluation.reconstruction import reconstruct
 from llamagen_jax.evaluation.statistics import frechet_distance
 from llamagen_jax.images import grid, save_png
 from llamagen_jax.parallel.mesh import make_mesh
-from llamagen_jax.sampling.draw import sample
+from llamagen_jax.sampling.sample import sample
 from llamagen_jax.training import train_gpt as gpt_train
 from llamagen_jax.training import train_tokenizer as tokenizer_train
 from llamagen_jax.weights import bundle
@@ -72,7 +72,7 @@ def run(workdir: pathlib.Path, size: Size, text: bool = False) -> dict[str, floa
   """Runs what is not done yet and returns the measurements of `metrics.json`."""
   started = time.perf_counter()
   _claim(workdir, size, text)
-  with _step("digits", "real digits as pictures in folders"):
+  with _step("digits", "real digits as images in folders"):
     write_digits(workdir / "digits", size.digits)
   if text:
     return _run_text(workdir, size, started)
@@ -81,7 +81,7 @@ def run(workdir: pathlib.Path, size: Size, text: bool = False) -> dict[str, floa
         "source": f"folder:{workdir}/digits/train",
         "eval_source": f"folder:{workdir}/digits/val",
     })  # fmt: skip
-  with _step("codes", "pictures to codes"):
+  with _step("codes", "images to codes"):
     for split in ("train", "val"):
       _extract(workdir, split, size)
   with _step("gpt", "train the transformer on the codes"):
@@ -136,7 +136,7 @@ def judge(workdir: pathlib.Path, size: Size) -> dict[str, float]:
   tokenizer = bundle.load_tokenizer(workdir / "tokenizer" / "bundle")
   mesh = make_mesh()
   test = open_source(f"folder:{workdir}/digits/test")
-  center = CenterPicture(SIDE, SIDE)
+  center = CenterImage(SIDE, SIDE)
   batches = epoch_batches(test, center, 50 * mesh.size, mesh, shuffle=True)
   kept = reconstruct(tokenizer.config, tokenizer.params, batches, shown=20)
   pairs = np.concatenate([kept.originals, kept.reconstructions])

@@ -21,12 +21,12 @@ from llamagen_jax.commands.classifier import classify, fit_classifier
 from llamagen_jax.commands.extract_codes import Encoder, extract
 from llamagen_jax.commands.extract_text import extract_text
 from llamagen_jax.commands.prepare_captions import prepare
-from llamagen_jax.data.caption_files import Keys
+from llamagen_jax.data.caption_files import FieldNames
 from llamagen_jax.data.images import CropSet
 from llamagen_jax.data.sources import open_source
 from llamagen_jax.images import grid, save_npz, save_png
 from llamagen_jax.parallel.mesh import unbox
-from llamagen_jax.sampling.draw import sample
+from llamagen_jax.sampling.sample import sample
 from llamagen_jax.text.t5 import T5Config, init_t5
 from llamagen_jax.text.tokens import SENTENCEPIECE
 from llamagen_jax.training import train_gpt as gpt_train
@@ -49,7 +49,7 @@ PAIRS = [(a, b) for a in range(len(NAMES)) for b in range(len(NAMES)) if a != b]
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 PHRASINGS = (
   "a {colour} {digit} on a {ground} background",
-  "a {ground} picture with a {colour} {digit}",
+  "a {ground} image with a {colour} {digit}",
   "the number {digit} in {colour} on {ground}",
   "{colour} {digit} on {ground} paper",
   "on a {ground} ground there is a {colour} {digit}",
@@ -62,13 +62,13 @@ TOKENS = 12
 LOUDNESS = 16
 HOLD_OUT = 5  # one triple in this many never occurs in training
 SHOWN = 20  # prompts of either kind in the grid
-COPIES = 6  # coloured pictures of every digit
+COPIES = 6  # coloured images of every digit
 CLASSIFIER_EPOCHS = 6
 
 
 @dataclasses.dataclass(frozen=True)
 class Triple:
-  """What a picture shows, and the caption that says so."""
+  """What an image shows, and the caption that says so."""
 
   digit: int
   pair: int  # index into PAIRS: colour of the digit, colour of the ground
@@ -104,7 +104,7 @@ def paint(grey: np.ndarray, pair: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def read_colours(images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Pictures [B, H, W, 3] -> colour of the digit, colour of the ground, grey digits.
+  """Images [B, H, W, 3] -> colour of the digit, colour of the ground, grey digits.
 
   The ground is what most pixels of the border are nearest to; the digit's colour is
   the one that, blended with the ground, explains the pixels best. The blend is the
@@ -128,7 +128,7 @@ def read_colours(images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
   return colour, ground, np.rint(grey * 255).astype(np.uint8)
 
 
-def write_pictures(folder: pathlib.Path, digits: pathlib.Path) -> None:
+def write_images(folder: pathlib.Path, digits: pathlib.Path) -> None:
   """NAME.png and NAME.txt of painted training and validation digits."""
   if folder.exists():
     return
@@ -180,8 +180,8 @@ def run(workdir: pathlib.Path, config: str, samples: int, step, train) -> dict:
   `step` and `train` are the quickstart's own; `config` is "fast" or "".
   """
   coloured = workdir / "coloured"
-  with step("pictures", "coloured digits on coloured grounds, with captions"):
-    write_pictures(coloured, workdir / "digits")
+  with step("images", "coloured digits on coloured grounds, with captions"):
+    write_images(coloured, workdir / "digits")
   with step("tokenizer", "train the VQ tokenizer"):
     arg = ",".join(filter(None, ("coloured", config)))
     train(tokenizer_train, "vq_digits", arg, workdir / "tokenizer", {
@@ -205,7 +205,7 @@ def run(workdir: pathlib.Path, config: str, samples: int, step, train) -> dict:
 def _extract(workdir: pathlib.Path, split: str) -> None:
   captions = workdir / "captions" / split
   prepare(
-    f"folder:{workdir}/coloured/{split}", captions, keys=Keys(), pictures="",
+    f"folder:{workdir}/coloured/{split}", captions, keys=FieldNames(), images="",
     min_side=SIDE, shard_count=4, workers=1,
   )  # fmt: skip
   codes = workdir / "codes" / split
@@ -275,7 +275,7 @@ def _agreement(reader, images, asked: list[Triple]) -> dict[str, float]:
 
 
 def _write_grid(path, asked: list[Triple], plain, guided, scale: float) -> None:
-  """Per prompt the picture without guidance and, next to it, the one with it."""
+  """Per prompt the image without guidance and, next to it, the one with it."""
   seen = [i for i, t in enumerate(asked) if not t.unseen][:SHOWN]
   unseen = [i for i, t in enumerate(asked) if t.unseen][:SHOWN]
   rows = [*seen, *unseen]
@@ -286,7 +286,7 @@ def _write_grid(path, asked: list[Triple], plain, guided, scale: float) -> None:
 
 
 def print_table(m: dict[str, float], workdir: pathlib.Path, seconds: float) -> None:
-  print(f"\n{m['samples']:.0f} drawn pictures       guidance 1   {m['guidance']:g}")
+  print(f"\n{m['samples']:.0f} drawn images       guidance 1   {m['guidance']:g}")
   for key, name in (
     ("digit", "digit right"),
     ("colours", "both colours right"),

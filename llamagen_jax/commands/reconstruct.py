@@ -1,7 +1,7 @@
 """`llamagen reconstruct`: encodes and decodes a source, and measures what is kept.
 
 Writes reconstructions.npz and originals.npz (`arr_0`, uint8, in the source's order), a
-grid of pictures and metrics.json; with --protocol also rFID, in scores.json.
+grid of images and metrics.json; with --protocol also rFID, in scores.json.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from jax.experimental import multihost_utils
 import numpy as np
 import tqdm
 
-from llamagen_jax.data.images import CenterPicture
+from llamagen_jax.data.images import CenterImage
 from llamagen_jax.data.loader import epoch_batches
 from llamagen_jax.data.sources import open_source
 from llamagen_jax.errors import UserError
-from llamagen_jax.evaluation import score, sources
+from llamagen_jax.evaluation import image_sets, score
 from llamagen_jax.evaluation.protocols import PROTOCOLS
 from llamagen_jax.evaluation.reconstruction import Reconstruction, reconstruct
 from llamagen_jax.images import (
@@ -41,7 +41,7 @@ SETS = ("originals", "reconstructions")
 
 def main(argv: Sequence[str]) -> None:
   args = _parse(argv)
-  hosts.connect(args)
+  hosts.initialize_distributed(args)
   mesh = make_mesh()
   tokenizer = bundle.load_tokenizer(args.tokenizer, mesh)
   source, side, config = open_source(args.source), args.image_size, tokenizer.config
@@ -54,14 +54,14 @@ def main(argv: Sequence[str]) -> None:
   lpips_params = None
   if args.lpips:
     lpips_params = jax.device_put(load_lpips(args.lpips), replicated(mesh))
-  transform = CenterPicture(side, args.min_side)
+  transform = CenterImage(side, args.min_side)
   batches = epoch_batches(source, transform, args.batch_size * mesh.size, mesh)
   out, main_host = pathlib.Path(args.out), jax.process_index() == 0
   if main_host:
     out.mkdir(parents=True, exist_ok=True)
   spools = [_Spool(out / f".{name}.part", _written_side(args)) for name in SETS]
   with tqdm.tqdm(
-    total=len(source), desc="reconstruct", unit="picture", dynamic_ncols=True,
+    total=len(source), desc="reconstruct", unit="image", dynamic_ncols=True,
     disable=not main_host,
   ) as bar:  # fmt: skip
 
@@ -76,8 +76,8 @@ def main(argv: Sequence[str]) -> None:
     )
   report = {
     **found.metrics,
-    "pictures": found.pictures,
-    "skipped": len(source) - found.pictures,
+    "images": found.images,
+    "skipped": len(source) - found.images,
     "image_size": side,
     "source": args.source,
     "tokenizer": tokenizer.identity,
@@ -85,13 +85,13 @@ def main(argv: Sequence[str]) -> None:
   }
   if main_host:
     for name, spool in zip(SETS, spools, strict=True):
-      save_npz(out / f"{name}.npz", spool.parts(), found.pictures, None)
+      save_npz(out / f"{name}.npz", spool.parts(), found.images, None)
       spool.close()
     _write(out, found, report)
   multihost_utils.sync_global_devices("reconstructed")
   if evaluate is not None:
     made, originals = (
-      sources.open_source("--out", out / f"{name}.npz") for name in reversed(SETS)
+      image_sets.open_source("--out", out / f"{name}.npz") for name in reversed(SETS)
     )
     result = evaluate(made, originals)
     if result is not None:
@@ -103,13 +103,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   parser = argparse.ArgumentParser("llamagen reconstruct", description=__doc__)
   add = parser.add_argument
   add("--tokenizer", required=True, help="bundle of the tokenizer")
-  add("--source", required=True, help="pictures: folder:, jsonl:, arrayrecord:, tfds:")
+  add("--source", required=True, help="images: folder:, jsonl:, arrayrecord:, tfds:")
   add("--out", required=True, help="folder to write")
   add("--image-size", type=int, required=True, help="side of the centre crop")
-  add("--batch-size", type=int, default=16, help="pictures a step on every chip")
+  add("--batch-size", type=int, default=16, help="images a step on every chip")
   add("--lpips", default="", help="LPIPS's and VGG16's weights, to measure LPIPS too")
-  add("--shown", type=int, default=8, help="pictures in the grid")
-  add("--min-side", type=int, default=16, help="smaller pictures are bad ones")
+  add("--shown", type=int, default=8, help="images in the grid")
+  add("--min-side", type=int, default=16, help="smaller images are bad ones")
   score.add_flags(parser, required=False)
   hosts.add_flags(parser)
   args = parser.parse_args(argv)
@@ -119,7 +119,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _written_side(args: argparse.Namespace) -> int:
-  """Larger pictures than the protocol's are resized to it, as the original's are."""
+  """Larger images than the protocol's are resized to it, as the original's are."""
   side = PROTOCOLS[args.protocol].side if args.protocol else None
   return min(args.image_size, side or args.image_size)
 
@@ -134,14 +134,14 @@ def _evaluator(args: argparse.Namespace, count: int) -> score.Evaluator:
     )
   if protocol.samples not in (None, count) and not args.mismatched:
     raise UserError(
-      f"not {args.protocol}: --source={args.source} has {count} pictures, expected"
+      f"not {args.protocol}: --source={args.source} has {count} images, expected"
       f" {protocol.samples} (--mismatched evaluates anyway)"
     )
   return score.Evaluator(args)
 
 
 class _Spool:
-  """Pictures that wait on disk until their number is known."""
+  """Images that wait on disk until their number is known."""
 
   def __init__(self, path: pathlib.Path, side: int):
     self._path, self._side = path, side
@@ -181,6 +181,6 @@ def _write(out: pathlib.Path, found: Reconstruction, report: dict) -> None:
     part.rename(out / name)
   shown = "  ".join(f"{name} {value:.4g}" for name, value in found.metrics.items())
   print(
-    f"{found.pictures} pictures, {report['skipped']} skipped: {shown}\n"
+    f"{found.images} images, {report['skipped']} skipped: {shown}\n"
     f"{out}/reconstructions.npz  {out}/originals.npz  {out}/reconstructions.png"
   )

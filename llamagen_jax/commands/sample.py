@@ -1,4 +1,4 @@
-"""`llamagen sample`: classes or prompts in, pictures out."""
+"""`llamagen sample`: classes or prompts in, images out."""
 
 import argparse
 from collections.abc import Sequence
@@ -22,21 +22,28 @@ from llamagen_jax.images import grid, save_npz, save_png
 from llamagen_jax.parallel import hosts
 from llamagen_jax.parallel.mesh import make_mesh
 from llamagen_jax.sampling import fid_batch
-from llamagen_jax.sampling.draw import Job, Labels, Seconds, check_pair, draw, slots
 from llamagen_jax.sampling.prompts import Prompts, read_prompts, write_captions
+from llamagen_jax.sampling.sample import (
+  Labels,
+  SamplingJob,
+  Timings,
+  check_pair,
+  draw,
+  num_data_shards,
+)
 from llamagen_jax.weights import bundle
 from llamagen_jax.weights.t5 import load_t5
 
 BATCH_SIZE = 16
-EVALUATED_SIDE = 256  # published scores are of pictures of this side
+EVALUATED_SIDE = 256  # published scores are of images of this side
 LEAST_THREADS = 8  # so that up to 8 fake devices draw what one does
-LABELLED_SIDE = 64  # smaller pictures are too narrow for a name
+LABELLED_SIDE = 64  # smaller images are too narrow for a name
 
 
 def main(argv: Sequence[str]) -> None:
   args = _parse(argv)
   steady_reductions()
-  hosts.connect(args)
+  hosts.initialize_distributed(args)
   out = epath.Path(args.out)
   mesh = make_mesh(tensor=args.tensor)
   dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -51,8 +58,8 @@ def main(argv: Sequence[str]) -> None:
   if args.fid_batch:
     side = min(drawn_side, EVALUATED_SIDE)
   else:
-    batch_size = min(batch_size, math.ceil(len(conditions) / slots(mesh)))
-  job = Job(
+    batch_size = min(batch_size, math.ceil(len(conditions) / num_data_shards(mesh)))
+  job = SamplingJob(
     conditions,
     dataclasses.replace(gpt.sampling, **sampling_flags.given(args)),
     args.seed,
@@ -71,19 +78,19 @@ def main(argv: Sequence[str]) -> None:
       print(f"{out} is finished already")
       return
   else:
-    seconds = Seconds()
+    seconds = Timings()
     drawn = dict(draw(gpt, tokenizer, job, range(job.batches), seconds))
     images = np.concatenate([drawn[batch] for batch in range(job.batches)])
     _write(out, images, job, args.count, settings)
   if jax.process_index() == 0:
-    print(f"{len(job.conditions)} pictures in {out}, {seconds}")
+    print(f"{len(job.conditions)} images in {out}, {seconds}")
 
 
 def steady_reductions() -> None:
   """Makes sums on CPU independent of the number of threads, so of fake devices.
 
   XLA's library for reductions splits them by threads, which shows in the last bits
-  of a picture. The flag must be set before JAX starts. A version that does not know
+  of an image. The flag must be set before JAX starts. A version that does not know
   it would not start; nor would libtpu, so it is left alone where there is a TPU.
 
   XLA takes a thread a device or, if more, NPROC; how it cuts a loop for them decides
@@ -109,13 +116,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
       " the column after a colon")  # fmt: skip
   add("--negative-prompt", default="", help="what guidance leads away from")
   add("--t5", help="folder of the T5 that the transformer was trained with")
-  add("--count", type=_positive, default=1, help="pictures a class or prompt")
-  add("--fid-batch", type=_positive, help="this many pictures of classes of all kinds")
+  add("--count", type=_positive, default=1, help="images a class or prompt")
+  add("--fid-batch", type=_positive, help="this many images of classes of all kinds")
   add("--labels", choices=fid_batch.LABELS, default="uniform", help="of --fid-batch")
-  add("--png-folder", help="--fid-batch also writes its pictures here")
-  add("--image-size", type=_positive, help="side of the pictures written; default: as"
+  add("--png-folder", help="--fid-batch also writes its images here")
+  add("--image-size", type=_positive, help="side of the images written; default: as"
       f" drawn, and at most {EVALUATED_SIDE} for --fid-batch")  # fmt: skip
-  add("--batch-size", type=_positive, default=BATCH_SIZE, help="pictures at a time on"
+  add("--batch-size", type=_positive, default=BATCH_SIZE, help="images at a time on"
       f" every device (default {BATCH_SIZE})")  # fmt: skip
   add("--tensor", type=_positive, default=1, help="devices that share one model")
   add("--dtype", choices=("float32", "bfloat16"), help="of the transformer's"
@@ -163,7 +170,7 @@ def _prompts(args: argparse.Namespace, gpt: bundle.Transformer, dtype: str) -> P
 
 
 def _labels(args: argparse.Namespace, gpt: bundle.Transformer) -> Labels:
-  """Labels int32, one a picture."""
+  """Labels int32, one an image."""
   classes = gpt.config.num_classes
   if gpt.config.condition != "class":
     raise UserError(f"--gpt={args.gpt} draws texts: give --prompts and --t5")
@@ -184,10 +191,10 @@ def _settings(
   args: argparse.Namespace,
   gpt: bundle.Transformer,
   tokenizer: bundle.Tokenizer,
-  job: Job,
+  job: SamplingJob,
   drawn_side: int,
 ) -> dict[str, Any]:
-  """All that decides the pictures, for the JSON file next to an npz."""
+  """All that decides the images, for the JSON file next to an npz."""
   return {
     "count": len(job.conditions),
     "image_size": job.image_size,
@@ -205,7 +212,9 @@ def _settings(
   }
 
 
-def _write(out: epath.Path, images: np.ndarray, job: Job, count: int, settings) -> None:
+def _write(
+  out: epath.Path, images: np.ndarray, job: SamplingJob, count: int, settings
+) -> None:
   names = [job.conditions.name(row) for row in range(len(images))]
   prompts = getattr(job.conditions, "prompts", None)
   if not out.suffix:

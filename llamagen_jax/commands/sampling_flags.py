@@ -8,7 +8,7 @@ from llamagen_jax.gpt.sampling_config import SCHEDULES, SamplingConfig
 
 HELP = {
   "guidance_scale": "strength of classifier-free guidance; 1 = off",
-  "guidance_schedule": f"its course over a picture: {', '.join(SCHEDULES)}",
+  "guidance_schedule": f"its course over an image: {', '.join(SCHEDULES)}",
   "guidance_power": "of the power-cosine schedule",
   "guidance_stop": "no guidance after this decode step; -1 = never stop",
   "temperature": "logits are divided by it",

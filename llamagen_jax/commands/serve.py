@@ -1,4 +1,4 @@
-"""`llamagen serve`: pictures over HTTP, by the API of OpenAI, and a web demo."""
+"""`llamagen serve`: images over HTTP, by the API of OpenAI, and a web demo."""
 
 import argparse
 import asyncio
@@ -25,9 +25,9 @@ try:
 
   from llamagen_jax.serving.api import make_app
   from llamagen_jax.serving.engine import CHUNK, Engine
+  from llamagen_jax.serving.image_model import ImageModel
   from llamagen_jax.serving.service import Limits, Service
   from llamagen_jax.serving.store import Store
-  from llamagen_jax.serving.studio import Studio
   from llamagen_jax.serving.worker import Worker
 except ImportError as error:
   raise UserError(
@@ -46,10 +46,10 @@ class Options:
   tokenizer: str
   t5: str = ""  # folder of the text encoder, for a transformer of captions
   name: str = ""  # of the model; "" = that of the folder
-  slots: int = 16  # pictures drawn at once with guidance, twice as many without
+  slots: int = 16  # images drawn at once with guidance, twice as many without
   chunk: int = CHUNK  # codes between two moments at which requests join and leave
-  queue: int = 0  # pictures that may wait; 0 = as many as there are slots
-  pictures: int = 10  # of one request
+  queue: int = 0  # images that may wait; 0 = as many as there are slots
+  images: int = 10  # of one request
   seconds: float = 300.0  # until a request is given up
   body_bytes: int = 1_000_000
   tensor: int = 1  # devices that share one model
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
 
       mount_demo(app, service, key)
     where = f"http://{args.host}:{listening.getsockname()[1]}"
-    print(f"{service.studio.name} at {where}/v1/images/generations", flush=True)
+    print(f"{service.image_model.name} at {where}/v1/images/generations", flush=True)
     if args.demo:
       print(f"demo at {where}{PATH}", flush=True)
     _run(app, service, listening)
@@ -83,11 +83,11 @@ def make_service(options: Options) -> Service:
   gpt = bundle.load_gpt(o.gpt, mesh, dtype)
   gpt = dataclasses.replace(gpt, params=decoding_params(gpt.config, gpt.params))
   encoder = load_t5(o.t5, dtype=dtype) if o.t5 else None
-  studio = Studio(
+  image_model = ImageModel(
     o.name or _name(o.gpt), gpt, bundle.load_tokenizer(o.tokenizer), encoder
   )
-  worker = Worker(Engine(gpt, o.slots, o.chunk), studio.render, o.queue or o.slots)
-  return Service(studio, worker, Limits(o.pictures, o.seconds, o.body_bytes))
+  worker = Worker(Engine(gpt, o.slots, o.chunk), image_model.render, o.queue or o.slots)
+  return Service(image_model, worker, Limits(o.images, o.seconds, o.body_bytes))
 
 
 def _name(folder: str) -> str:
@@ -109,14 +109,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   add("--name", default="", help="of the model; default: its folder's")
   add("--host", default=LOOPBACK[0], help="address to listen at (default %(default)s)")
   add("--port", type=int, default=8000, help="0 = any (default %(default)s)")
-  add("--slots", type=int, default=default.slots, help="pictures drawn at once, with"
+  add("--slots", type=int, default=default.slots, help="images drawn at once, with"
       " guidance; twice as many without (default %(default)s)")  # fmt: skip
   add("--chunk", type=int, default=default.chunk, help="codes between two moments at"
       " which requests join and leave (default %(default)s)")  # fmt: skip
-  add("--queue", type=int, default=default.queue, help="pictures that may wait; more"
+  add("--queue", type=int, default=default.queue, help="images that may wait; more"
       " are answered with 429 (default: as many as there are slots, so that nobody"
       " waits for long)")  # fmt: skip
-  add("--pictures", type=int, default=default.pictures, help="most of one request"
+  add("--images", type=int, default=default.images, help="most of one request"
       " (default %(default)s)")  # fmt: skip
   add("--seconds", type=float, default=default.seconds, help="after which a request is"
       " given up (default %(default)s)")  # fmt: skip
@@ -125,12 +125,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   add("--tensor", type=int, default=1, help="devices that share one model")
   add("--dtype", default="", choices=("float32", "bfloat16"), help="of the"
       " transformer's activations; default: float32 on CPU, else bfloat16")  # fmt: skip
-  add("--store", type=pathlib.Path, help="folder of pictures that get a URL")
+  add("--store", type=pathlib.Path, help="folder of images that get a URL")
   add("--demo", action=argparse.BooleanOptionalAction, help="serve the web page at"
       " /demo; default: if gradio is there")  # fmt: skip
   args = parser.parse_args(argv)
   _complete(args)
-  for name in ("slots", "chunk", "pictures", "body_bytes", "tensor"):
+  for name in ("slots", "chunk", "images", "body_bytes", "tensor"):
     if getattr(args, name) < 1:
       flag = name.replace("_", "-")
       raise UserError(f"--{flag}={getattr(args, name)}: expected 1 or more")

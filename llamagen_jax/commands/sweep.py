@@ -15,12 +15,12 @@ from llamagen_jax.commands import sample as sampling
 from llamagen_jax.commands import sampling_flags
 from llamagen_jax.errors import UserError
 from llamagen_jax.evaluation import score
+from llamagen_jax.evaluation.image_sets import open_image_set
 from llamagen_jax.evaluation.protocols import (
   PROTOCOLS,
   count_problems,
   reference_problems,
 )
-from llamagen_jax.evaluation.sources import open_source
 from llamagen_jax.weights.published import PUBLISHED
 
 SETTINGS = {
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
   if not count:
     raise UserError(f"--protocol={args.protocol} has no number of samples: --count")
   folder, evaluate, results = epath.Path(args.out), None, {}
-  reference = open_source("--reference", args.reference)
+  reference = open_image_set("--reference", args.reference)
   protocol = PROTOCOLS[args.protocol]
   found = count_problems(protocol, count) + reference_problems(protocol, reference)
   if found and not args.mismatched:
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     samples = folder / f"{args.sweep.partition('=')[0]}-{value}.npz"
     sampling.main(_sampling_argv(args, setting, value, count, samples))
     evaluate = evaluate or score.Evaluator(args)
-    result = evaluate(open_source("--sweep", samples), reference)
+    result = evaluate(open_image_set("--sweep", samples), reference)
     if result is None:
       continue
     score.write(result, samples.with_suffix(".scores.json"))

@@ -1,4 +1,4 @@
-"""Files that pictures with captions come in, read piece by piece.
+"""Files that images with captions come in, read piece by piece.
 
 A piece is what one process reads from front to back: a tar, a parquet file, or a
 stretch of a list. What cannot be read is a sample with a `problem`.
@@ -19,17 +19,17 @@ from llamagen_jax.errors import UserError
 
 # Where a caption is looked for if no key is given; the names that are in use.
 CAPTION_KEYS = ("caption", "text", "TEXT", "top_caption", "prompt")
-PICTURE_KEYS = ("jpg", "jpeg", "png", "webp", "image", "picture")
+IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "image", "picture")
 KINDS = "webdataset:, parquet:, jsonl:, coco: or folder:"
 
 
 @dataclasses.dataclass(frozen=True)
-class Keys:
+class FieldNames:
   """Names of fields; empty = the usual ones."""
 
   caption_key: str = ""
   short_key: str = ""
-  picture_key: str = ""
+  image_key: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class RawSample:
 
   key: str
   source: str
-  picture: bytes = b""
+  image: bytes = b""
   caption: str = ""
   short: str = ""
   problem: str = ""
@@ -52,7 +52,7 @@ class CaptionFiles(Protocol):
   def read(self, piece: int) -> Iterator[RawSample]: ...
 
 
-def open_files(spec: str, keys: Keys, pictures: str, pieces: int) -> CaptionFiles:
+def open_files(spec: str, keys: FieldNames, images: str, pieces: int) -> CaptionFiles:
   """Opens `kind:place`; `pieces` is for the kinds that have none of their own."""
   kind, _, place = spec.partition(":")
   if kind == "webdataset":
@@ -60,9 +60,9 @@ def open_files(spec: str, keys: Keys, pictures: str, pieces: int) -> CaptionFile
   if kind == "parquet":
     return Parquets(_expand(spec, place), keys)
   if kind == "jsonl":
-    return JsonLines.open(_expand(spec, place), keys, pictures, pieces)
+    return JsonLines.open(_expand(spec, place), keys, images, pieces)
   if kind == "coco":
-    return Coco.open(_expand(spec, place), pictures, pieces)
+    return Coco.open(_expand(spec, place), images, pieces)
   if kind == "folder":
     return PairedFiles.open(place, pieces)
   raise UserError(f"--source={spec}: expected {KINDS}PATH")
@@ -73,7 +73,7 @@ class Tars:
   """img2dataset's webdataset: KEY.jpg, KEY.txt and KEY.json next to each other."""
 
   files: tuple[str, ...]
-  keys: Keys
+  keys: FieldNames
 
   @property
   def pieces(self) -> int:
@@ -94,9 +94,9 @@ class Tars:
       yield RawSample(name, name, problem=f"broken files: {error}")
 
   def _sample(self, key: str, name: str, parts: dict[str, bytes]) -> RawSample:
-    picture = next((parts[s] for s in SUFFIXES if s in parts), None)
-    if picture is None:
-      return RawSample(key, name, problem="missing pictures")
+    image = next((parts[s] for s in SUFFIXES if s in parts), None)
+    if image is None:
+      return RawSample(key, name, problem="missing images")
     try:
       fields = json.loads(parts.get(".json", b"{}"))
       text = parts[".txt"].decode() if ".txt" in parts else None
@@ -104,15 +104,15 @@ class Tars:
       return RawSample(key, name, problem=f"broken texts: {error}")
     if text is None or self.keys.caption_key:
       text = _caption(fields, self.keys.caption_key)
-    return RawSample(key, name, picture, text, _text(fields, self.keys.short_key))
+    return RawSample(key, name, image, text, _text(fields, self.keys.short_key))
 
 
 @dataclasses.dataclass(frozen=True)
 class Parquets:
-  """Rows with the bytes of a picture, as they are or as `datasets` stores them."""
+  """Rows with the bytes of an image, as they are or as `datasets` stores them."""
 
   files: tuple[str, ...]
-  keys: Keys
+  keys: FieldNames
 
   @property
   def pieces(self) -> int:
@@ -127,31 +127,31 @@ class Parquets:
     name = os.path.basename(path)
     try:
       file = parquet.ParquetFile(path)
-      column = self._picture_column(path, file.schema_arrow.names)
+      column = self._image_column(path, file.schema_arrow.names)
       for batch in file.iter_batches(batch_size=64):
         for row in batch.to_pylist():
           yield self._sample(row, column, f"{name}:{next(row_number)}", name)
     except (ArrowException, OSError) as error:
       yield RawSample(name, name, problem=f"broken files: {error}")
 
-  def _picture_column(self, path: str, columns: list[str]) -> str:
-    wanted = (self.keys.picture_key,) if self.keys.picture_key else PICTURE_KEYS
+  def _image_column(self, path: str, columns: list[str]) -> str:
+    wanted = (self.keys.image_key,) if self.keys.image_key else IMAGE_KEYS
     found = [name for name in wanted if name in columns]
     if not found:
       raise UserError(
-        f"{path}: no column {' or '.join(wanted)} of pictures; its columns are"
-        f" {', '.join(columns)}; give --picture-key"
+        f"{path}: no column {' or '.join(wanted)} of images; its columns are"
+        f" {', '.join(columns)}; give --image-key"
       )
     return found[0]
 
   def _sample(self, row: dict, column: str, place: str, name: str) -> RawSample:
-    key, picture = str(row.get("key") or place), row[column]
-    if isinstance(picture, dict):
-      picture = picture.get("bytes")
-    if not isinstance(picture, bytes) or not picture:
-      return RawSample(key, name, problem="missing pictures")
+    key, image = str(row.get("key") or place), row[column]
+    if isinstance(image, dict):
+      image = image.get("bytes")
+    if not isinstance(image, bytes) or not image:
+      return RawSample(key, name, problem="missing images")
     caption = _caption(row, self.keys.caption_key)
-    return RawSample(key, name, picture, caption, _text(row, self.keys.short_key))
+    return RawSample(key, name, image, caption, _text(row, self.keys.short_key))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,11 +159,11 @@ class JsonLines:
   """The original's lists: {"image_path": .., "text": {"name": ..}} a line."""
 
   stretches: tuple[tuple[str, int, int, int], ...]  # file, first byte, line, lines
-  keys: Keys
-  pictures: str
+  keys: FieldNames
+  images: str
 
   @classmethod
-  def open(cls, files, keys: Keys, pictures: str, pieces: int) -> "JsonLines":
+  def open(cls, files, keys: FieldNames, images: str, pieces: int) -> "JsonLines":
     lines = []
     for path in files:
       with open(path, "rb") as file:
@@ -178,7 +178,7 @@ class JsonLines:
             file.readline()
     if not stretches:
       raise UserError(f"{files[0]}: empty")
-    return cls(tuple(stretches), keys, pictures)
+    return cls(tuple(stretches), keys, images)
 
   @property
   def pieces(self) -> int:
@@ -187,7 +187,7 @@ class JsonLines:
   def read(self, piece: int) -> Iterator[RawSample]:
     path, offset, first, count = self.stretches[piece]
     name = os.path.basename(path)
-    root = self.pictures or os.path.dirname(path)
+    root = self.images or os.path.dirname(path)
     with open(path, "rb") as file:
       file.seek(offset)
       for number in range(first, first + count):
@@ -206,7 +206,7 @@ class JsonLines:
       caption = _text(texts, next(iter(texts)))
     else:
       caption = _caption(texts, self.keys.caption_key)
-    return _with_picture(
+    return _with_image(
       RawSample(key, name, b"", caption, _text(texts, self.keys.short_key)),
       os.path.join(root, place),
     )
@@ -222,11 +222,9 @@ class Coco:
   pieces: int
 
   @classmethod
-  def open(cls, files, pictures: str, pieces: int) -> "Coco":
-    if len(files) > 1 or not pictures:
-      raise UserError(
-        "coco: one annotation file, and --pictures=FOLDER of its pictures"
-      )
+  def open(cls, files, images: str, pieces: int) -> "Coco":
+    if len(files) > 1 or not images:
+      raise UserError("coco: one annotation file, and --images=FOLDER of its images")
     try:
       fields = json.loads(pathlib.Path(files[0]).read_text())
       names = {image["id"]: image["file_name"] for image in fields["images"]}
@@ -237,12 +235,12 @@ class Coco:
     except (ValueError, KeyError, TypeError) as error:
       raise UserError(f"{files[0]}: not COCO's captions ({error!r})") from error
     pieces = min(pieces, max(1, len(samples)))
-    return cls(os.path.basename(files[0]), pictures, samples, pieces)
+    return cls(os.path.basename(files[0]), images, samples, pieces)
 
   def read(self, piece: int) -> Iterator[RawSample]:
     for key, file, caption in _stretch(self.samples, piece, self.pieces):
       raw = RawSample(key, self.name, caption=caption)
-      yield _with_picture(raw, os.path.join(self.root, file))
+      yield _with_image(raw, os.path.join(self.root, file))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +262,7 @@ class PairedFiles:
       if name.lower().endswith(SUFFIXES)
     )
     if not found:
-      raise UserError(f"--source=folder:{root}: no pictures ({', '.join(SUFFIXES)})")
+      raise UserError(f"--source=folder:{root}: no images ({', '.join(SUFFIXES)})")
     return cls(root, tuple(found), min(pieces, len(found)))
 
   def read(self, piece: int) -> Iterator[RawSample]:
@@ -276,7 +274,7 @@ class PairedFiles:
       except (OSError, ValueError) as error:
         yield RawSample(key, file, problem=f"missing captions: {error}")
         continue
-      yield _with_picture(RawSample(key, file, caption=caption), str(path))
+      yield _with_image(RawSample(key, file, caption=caption), str(path))
 
 
 def _expand(spec: str, place: str) -> tuple[str, ...]:
@@ -316,8 +314,8 @@ def _stretch(samples: tuple, piece: int, pieces: int) -> tuple:
   return samples[start:stop]
 
 
-def _with_picture(sample: RawSample, path: str) -> RawSample:
+def _with_image(sample: RawSample, path: str) -> RawSample:
   try:
-    return dataclasses.replace(sample, picture=pathlib.Path(path).read_bytes())
+    return dataclasses.replace(sample, image=pathlib.Path(path).read_bytes())
   except OSError as error:
-    return dataclasses.replace(sample, problem=f"missing pictures: {error}")
+    return dataclasses.replace(sample, problem=f"missing images: {error}")

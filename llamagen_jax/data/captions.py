@@ -1,11 +1,11 @@
-"""Caption shards: pictures with their captions.
+"""Caption shards: images with their captions.
 
-A sample is a key, the bytes of a picture file, a caption, a short caption or "",
+A sample is a key, the bytes of an image file, a caption, a short caption or "",
 and where it came from. A folder holds, for every shard, two ArrayRecord files with
-the same samples in the same order, so that captions can be read without pictures:
+the same samples in the same order, so that captions can be read without images:
 
   text-*      JSON {"key", "caption", "short", "source"}, UTF-8
-  pictures-*  the file of the picture as it was found: JPEG, PNG, WebP ..
+  images-*  the file of the image as it was found: JPEG, PNG, WebP ..
 
 `rejected-*.txt` lists what could not be used and why. The manifest counts all.
 """
@@ -20,17 +20,17 @@ import grain
 from llamagen_jax.data import shards
 
 KIND = "captions"
-# Training reads at random, and pictures cannot be compressed any further.
+# Training reads at random, and images cannot be compressed any further.
 WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
-  """A sample without its picture."""
+  """A sample without its image."""
 
   key: str
   caption: str
-  short: str = ""  # a shorter caption of the same picture, if there is one
+  short: str = ""  # a shorter caption of the same image, if there is one
   source: str = ""  # where the sample came from
 
   def pack(self) -> bytes:

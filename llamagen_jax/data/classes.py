@@ -31,7 +31,7 @@ def imagenet_names() -> tuple[str, ...]:
 
 
 def shown_name(class_names: Sequence[str], label: int) -> str:
-  """What to write next to a picture; folders named by WordNet ids are translated.
+  """What to write next to an image; folders named by WordNet ids are translated.
 
   Nothing next to one that has no label.
   """

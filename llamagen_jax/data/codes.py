@@ -1,7 +1,7 @@
-"""Code shards: pictures as the tokenizer's codes, packed for training.
+"""Code shards: images as the tokenizer's codes, packed for training.
 
 A folder holds ArrayRecord files and one `manifest.json`. A record is one
-picture: label int32, key length uint16, key (UTF-8), codes uint16
+image: label int32, key length uint16, key (UTF-8), codes uint16
 [crops, grid * grid], all little-endian. The manifest is written last, so a
 folder without one is not finished.
 """
@@ -29,7 +29,7 @@ WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 @dataclasses.dataclass(frozen=True)
-class CodePlan:
+class CodeShardSpec:
   """What every record of a folder has in common, fixed before the first one."""
 
   tokenizer: str  # content hash of the tokenizer's bundle
@@ -54,7 +54,7 @@ class CodePlan:
 
 @dataclasses.dataclass(frozen=True)
 class CodeRecord:
-  """One picture's codes, integers [crops, tokens]."""
+  """One image's codes, integers [crops, tokens]."""
 
   key: str
   label: int
@@ -81,7 +81,7 @@ class CodeWriter:
   shards of their own once the plan is there.
   """
 
-  def __init__(self, folder: str | pathlib.Path, plan: CodePlan):
+  def __init__(self, folder: str | pathlib.Path, plan: CodeShardSpec):
     self.folder, self.plan = pathlib.Path(folder), plan
     self.folder.mkdir(parents=True, exist_ok=True)
     wanted = _as_json(dataclasses.asdict(plan))

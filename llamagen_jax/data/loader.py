@@ -101,7 +101,7 @@ class Stream:
       epochs = -(-seen // len(self.source))
       if bad > self.max_bad_share * epochs * len(self.source):
         raise UserError(
-          f"{bad} bad pictures among {seen} read (the log names them): more than"
+          f"{bad} bad images among {seen} read (the log names them): more than"
           f" data.max_bad_share={self.max_bad_share} of the {len(self.source)} in"
           " the source"
         )

@@ -19,7 +19,7 @@ MANIFEST = "manifest.json"
 PLAN = "plan.json"
 
 
-class ShardFolder:
+class ShardWriter:
   """A folder that is being written; every shard by one process at a time."""
 
   def __init__(self, folder: str | pathlib.Path, plan: Mapping[str, Any], shards: int):

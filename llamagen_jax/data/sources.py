@@ -1,4 +1,4 @@
-"""Sources of pictures: folders, lists of files, ArrayRecord, caption shards, TFDS.
+"""Sources of images: folders, lists of files, ArrayRecord, caption shards, TFDS.
 
 A source is a random-access sequence of samples, read by Grain's workers.
 """
@@ -26,22 +26,22 @@ NO_LABEL = -1
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
-  """An encoded picture as it lies in its source."""
+class ImageRecord:
+  """An encoded image as it lies in its source."""
 
   key: str  # names the sample in logs and in code shards
-  picture: bytes
+  image: bytes
   label: int = NO_LABEL
 
 
 class Source(Protocol):
-  """What Grain reads; `class_names` is empty for unlabelled pictures."""
+  """What Grain reads; `class_names` is empty for unlabelled images."""
 
   class_names: tuple[str, ...]
 
   def __len__(self) -> int: ...
 
-  def __getitem__(self, index: int) -> Sample: ...
+  def __getitem__(self, index: int) -> ImageRecord: ...
 
 
 def open_source(spec: str) -> Source:
@@ -50,7 +50,7 @@ def open_source(spec: str) -> Source:
     "folder": FolderSource,
     "jsonl": JsonlSource,
     "arrayrecord": ArrayRecordSource,
-    "captions": PictureSource,
+    "captions": CaptionImageSource,
     "tfds": TfdsSource,
   }
   kind, _, place = spec.partition(":")
@@ -63,9 +63,9 @@ def open_source(spec: str) -> Source:
 
 
 class FolderSource:
-  """A folder of folders of pictures; a class is a folder, in sorted order.
+  """A folder of folders of images; a class is a folder, in sorted order.
 
-  A folder that holds pictures itself is a source without labels.
+  A folder that holds images itself is a source without labels.
   """
 
   def __init__(self, root: str):
@@ -77,34 +77,34 @@ class FolderSource:
     self._files: list[tuple[str, int]] = [
       (f"{folder}/{name}", label)
       for label, folder in enumerate(folders)
-      for name in _pictures_in(os.path.join(root, folder))
+      for name in _images_in(os.path.join(root, folder))
     ]
     if not folders:
-      self._files = [(name, NO_LABEL) for name in _pictures_in(root)]
+      self._files = [(name, NO_LABEL) for name in _images_in(root)]
     if not self._files:
       raise UserError(
-        f"data source folder:{root}: no pictures ({', '.join(SUFFIXES)}) in it or"
+        f"data source folder:{root}: no images ({', '.join(SUFFIXES)}) in it or"
         " in its folders"
       )
 
   def __len__(self) -> int:
     return len(self._files)
 
-  def __getitem__(self, index: int) -> Sample:
+  def __getitem__(self, index: int) -> ImageRecord:
     key, label = self._files[index]
-    return Sample(key, read_picture(pathlib.Path(self.root, key)), label)
+    return ImageRecord(key, read_image(pathlib.Path(self.root, key)), label)
 
 
-def read_picture(path: pathlib.Path) -> bytes:
-  """A picture's file; nothing where it cannot be read, which `decode` reports."""
+def read_image(path: pathlib.Path) -> bytes:
+  """An image's file; nothing where it cannot be read, which `decode` reports."""
   try:
     return path.read_bytes()
   except OSError as error:
-    logging.warning("picture %s: %s", path, error.strerror)
+    logging.warning("image %s: %s", path, error.strerror)
     return b""
 
 
-def _pictures_in(folder: str) -> list[str]:
+def _images_in(folder: str) -> list[str]:
   return sorted(
     entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(SUFFIXES)
   )
@@ -117,7 +117,7 @@ class JsonlSource:
   """Lines of JSON with `image_path`, and `label` (an integer) where there are any.
 
   Paths are relative to the file. Only the offsets of the lines are kept in memory,
-  so a list of fifty million pictures opens as well.
+  so a list of fifty million images opens as well.
   """
 
   class_names: tuple[str, ...] = ()
@@ -133,7 +133,7 @@ class JsonlSource:
   def __len__(self) -> int:
     return len(self._offsets) - 1
 
-  def __getitem__(self, index: int) -> Sample:
+  def __getitem__(self, index: int) -> ImageRecord:
     if not 0 <= index < len(self):
       raise IndexError(index)
     start, stop = (int(x) for x in self._offsets[index : index + 2])
@@ -150,7 +150,7 @@ class JsonlSource:
         f"{self._path}: line at byte {start}: expected an object with image_path and"
         f" perhaps label, found {line[:80]!r} ({error})"
       ) from error
-    return Sample(name, read_picture(self._path.parent / name), label)
+    return ImageRecord(name, read_image(self._path.parent / name), label)
 
 
 def _line_offsets(path: pathlib.Path) -> np.ndarray:
@@ -165,7 +165,7 @@ def _line_offsets(path: pathlib.Path) -> np.ndarray:
 
 
 class ArrayRecordSource:
-  """ArrayRecord files of `pack_picture`'s records; `*` stands for several files."""
+  """ArrayRecord files of `pack_image`'s records; `*` stands for several files."""
 
   class_names: tuple[str, ...] = ()
 
@@ -184,28 +184,28 @@ class ArrayRecordSource:
   def __len__(self) -> int:
     return self._length
 
-  def __getitem__(self, index: int) -> Sample:
+  def __getitem__(self, index: int) -> ImageRecord:
     if not 0 <= index < len(self):
       raise IndexError(index)
     try:
-      return unpack_picture(self._records[index])
+      return unpack_image(self._records[index])
     except (struct.error, UnicodeDecodeError) as error:
       raise UserError(
-        f"data source arrayrecord:{self._place}: record {index} is no picture: expected"
-        " int32 label, uint16 length of the key, key, picture file"
+        f"data source arrayrecord:{self._place}: record {index} is no image: expected"
+        " int32 label, uint16 length of the key, key, image file"
       ) from error
 
 
-def pack_picture(sample: Sample) -> bytes:
-  """Label int32, length of the key uint16, key (UTF-8), picture file; little-endian."""
+def pack_image(sample: ImageRecord) -> bytes:
+  """Label int32, length of the key uint16, key (UTF-8), image file; little-endian."""
   key = sample.key.encode()
-  return HEADER.pack(sample.label, len(key)) + key + sample.picture
+  return HEADER.pack(sample.label, len(key)) + key + sample.image
 
 
-def unpack_picture(record: bytes) -> Sample:
+def unpack_image(record: bytes) -> ImageRecord:
   label, length = HEADER.unpack_from(record)
   end = HEADER.size + length
-  return Sample(record[HEADER.size : end].decode(), record[end:], label)
+  return ImageRecord(record[HEADER.size : end].decode(), record[end:], label)
 
 
 class TfdsSource:
@@ -258,32 +258,32 @@ class TfdsSource:
   def __len__(self) -> int:
     return len(self._records)
 
-  def __getitem__(self, index: int) -> Sample:
+  def __getitem__(self, index: int) -> ImageRecord:
     if not 0 <= index < len(self):
       raise IndexError(index)
     record = self._records[index]
     name = record.get("file_name", f"{self._split}/{index}")
     key = name.decode() if isinstance(name, bytes) else str(name)
-    return Sample(key, bytes(record["image"]), int(record.get("label", NO_LABEL)))
+    return ImageRecord(key, bytes(record["image"]), int(record.get("label", NO_LABEL)))
 
 
 def _first_line(error: Exception) -> str:
   return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-class PictureSource:
-  """The pictures of the same folder, in the same order; a `Source`."""
+class CaptionImageSource:
+  """The images of the same folder, in the same order; a `Source`."""
 
   class_names: tuple[str, ...] = ()
 
   def __init__(self, folder: str | pathlib.Path):
     self._captions = CaptionSource(folder)
     self._records = grain.sources.ArrayRecordDataSource(
-      shards.paths(self._captions.folder, self._captions.manifest, "pictures")
+      shards.paths(self._captions.folder, self._captions.manifest, "images")
     )
 
   def __len__(self) -> int:
     return len(self._captions)
 
-  def __getitem__(self, index: int) -> Sample:
-    return Sample(self._captions[index].key, self._records[index])
+  def __getitem__(self, index: int) -> ImageRecord:
+    return ImageRecord(self._captions[index].key, self._records[index])

@@ -1,4 +1,4 @@
-"""CLIP score of a set of pictures: the mean similarity to the prompts of them.
+"""CLIP score of a set of images: the mean similarity to the prompts of them.
 
 Cosine similarity of CLIP's embeddings (arXiv 2104.08718, section 3), here without the
 factor 2.5 and without the cut at 0 that CLIPScore adds.
@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from llamagen_jax.errors import UserError
-from llamagen_jax.evaluation.features import PictureValues
-from llamagen_jax.evaluation.sources import READERS, Source
+from llamagen_jax.evaluation.cached_features import CachedImageMap
+from llamagen_jax.evaluation.image_sets import READERS, Source
 from llamagen_jax.text.clip_tokens import ClipTokens
 from llamagen_jax.vision.clip import similarity
 from llamagen_jax.weights import bundle
@@ -26,7 +26,7 @@ CAPTIONS = "captions.txt"
 class ClipScorer:
   """A CLIP on all devices."""
 
-  def __init__(self, folder: str, values: PictureValues):
+  def __init__(self, folder: str, values: CachedImageMap):
     self._config, params = load_clip(folder)
     self._tokens = ClipTokens.load(pathlib.Path(folder))
     if self._tokens.size > self._config.vocab_size:
@@ -38,7 +38,7 @@ class ClipScorer:
     self.identity = bundle.fingerprint(self._params)
 
   def __call__(self, source: Source, prompts: Sequence[str], prefix: str) -> np.ndarray:
-    """Cosine similarity of every picture and its prompt [N] on host 0.
+    """Cosine similarity of every image and its prompt [N] on host 0.
 
     Other hosts get an empty array.
     """
@@ -63,7 +63,7 @@ class ClipScorer:
 def fit(image: np.ndarray, side: int) -> np.ndarray:
   """uint8 [H, W, 3] -> [side, side, 3]: shorter side resized, bicubic, then centred.
 
-  PIL's bicubic resizing, with antialiasing, as CLIP's pictures were prepared.
+  PIL's bicubic resizing, with antialiasing, as CLIP's images were prepared.
   """
   height, width = image.shape[:2]
   scale = side / min(height, width)
@@ -74,20 +74,20 @@ def fit(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def read_prompts(file: str | None, source: Source) -> list[str]:
-  """One a line and a picture, in the order of the pictures' names or of the npz.
+  """One a line and an image, in the order of the images' names or of the npz.
 
   Args:
-    file: default is captions.txt in the folder of the pictures.
+    file: default is captions.txt in the folder of the images.
 
   Raises:
-    UserError: no such file, or not as many lines as pictures.
+    UserError: no such file, or not as many lines as images.
   """
   path = pathlib.Path(file) if file else pathlib.Path(source.path) / CAPTIONS
   if not path.is_file():
     raise UserError(
-      f"CLIP score needs the pictures' prompts: no file {path}; --prompts names it"
+      f"CLIP score needs the images' prompts: no file {path}; --prompts names it"
     )
   prompts = path.read_text("utf-8").removesuffix("\n").split("\n")
   if len(prompts) != source.count:
-    raise UserError(f"{path}: {len(prompts)} prompts for {source.count} pictures")
+    raise UserError(f"{path}: {len(prompts)} prompts for {source.count} images")
   return prompts

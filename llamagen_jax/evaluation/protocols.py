@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from llamagen_jax.errors import UserError
-from llamagen_jax.evaluation.sources import Source
+from llamagen_jax.evaluation.image_sets import Source
 from llamagen_jax.gpt.config import PRESETS
 from llamagen_jax.tokenizer.config import TokenizerConfig
 from llamagen_jax.weights.published import PUBLISHED
@@ -17,13 +17,13 @@ class Protocol:
   """What a score of this name is made of."""
 
   about: str
-  samples: int | None = None  # pictures that are scored
+  samples: int | None = None  # images that are scored
   side: int | None = None  # of samples and references
-  reference_pictures: int | None = None  # in the reference
+  reference_images: int | None = None  # in the reference
   reference_statistics: bool | None = None  # it brings its own mean and covariance
   same_order: bool = False  # sample i is made of reference i
   fid_name: str = "FID"  # among the published scores
-  crop_reference: bool = False  # its pictures are centre-cropped to `side`
+  crop_reference: bool = False  # its images are centre-cropped to `side`
   prefix: str = ""  # of every prompt, for the CLIP score
   metrics: tuple[str, ...] = ("FID", "sFID", "IS", "precision", "recall")
 
@@ -34,15 +34,15 @@ PROTOCOLS = {
     50_000, 256, 10_000, True,
   ),
   "rfid-imagenet256": Protocol(
-    "reconstructions of ImageNet's 50 000 validation pictures against themselves",
+    "reconstructions of ImageNet's 50 000 validation images against themselves",
     50_000, 256, 50_000, None, True, "rFID", ("FID", "sFID", "IS"),
   ),
   "rfid-coco": Protocol(
-    "reconstructions of the 5 000 pictures of COCO val2017 against themselves",
+    "reconstructions of the 5 000 images of COCO val2017 against themselves",
     5_000, 256, 5_000, None, True, "rFID", ("FID", "sFID", "IS"),
   ),
   "t2i-coco30k": Protocol(
-    "30 000 pictures of captions of COCO against all of val2014, cropped to 256x256,"
+    "30 000 images of captions of COCO against all of val2014, cropped to 256x256,"
     " and CLIP score with CLIPScore's prefix",
     30_000, 256, 40_504, crop_reference=True, prefix="A photo depicts ",
     metrics=("FID", "CLIP score"),
@@ -55,13 +55,13 @@ PROTOCOLS = {
 GFID = ("gfid-adm-imagenet256",)
 # What OpenAI's evaluator says of admnet_guided_upsampled_imagenet256.npz, by the same
 # protocol: a check of the whole evaluation.
-CHECKS = {
+KNOWN_RESULTS = {
   "ADM-G+U": {
     "FID": 3.9426, "IS": 215.837, "sFID": 6.1404, "precision": 0.8265, "recall": 0.5309,
   }
 }  # fmt: skip
 SHAPE = ("channel_multipliers", "width", "codebook_size", "codebook_dim")
-# rFID by tokenizer and side of its pictures; those above 256 are scored at 256.
+# rFID by tokenizer and side of its images; those above 256 are scored at 256.
 RFID = {
   "rfid-imagenet256": {
     ("vq_ds16_c2i", 256): 2.19, ("vq_ds16_c2i", 384): 0.94, ("vq_ds16_c2i", 512): 0.70,
@@ -101,9 +101,9 @@ def count_problems(protocol: Protocol, count: int) -> list[str]:
 
 def reference_problems(protocol: Protocol, reference: Source) -> list[str]:
   found = _size_problems(protocol, "reference", reference)
-  wanted = protocol.reference_pictures
+  wanted = protocol.reference_images
   if wanted and reference.count != wanted:
-    text = f"the reference has {reference.count} pictures, expected {wanted}"
+    text = f"the reference has {reference.count} images, expected {wanted}"
     if protocol.reference_statistics and reference.count == 50_000:
       text += ": it looks like the validation set, which is for rFID"
     elif protocol.same_order and reference.count == 10_000 and reference.statistics:
@@ -121,7 +121,7 @@ def _size_problems(protocol: Protocol, name: str, source: Source) -> list[str]:
   wanted = (protocol.side, protocol.side)
   if protocol.side is None or source.size in (None, wanted):
     return []
-  return [f"pictures of the {name} are {source.size}, expected {wanted}"]
+  return [f"images of the {name} are {source.size}, expected {wanted}"]
 
 
 def _ordered(labels: np.ndarray | None) -> bool:
@@ -177,7 +177,7 @@ def published_scores(name: str, model: str | None) -> dict[str, float]:
   """What is published for a model by a protocol; nothing for no model.
 
   Args:
-    model: of `PUBLISHED`; a tokenizer may have the side of its pictures, @384.
+    model: of `PUBLISHED`; a tokenizer may have the side of its images, @384.
 
   Raises:
     UserError: for a model that has no score by this protocol.
@@ -188,13 +188,13 @@ def published_scores(name: str, model: str | None) -> dict[str, float]:
   known = {}
   if name in RFID:
     known = {"rFID": RFID[name].get((checkpoint, int(size or 256)))}
-  elif name in GFID and model in CHECKS:
-    known = CHECKS[model]
+  elif name in GFID and model in KNOWN_RESULTS:
+    known = KNOWN_RESULTS[model]
   elif checkpoint in PUBLISHED and not size:
     known = PUBLISHED[checkpoint].scores
   if not known or None in known.values() or "rFID" in known and name not in RFID:
     with_scores = [m for m, known in PUBLISHED.items() if "FID" in known.scores]
-    with_scores += CHECKS
+    with_scores += KNOWN_RESULTS
     if name in RFID:
       with_scores = [f"{m}@{side}" for m, side in RFID[name]]
     raise UserError(

@@ -1,4 +1,4 @@
-"""How well a tokenizer keeps pictures, and how much of its codebook it uses."""
+"""How well a tokenizer keeps images, and how much of its codebook it uses."""
 
 from collections.abc import Callable, Iterable
 import dataclasses
@@ -25,16 +25,16 @@ DISTANCES = ("psnr", "ssim", "ssim_lg", "lpips")
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
-  """What `reconstruct` measured over a set of pictures."""
+  """What `reconstruct` measured over a set of images."""
 
-  psnr: float  # dB, mean over pictures, as the others
-  ssim: float  # of pictures in [0, 1]
+  psnr: float  # dB, mean over images, as the others
+  ssim: float  # of images in [0, 1]
   ssim_lg: float  # with the range 2 that LlamaGen's published SSIM assumes
   lpips: float | None  # where LPIPS's weights were given
   usage: float  # share of the codebook that the set uses
   perplexity: float  # of the codes' frequencies
-  pictures: int  # measured ones
-  originals: np.ndarray  # the first pictures, uint8
+  images: int  # measured ones
+  originals: np.ndarray  # the first images, uint8
   reconstructions: np.ndarray  # the same after encoding and decoding, uint8
 
   @property
@@ -46,16 +46,16 @@ class Reconstruction:
 
 
 def psnr(original: jax.Array, reconstruction: jax.Array) -> jax.Array:
-  """Peak signal-to-noise ratio in dB per picture, [B, H, W, 3] in [0, 1] -> [B]."""
+  """Peak signal-to-noise ratio in dB per image, [B, H, W, 3] in [0, 1] -> [B]."""
   mse_B = jnp.mean((original - reconstruction) ** 2, axis=(1, 2, 3))
   return -10 * jnp.log10(mse_B)
 
 
 def ssim(x_BHWC: jax.Array, y_BHWC: jax.Array, data_range: float) -> jax.Array:
-  """Structural similarity per picture -> [B].
+  """Structural similarity per image -> [B].
 
   Wang et al., Image Quality Assessment (2004), equation 13, with a uniform window of
-  7 pixels, sample variances, windows that lie inside the picture, and the mean over
+  7 pixels, sample variances, windows that lie inside the image, and the mean over
   channels: scikit-image's default, by which tokenizers are compared.
   """
   samples = SSIM_WINDOW**2
@@ -94,14 +94,14 @@ def reconstruct(
     shown: examples of the first batch that the result holds.
     lpips_params: of `tokenizer.lpips`; without them LPIPS is not measured.
     keep: is given the originals and the reconstructions of every batch, uint8,
-      without bad pictures.
+      without bad images.
 
   Works on all hosts at once; every host gets the same numbers.
   """
   step = _compiled(config)
   totals = dict.fromkeys((*DISTANCES, "weight"), 0.0)
   code_counts = np.zeros(config.codebook_size, np.int64)
-  originals = pictures = None
+  originals = reconstructions = None
   for batch in batches:
     found = step(params, lpips_params, batch)
     for name in totals:
@@ -109,13 +109,13 @@ def reconstruct(
     code_counts += np.asarray(found["code_counts"])
     if originals is None:
       originals = _gathered(batch["image"])[:shown]
-      pictures = _gathered(found["pictures"])[:shown]
+      reconstructions = _gathered(found["images"])[:shown]
     if keep is not None:
       good = _gathered(batch["weight"]) > 0
-      keep(_gathered(batch["image"])[good], _gathered(found["pictures"])[good])
+      keep(_gathered(batch["image"])[good], _gathered(found["images"])[good])
   weight = totals.pop("weight")
   if not weight:
-    raise UserError("no picture of the source could be used; the log says why")
+    raise UserError("no image of the source could be used; the log says why")
   means = {name: total / weight for name, total in totals.items()}
   if lpips_params is None:
     means["lpips"] = None
@@ -123,9 +123,9 @@ def reconstruct(
     **means,
     usage=np.count_nonzero(code_counts) / config.codebook_size,
     perplexity=perplexity(code_counts),
-    pictures=round(weight),
+    images=round(weight),
     originals=originals,
-    reconstructions=pictures,
+    reconstructions=reconstructions,
   )
 
 
@@ -140,9 +140,9 @@ def _compiled(config: TokenizerConfig) -> Callable[..., dict[str, jax.Array]]:
     images, weight_B = from_uint8(batch["image"]), batch["weight"]
     codes = model.encode(config, params, images)
     decoded = model.decode(config, params, codes)
-    pictures = to_uint8(decoded)
-    # The original measures rounded reconstructions against the float pictures.
-    x, y = (images + 1) / 2, pictures.astype(jnp.float32) / 255
+    rounded = to_uint8(decoded)
+    # The original measures rounded reconstructions against the float images.
+    x, y = (images + 1) / 2, rounded.astype(jnp.float32) / 255
     found = {
       "psnr": psnr(x, y),
       "ssim": ssim(x, y, 1.0),
@@ -158,6 +158,6 @@ def _compiled(config: TokenizerConfig) -> Callable[..., dict[str, jax.Array]]:
       weight_Bhw.ravel().astype(jnp.int32)
     )
     sums = {name: jnp.sum(value_B * weight_B) for name, value_B in found.items()}
-    return sums | {"code_counts": code_counts, "pictures": pictures}
+    return sums | {"code_counts": code_counts, "images": rounded}
 
   return step

@@ -1,4 +1,4 @@
-"""Two sets of pictures and a protocol -> a result: scores and all they depend on."""
+"""Two sets of images and a protocol -> a result: scores and all they depend on."""
 
 import argparse
 from collections.abc import Mapping
@@ -13,8 +13,9 @@ import numpy as np
 
 from llamagen_jax.errors import UserError
 from llamagen_jax.evaluation import statistics
+from llamagen_jax.evaluation.cached_features import CACHE, CachedImageMap, Extractor
 from llamagen_jax.evaluation.clip_score import ClipScorer, read_prompts
-from llamagen_jax.evaluation.features import CACHE, Extractor, PictureValues
+from llamagen_jax.evaluation.image_sets import Source
 from llamagen_jax.evaluation.protocols import (
   PROTOCOLS,
   Protocol,
@@ -23,12 +24,11 @@ from llamagen_jax.evaluation.protocols import (
   published_model,
   published_scores,
 )
-from llamagen_jax.evaluation.sources import Source
 from llamagen_jax.parallel.mesh import make_mesh
 from llamagen_jax.weights.inception import load_inception
 
-SPLIT = 5000  # pictures a split of the Inception Score
-MANIFOLD = 10_000  # reference pictures of precision and recall
+SPLIT = 5000  # images a split of the Inception Score
+MAX_REFERENCE = 10_000  # reference images of precision and recall
 
 
 def add_flags(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -42,11 +42,11 @@ def add_flags(parser: argparse.ArgumentParser, required: bool) -> None:
   add("--model", help="compare with this published checkpoint (import-weights --list);"
       " default: the one that the samples' settings fit")  # fmt: skip
   add("--mismatched", action="store_true", help="evaluate what the protocol refuses")
-  add("--inception-batch", type=int, default=32, help="pictures at a time on every"
+  add("--inception-batch", type=int, default=32, help="images at a time on every"
       " device (default 32)")  # fmt: skip
   add("--clip", help="folder of a CLIP, of transformers or open_clip, for the CLIP"
       " score")  # fmt: skip
-  add("--prompts", help="text file, a line for every picture (default: captions.txt"
+  add("--prompts", help="text file, a line for every image (default: captions.txt"
       " in the samples' folder)")  # fmt: skip
   add("--cache", default=CACHE, help=f"folder of features (default {CACHE})")
 
@@ -62,7 +62,7 @@ class Evaluator:
     self.name, self._model = args.protocol, args.model
     self._mismatched = args.mismatched
     params = load_inception(args.inception)
-    values = PictureValues(make_mesh(), args.inception_batch, args.cache)
+    values = CachedImageMap(make_mesh(), args.inception_batch, args.cache)
     self._extract = Extractor(params, values)
     needed = "CLIP score" in PROTOCOLS[self.name].metrics and not self._mismatched
     if needed and not args.clip:
@@ -73,7 +73,7 @@ class Evaluator:
   def check(self, samples: Source, reference: Source) -> list[str]:
     """The pair's problems, where --mismatched allows them."""
     if not samples.count:
-      raise UserError(f"{samples.path}: holds no pictures to evaluate")
+      raise UserError(f"{samples.path}: holds no images to evaluate")
     found = problems(PROTOCOLS[self.name], samples, reference)
     if found and not self._mismatched:
       raise UserError(
@@ -125,8 +125,8 @@ def _scores(
   for source, features in ((samples, ours), (reference, theirs)):
     if features and len(features["pool"]) > 1 and _constant(features["pool"]):
       raise UserError(
-        f"{source.path}: all {source.count} pictures have the same features: they are"
-        " one picture over and over, and no distribution to compare"
+        f"{source.path}: all {source.count} images have the same features: they are"
+        " one image over and over, and no distribution to compare"
       )
 
   def distance(kind: str, names: tuple[str, str]) -> float | None:
@@ -148,7 +148,7 @@ def _scores(
     logits = extract.logits(ours["pool"])
     scores["IS"] = statistics.inception_score(logits, SPLIT)
   if "precision" in protocol.metrics and theirs:
-    manifold = theirs["pool"][:MANIFOLD]
+    manifold = theirs["pool"][:MAX_REFERENCE]
     precision, recall = statistics.precision_recall(manifold, ours["pool"])
     scores |= {"precision": precision, "recall": recall}
   return {name: value for name, value in scores.items() if value is not None}
@@ -180,7 +180,7 @@ def table(result: dict[str, Any]) -> str:
   lines = [f"{'protocol':12}{result['protocol']}"]
   for name in ("samples", "reference"):
     entry = result[name]
-    lines.append(f"{name:12}{entry['count']} pictures, sha256 {entry['sha256']}")
+    lines.append(f"{name:12}{entry['count']} images, sha256 {entry['sha256']}")
   for text in result["mismatches"]:
     lines.append(f"{'MISMATCH':12}{text}")
   for text in result["differences"]:

@@ -1,4 +1,4 @@
-"""Distances between sets of pictures, from the features of a network."""
+"""Distances between sets of images, from the features of a network."""
 
 import dataclasses
 import functools
@@ -53,15 +53,15 @@ class Moments:
     if not np.isfinite(x).all():
       bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
       raise UserError(
-        f"features of {len(bad)} pictures are not finite, the first of them row"
-        f" {self.count + bad[0]}: the pictures or the network's weights are broken"
+        f"features of {len(bad)} images are not finite, the first of them row"
+        f" {self.count + bad[0]}: the images or the network's weights are broken"
       )
     mean = x.mean(axis=0)
     centred = x - mean
     self.merge(Moments(len(x), mean, centred.T @ centred))
 
   def merge(self, other: "Moments") -> None:
-    """Takes in the moments of other pictures: another shard's or host's."""
+    """Takes in the moments of other images: another shard's or host's."""
     if not other.count:
       return
     count = self.count + other.count
@@ -76,7 +76,7 @@ class Moments:
     """Unbiased, [C, C]."""
     if self.count < 2:
       raise UserError(
-        f"{self.count} pictures have no covariance: at least two are needed, and more"
+        f"{self.count} images have no covariance: at least two are needed, and more"
         f" than the {len(self.mean)} features for a result that means something"
       )
     return self.scatter / (self.count - 1)
@@ -136,7 +136,7 @@ def inception_score(logits_NK: np.ndarray, split: int) -> float:
 
   Args:
     logits_NK: logits, or logarithms of probabilities.
-    split: pictures a split; the last one may be shorter.
+    split: images a split; the last one may be shorter.
   """
   logits = np.asarray(logits_NK, np.float64)
   if not len(logits) or not np.isfinite(logits).all():
@@ -158,7 +158,7 @@ def precision_recall(
 ) -> tuple[float, float]:
   """Improved precision and recall (arXiv 1904.06991).
 
-  Precision is the share of samples that lie within a reference picture's distance to
+  Precision is the share of samples that lie within a reference image's distance to
   its k-th nearest neighbour; recall the share of references within a sample's.
   Distances are computed in blocks on the device: the whole matrix never exists.
 
@@ -174,7 +174,7 @@ def precision_recall(
   for name, x in sets.items():
     if len(x) <= neighbours:
       raise UserError(
-        f"{name}: {len(x)} pictures have no {neighbours} neighbours each: give more"
+        f"{name}: {len(x)} images have no {neighbours} neighbours each: give more"
       )
     if not np.isfinite(x).all():
       raise UserError(f"{name}: features are not finite")

@@ -113,30 +113,30 @@ def cached_forward(
   new_cache = list(cache)
 
   def attend(layer: int, q_BTKGH, k_BTKH, v_BTKH):
-    old = _pinned(cache[layer])
+    old = pin_layout(cache[layer])
     token = as_cache(k_BTKH, v_BTKH)
-    new = write(old, token, position)
-    new_cache[layer] = _pinned(new)
+    new = write_cache(old, token, position)
+    new_cache[layer] = pin_layout(new)
     if q_BTKGH.shape[1] > 1:
       return _attend(q_BTKGH, new, mask_BTS)
 
     def read_old():
       before_BTS = mask_BTS & (jnp.arange(mask_BTS.shape[-1]) != position)
       itself_111 = jnp.ones((1, 1, 1), bool)
-      return attend_one(q_BTKGH, [(old, before_BTS), (token, itself_111)])
+      return attend_single_token(q_BTKGH, [(old, before_BTS), (token, itself_111)])
 
     def read_new():
-      return attend_one(q_BTKGH, [(new, mask_BTS)])
+      return attend_single_token(q_BTKGH, [(new, mask_BTS)])
 
     # A TPU would fetch all of a cache to write to it, and take it back, were it read
     # after that; a CPU would copy it, were it read before.
     return jax.lax.platform_dependent(tpu=read_old, default=read_new)
 
   at_T = jnp.asarray(position) + jnp.arange(x_BTD.shape[1])
-  return forward(config, params, x_BTD, at_T, attend), tuple(new_cache)
+  return decode_forward(config, params, x_BTD, at_T, attend), tuple(new_cache)
 
 
-def forward(
+def decode_forward(
   config: GPTConfig,
   params: dict[str, Any],
   x_BTD: jax.Array,
@@ -146,7 +146,7 @@ def forward(
   """Runs embedded tokens [B, T, D] at `position`, [T] or [B, T].
 
   What a token attends to is the caller's: `attend(layer, q_BTKGH, k_BTKH, v_BTKH)`
-  gives the mixed values [B, T, K, G, H] of a layer.
+  gives the numerator values [B, T, K, G, H] of a layer.
 
   Returns:
     float32 logits [B, V] after the last of the tokens.
@@ -168,7 +168,7 @@ def forward(
   return jax.lax.optimization_barrier(logits_VB).T
 
 
-def _pinned(cache: LayerCache) -> LayerCache:
+def pin_layout(cache: LayerCache) -> LayerCache:
   """Keeps positions in a TPU's lanes, where a loop carries a cache.
 
   Left to itself the compiler puts the batch there, because that makes the writes
@@ -214,7 +214,9 @@ def as_cache(k_BTKH: jax.Array, v_BTKH: jax.Array) -> LayerCache:
   return LayerCache(k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 3, 1))
 
 
-def write(old: LayerCache, new: LayerCache, position: jax.Array | int) -> LayerCache:
+def write_cache(
+  old: LayerCache, new: LayerCache, position: jax.Array | int
+) -> LayerCache:
   """Writes from `position` on, in place where the caller lets go of `old`."""
 
   def put(old, new):
@@ -233,7 +235,7 @@ def _attend(q_BTKGH, cache: LayerCache, mask_BTS):
   return jnp.einsum("BKGTS,BKHS->BTKGH", weights, cache.values)
 
 
-def attend_one(
+def attend_single_token(
   q_B1KGH: jax.Array, parts: Sequence[tuple[LayerCache, jax.Array]]
 ) -> jax.Array:
   """Attention of one token over the parts of a cache, each with its mask [B, 1, S].
@@ -254,15 +256,15 @@ def attend_one(
   return mixed_BKGH[:, None].astype(q_B1KGH.dtype)
 
 
-class _Part(NamedTuple):
+class SoftmaxPartial(NamedTuple):
   """Attention over a part of the keys, before it is normalised."""
 
-  highest: jax.Array  # score, [B, K, 1]
-  total: jax.Array  # of exp(score - highest), [B, K, 1]
-  mixed: jax.Array  # values, weighted by the same, [B, K, H]
+  max: jax.Array  # score, [B, K, 1]
+  denominator: jax.Array  # of exp(score - max), [B, K, 1]
+  numerator: jax.Array  # values, weighted by the same, [B, K, H]
 
 
-def _attend_part(q_BKH, cache: LayerCache, mask_B1S) -> _Part:
+def _attend_part(q_BKH, cache: LayerCache, mask_B1S) -> SoftmaxPartial:
   f32 = {"preferred_element_type": jnp.float32}
   scores_BKS = jnp.einsum("BKH,BKHS->BKS", q_BKH, cache.keys, **f32)
   scores_BKS = jnp.where(mask_B1S, scores_BKS, jnp.finfo(jnp.float32).min)
@@ -271,17 +273,17 @@ def _attend_part(q_BKH, cache: LayerCache, mask_B1S) -> _Part:
   total_BK1 = jnp.sum(weights_BKS, axis=-1, keepdims=True)
   weights_BKS = weights_BKS.astype(cache.values.dtype)
   mixed_BKH = jnp.einsum("BKS,BKHS->BKH", weights_BKS, cache.values, **f32)
-  return _Part(highest_BK1, total_BK1, mixed_BKH)
+  return SoftmaxPartial(highest_BK1, total_BK1, mixed_BKH)
 
 
-def _merge(parts: Sequence[_Part]) -> jax.Array:
-  """Parts -> the mixed values [B, K, H] (arXiv 2205.14135, section 3.1)."""
+def _merge(parts: Sequence[SoftmaxPartial]) -> jax.Array:
+  """Parts -> the numerator values [B, K, H] (arXiv 2205.14135, section 3.1)."""
   if len(parts) == 1:
-    return parts[0].mixed / parts[0].total
-  highest_BK1 = functools.reduce(jnp.maximum, [part.highest for part in parts])
-  scales = [jnp.exp(part.highest - highest_BK1) for part in parts]
-  total_BK1 = sum(k * part.total for k, part in zip(scales, parts, strict=True))
-  mixed_BKH = sum(k * part.mixed for k, part in zip(scales, parts, strict=True))
+    return parts[0].numerator / parts[0].denominator
+  highest_BK1 = functools.reduce(jnp.maximum, [part.max for part in parts])
+  scales = [jnp.exp(part.max - highest_BK1) for part in parts]
+  total_BK1 = sum(k * part.denominator for k, part in zip(scales, parts, strict=True))
+  mixed_BKH = sum(k * part.numerator for k, part in zip(scales, parts, strict=True))
   return mixed_BKH / total_BK1
 
 

@@ -29,7 +29,7 @@ class GPTConfig:
   layers: int
   heads: int
   dim: int
-  grid: int  # codes along one side of the picture
+  grid: int  # codes along one side of the image
   kv_heads: int = 0  # 0 = one per query head
   vocab_size: int = 16384
   ffn_multiple: int = 256  # the hidden width is rounded up to this
@@ -74,7 +74,7 @@ class GPTConfig:
   def preset(
     cls, name: str, *, image_size: int, downsample: int = 16, **changes
   ) -> "GPTConfig":
-    """A published size for pictures of `image_size` pixels a side."""
+    """A published size for images of `image_size` pixels a side."""
     if name not in PRESETS:
       raise UserError(
         f"unknown GPT preset {name!r}: expected one of {', '.join(PRESETS)}"

@@ -10,7 +10,7 @@ from llamagen_jax.text.t5 import T5Config
 
 
 def products(config: GPTConfig) -> int:
-  """Multiply-adds of a picture's tokens with weights, in one forward pass.
+  """Multiply-adds of an image's tokens with weights, in one forward pass.
 
   The layers see every token, the head those that predict a code, and the two layers
   of the caption's embedding the caption.
@@ -30,14 +30,14 @@ def train_flops(config: GPTConfig, batch_size: int) -> float:
   return float(batch_size * (6 * products(c) + attention))
 
 
-def sampling_flops(config: GPTConfig, pictures: int, guidance: bool) -> float:
-  """Model FLOPs of drawing pictures: two a weight and token, and attention.
+def sampling_flops(config: GPTConfig, images: int, guidance: bool) -> float:
+  """Model FLOPs of drawing images: two a weight and token, and attention.
 
   A token attends to what came before it: half of the square.
   """
   c = config
   attention = 2 * c.layers * c.dim * c.length**2
-  return float(pictures * (2 if guidance else 1) * (2 * products(c) + attention))
+  return float(images * (2 if guidance else 1) * (2 * products(c) + attention))
 
 
 def t5_flops(config: T5Config, captions: int, tokens: int) -> float:

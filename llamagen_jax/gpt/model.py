@@ -27,7 +27,7 @@ REMAT_POLICIES = {
 
 
 class GPT(nn.Module):
-  """Decoder-only Llama over the codes of a picture (arXiv 2406.06525, sec. 2.2).
+  """Decoder-only Llama over the codes of an image (arXiv 2406.06525, sec. 2.2).
 
   Parameters are stacked over layers: params["layers"] leaves start with axis L.
   """

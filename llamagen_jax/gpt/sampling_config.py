@@ -11,8 +11,8 @@ from llamagen_jax.errors import UserError
 SCHEDULES = ("constant", "linear", "power-cosine")
 
 
-class Rows(NamedTuple):
-  """Sampling settings as arrays [B]: every picture of a batch has its own."""
+class BatchSampling(NamedTuple):
+  """Sampling settings as arrays [B]: every image of a batch has its own."""
 
   guidance_scale: jax.Array
   guidance_schedule: jax.Array  # index into SCHEDULES
@@ -24,7 +24,7 @@ class Rows(NamedTuple):
   greedy: jax.Array
 
 
-class Stages(NamedTuple):
+class ActiveFilters(NamedTuple):
   """The stages of sampling that some row of a batch needs; decides the program."""
 
   guidance: bool
@@ -35,7 +35,7 @@ class Stages(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-  """Settings of one picture; the order of the stages is that of the fields."""
+  """Settings of one image; the order of the stages is that of the fields."""
 
   guidance_scale: float = 1.0  # 1 = no guidance
   guidance_schedule: str = "constant"  # constant | linear | power-cosine
@@ -60,15 +60,15 @@ class SamplingConfig:
       f"one of {', '.join(SCHEDULES)}",
     )
 
-  def rows(self, batch: int) -> Rows:
-    """These settings for every picture of a batch, as host arrays."""
+  def rows(self, batch: int) -> BatchSampling:
+    """These settings for every image of a batch, as host arrays."""
     values = dataclasses.asdict(self)
     values["guidance_schedule"] = SCHEDULES.index(self.guidance_schedule)
-    return Rows(**{k: np.full(batch, v, DTYPES[k]) for k, v in values.items()})
+    return BatchSampling(**{k: np.full(batch, v, DTYPES[k]) for k, v in values.items()})
 
   @property
-  def stages(self) -> Stages:
-    return Stages(
+  def stages(self) -> ActiveFilters:
+    return ActiveFilters(
       guidance=self.guidance_scale > 1,
       top_k=self.top_k > 0,
       top_p=self.top_p < 1,

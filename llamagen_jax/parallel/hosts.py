@@ -36,7 +36,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(f"--{name}", type=kind, help=text)
 
 
-def connect(values: flags.FlagValues | argparse.Namespace) -> None:
+def initialize_distributed(values: flags.FlagValues | argparse.Namespace) -> None:
   """Joins the other hosts, once. To be called before anything asks for a device."""
   if jax.distributed.is_initialized():
     return
@@ -52,7 +52,7 @@ def connect(values: flags.FlagValues | argparse.Namespace) -> None:
       raise UserError(f"--coordinator, --hosts, --host: {error}") from error
   elif len(missing) < len(named):
     raise UserError(f"--coordinator, --hosts and --host go together: no --{missing[0]}")
-  elif on_tpu_vm() and not alone():
+  elif on_tpu_vm() and not is_single_host():
     jax.distributed.initialize()
   if jax.distributed.is_initialized():
     logging.info("host %d of %d", jax.process_index(), jax.process_count())
@@ -67,7 +67,7 @@ def on_tpu_vm() -> bool:
   return bool(accelerators or vfio) and on_google
 
 
-def alone() -> bool:
+def is_single_host() -> bool:
   """Whether a TPU's environment names no host but this one, as a notebook's does.
 
   There is no metadata server to ask there, and `TPU_SKIP_MDS_QUERY` says so.
@@ -94,7 +94,7 @@ class StopSignal:
     # JAX's preemption service has a handler of its own.
     self._alone = not jax.distributed.is_initialized()
 
-  def asked(self, step: int) -> bool:
+  def should_stop(self, step: int) -> bool:
     if self._alone:
       return self._caught
     return multihost_utils.reached_preemption_sync_point(step)

@@ -21,7 +21,7 @@ AXES = ("data", "fsdp", "tensor")
 
 # Logical axis -> mesh axes. An axis that is not listed is replicated.
 RULES = {
-  "batch": ("data", "fsdp"),  # pictures and sequences, never their positions
+  "batch": ("data", "fsdp"),  # images and sequences, never their positions
   "embed": ("fsdp",),  # D: weights are gathered layer by layer
   "kv_heads": ("tensor",),  # K: a head's query, key and value stay together
   "ffn": ("tensor",),  # F

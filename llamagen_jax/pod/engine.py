@@ -12,34 +12,34 @@ from llamagen_jax.gpt.flops import sampling_flops
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.parallel.mesh import batch_sharding, replicated
 from llamagen_jax.pod import topology
+from llamagen_jax.pod.report import CompileReport, analysed
 from llamagen_jax.pod.sampler import abstract_params, bytes_of, placed, read_bytes
-from llamagen_jax.pod.verdict import Verdict, analysed
-from llamagen_jax.sampling.slots import Plan, init_state, run_chunk
+from llamagen_jax.sampling.slots import ChunkInputs, init_state, run_chunk
 from llamagen_jax.serving.engine import state_sharding
 
 
 @dataclasses.dataclass(frozen=True)
-class EngineVerdict(Verdict):
-  """A chunk, with a guided picture in every slot."""
+class EngineVerdict(CompileReport):
+  """A chunk, with a guided image in every slot."""
 
   slots: int  # on all chips
   steps: int  # of the chunk
-  codes: int  # of a picture
+  codes: int  # of an image
   whole_bytes: float  # of the chunk, on one chip: weights and cache read once a step
   least_bytes: float  # the same, but of the cache only what is written: half of it
 
   @property
-  def pictures_per_second(self) -> float:
-    """On one chip, if the binding resource were used to the full."""
-    return self._pictures / self.least_seconds
+  def images_per_second(self) -> float:
+    """On one chip, if the bottleneck resource were used to the full."""
+    return self._images / self.least_seconds
 
   @property
   def bound(self) -> float:
-    """Pictures a second on one chip that read the least there is to read."""
-    return self._pictures / (self.least_bytes / self.chip.hbm_bandwidth)
+    """Images a second on one chip that read the least there is to read."""
+    return self._images / (self.least_bytes / self.chip.hbm_bandwidth)
 
   @property
-  def _pictures(self) -> float:
+  def _images(self) -> float:
     """Of one chip in a chunk."""
     return self.slots / self.chips * self.steps / self.codes
 
@@ -51,14 +51,14 @@ class EngineVerdict(Verdict):
       f"bytes read      {self.found.bytes / self.whole_bytes:.2f} x weights and cache"
       f" once a step, {self.found.bytes / self.least_bytes:.2f} x weights and the"
       " written half",
-      f"at best         {step:.2f} ms a step, {self.pictures_per_second:.2f}"
-      f" pictures/s a chip; {self.bound:.2f} by the roofline of the latter",
+      f"at best         {step:.2f} ms a step, {self.images_per_second:.2f}"
+      f" images/s a chip; {self.bound:.2f} by the roofline of the latter",
     ]
 
   def figures(self) -> dict[str, Any]:
     names = ("slots", "steps", "codes", "whole_bytes", "least_bytes", "bound")
     return super().figures() | {
-      "pictures_per_second": self.pictures_per_second,
+      "images_per_second": self.images_per_second,
       **{name: getattr(self, name) for name in names},
     }
 
@@ -101,8 +101,8 @@ def compile_engine(
   )  # fmt: skip
 
 
-def _plan(slots: int) -> Plan:
+def _plan(slots: int) -> ChunkInputs:
   rows = 2 * slots
   keys = jnp.zeros((rows, 2), jnp.uint32)
   settings = jax.tree.map(jnp.asarray, SamplingConfig().rows(rows))
-  return Plan(jnp.zeros(rows, jnp.int32), jnp.zeros(slots, bool), keys, settings)
+  return ChunkInputs(jnp.zeros(rows, jnp.int32), jnp.zeros(slots, bool), keys, settings)

@@ -1,4 +1,4 @@
-"""The sampler, compiled for a pod: prefill and every code of a batch of pictures."""
+"""The sampler, compiled for a pod: prefill and every code of a batch of images."""
 
 import dataclasses
 import functools
@@ -14,22 +14,22 @@ from llamagen_jax.gpt.model import init_gpt
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.parallel.mesh import batch_sharding, replicated, shardings, unbox
 from llamagen_jax.pod import topology
-from llamagen_jax.pod.verdict import Verdict, analysed
-from llamagen_jax.sampling.decode import generate_codes, segment_ends
+from llamagen_jax.pod.report import CompileReport, analysed
+from llamagen_jax.sampling.decode import cache_segment_ends, generate_codes
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplerVerdict(Verdict):
-  """All codes of a batch of pictures."""
+class SamplerVerdict(CompileReport):
+  """All codes of a batch of images."""
 
-  pictures: int  # on all chips
-  codes: int  # of one picture
+  images: int  # on all chips
+  codes: int  # of one image
   least_bytes: float  # of the run, on one chip: weights and cache read once a step
 
   @property
-  def pictures_per_second(self) -> float:
-    """On one chip, if the binding resource were used to the full."""
-    return self.pictures / self.chips / self.least_seconds
+  def images_per_second(self) -> float:
+    """On one chip, if the bottleneck resource were used to the full."""
+    return self.images / self.chips / self.least_seconds
 
   def lines(self) -> list[str]:
     step = 1e3 * self.least_seconds / self.codes
@@ -37,33 +37,33 @@ class SamplerVerdict(Verdict):
       *super().lines(),
       f"bytes read      {self.found.bytes / self.least_bytes:.2f} x weights and"
       " the written cache once a step",
-      f"at best         {step:.2f} ms a step, {self.pictures_per_second:.2f}"
-      " pictures/s a chip",
+      f"at best         {step:.2f} ms a step, {self.images_per_second:.2f}"
+      " images/s a chip",
     ]
 
   def figures(self) -> dict[str, Any]:
     return super().figures() | {
-      "pictures": self.pictures,
+      "images": self.images,
       "codes": self.codes,
       "least_bytes": self.least_bytes,
-      "pictures_per_second": self.pictures_per_second,
+      "images_per_second": self.images_per_second,
     }
 
 
 def compile_sampler(
-  config: GPTConfig, sampling: SamplingConfig, pictures: int, tensor: int, where: str
+  config: GPTConfig, sampling: SamplingConfig, images: int, tensor: int, where: str
 ) -> SamplerVerdict:
   """Compiles what `sample` runs for a topology, `v5e:1x1` say.
 
   Args:
     config: shape of the model.
     sampling: guidance doubles the rows.
-    pictures: drawn at once by a group of `tensor` chips.
+    images: drawn at once by a group of `tensor` chips.
     tensor: chips that share a model.
     where: the topology.
   """
   mesh = topology.mesh(where, -1, 1, tensor)
-  batch = pictures * mesh.shape["data"]
+  batch = images * mesh.shape["data"]
   place, every = batch_sharding(mesh), replicated(mesh)
   with jax.set_mesh(mesh):
     params = abstract_params(config, mesh)
@@ -82,7 +82,7 @@ def compile_sampler(
     found = analysed(lowered)
   guided = sampling.guidance_scale > 1
   flops = sampling_flops(config, batch, guided) / mesh.size
-  least = _least_bytes(config, params, pictures * (2 if guided else 1), tensor)
+  least = _least_bytes(config, params, images * (2 if guided else 1), tensor)
   return SamplerVerdict(
     topology.chip(mesh), mesh.size, flops, found, batch, config.image_tokens, least
   )
@@ -121,7 +121,7 @@ def _least_bytes(config: GPTConfig, params, rows: int, tensor: int) -> float:
   """Weights and cache, read once a step, by one chip of a group of `tensor`."""
   weights = read_bytes(params)
   total, start = 0.0, 1
-  for end in segment_ends(config):
+  for end in cache_segment_ends(config):
     length = config.prefix_tokens + end - 1
     cache: Cache = jax.eval_shape(lambda n=length: init_cache(config, rows, n))
     total += (end - start) * (weights + bytes_of(cache)) / tensor

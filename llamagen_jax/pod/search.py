@@ -8,8 +8,8 @@ import tqdm
 
 from llamagen_jax.errors import UserError
 from llamagen_jax.pod import topology
-from llamagen_jax.pod.train_step import TrainVerdict, compile_train_step
-from llamagen_jax.pod.verdict import GIB
+from llamagen_jax.pod.report import GIB
+from llamagen_jax.pod.train_step import TrainReport, compile_train_step
 from llamagen_jax.text.t5 import T5Config
 from llamagen_jax.training.recipe import MeshConfig
 from llamagen_jax.training.train_gpt import GPTRecipe
@@ -23,12 +23,12 @@ class Trial:
   """A recipe that was tried, and the compiler's answer."""
 
   recipe: GPTRecipe
-  verdict: TrainVerdict | None
+  verdict: TrainReport | None
   refusal: str = ""  # why there is no verdict
 
   @property
   def chip_seconds(self) -> float:
-    """Least chip-seconds a picture; infinite if it does not fit."""
+    """Least chip-seconds an image; infinite if it does not fit."""
     v = self.verdict
     if v is None or not v.fits:
       return float("inf")
@@ -46,13 +46,13 @@ class Trial:
     if not v.fits:
       return f"{what} {memory:6.1f}  over by {memory - v.chip.hbm_bytes / GIB:.1f} GiB"
     return (
-      f"{what} {memory:6.1f} {1e3 * v.least_seconds:8.1f} {v.binding:8}"
+      f"{what} {memory:6.1f} {1e3 * v.least_seconds:8.1f} {v.bottleneck:8}"
       f"{v.mfu:4.0%} {1e3 * self.chip_seconds:8.2f}"
     )
 
 
 HEADER = (
-  " data  fsdp tensor  remat  batch    GiB  least ms binding  MFU  chip-ms/picture"
+  " data  fsdp tensor  remat  batch    GiB  least ms bottleneck  MFU  chip-ms/image"
 )
 
 
@@ -71,7 +71,7 @@ def search(
     encoder: shape of the T5 that runs along, if one does.
 
   Returns:
-    All trials, the cheapest a picture first, those that do not fit last.
+    All trials, the cheapest an image first, those that do not fit last.
 
   Raises:
     UserError: an unknown topology.

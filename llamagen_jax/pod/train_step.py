@@ -16,18 +16,18 @@ from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.flops import t5_flops, train_flops
 from llamagen_jax.parallel.mesh import batch_sharding, replicated
 from llamagen_jax.pod import topology
-from llamagen_jax.pod.verdict import GIB, Verdict, analysed
+from llamagen_jax.pod.report import GIB, CompileReport, analysed
 from llamagen_jax.text.t5 import T5Config, init_t5, padded_features
 from llamagen_jax.training.state import abstract_state
 from llamagen_jax.training.train_gpt import GPTRecipe, init_state, train_step
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainVerdict(Verdict):
+class TrainReport(CompileReport):
   """One update, and all updates of the config."""
 
   steps: int
-  encoder: Verdict | None = None  # of the T5 that runs along
+  encoder: CompileReport | None = None  # of the T5 that runs along
 
   @property
   def hbm(self) -> int:
@@ -75,7 +75,7 @@ class TrainVerdict(Verdict):
 
 def compile_train_step(
   recipe: GPTRecipe, where: str, encoder: T5Config | None = None
-) -> TrainVerdict:
+) -> TrainReport:
   """Compiles the step that `train-gpt` runs for a topology, `v5e:2x4` say.
 
   Args:
@@ -111,12 +111,12 @@ def compile_train_step(
     along = compile_encoder(encoder, recipe, mesh) if encoder else None
   flops = train_flops(recipe.model, batch_size) / mesh.size
   chip, steps = topology.chip(mesh), recipe.run.steps
-  return TrainVerdict(chip, mesh.size, flops, found, steps, along)
+  return TrainReport(chip, mesh.size, flops, found, steps, along)
 
 
 def compile_encoder(
   config: T5Config, recipe: GPTRecipe, mesh: jax.sharding.Mesh
-) -> Verdict:
+) -> CompileReport:
   """Compiles what makes features of a batch's tokens; run under `jax.set_mesh`."""
   c, batch_size = recipe.model, recipe.data.batch_size
   params = abstract_state(functools.partial(init_t5, config), mesh)
@@ -125,7 +125,7 @@ def compile_encoder(
   )
   found = analysed(padded_features.lower(config, params, ids, ids))
   flops = t5_flops(config, batch_size, c.caption_tokens) / mesh.size
-  return Verdict(topology.chip(mesh), mesh.size, flops, found)
+  return CompileReport(topology.chip(mesh), mesh.size, flops, found)
 
 
 def _check_encoder(encoder: T5Config, model: GPTConfig) -> None:

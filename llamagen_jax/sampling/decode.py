@@ -1,7 +1,7 @@
 """The decode loop: a prefill of the condition, then a scan over the codes.
 
-Every picture has T codes and no end token, so the loop has a fixed length. With
-guidance a picture is a pair of neighbouring rows (conditional, unconditional):
+Every image has T codes and no end token, so the loop has a fixed length. With
+guidance an image is a pair of neighbouring rows (conditional, unconditional):
 sharding the batch never separates the two.
 
 The loop is cut into a few scans over a growing cache, because a step reads the
@@ -25,7 +25,11 @@ from llamagen_jax.gpt.cached import (
 from llamagen_jax.gpt.conditioning import attention_mask, embed_condition
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.model import embed_codes
-from llamagen_jax.gpt.sampling_config import Rows, SamplingConfig, Stages
+from llamagen_jax.gpt.sampling_config import (
+  ActiveFilters,
+  BatchSampling,
+  SamplingConfig,
+)
 from llamagen_jax.sampling.guidance import guide, scale_at
 from llamagen_jax.sampling.logits import sample_codes
 
@@ -42,17 +46,17 @@ def generate(
   condition_mask: jax.Array | None = None,
   sampling: SamplingConfig = SamplingConfig(),
 ) -> jax.Array:
-  """Draws the codes of a batch of pictures.
+  """Draws the codes of a batch of images.
 
   Args:
     config: shape of the model.
     params: as trained, or from `decoding_params`, which spares a copy a call.
     condition: labels [B] or caption features [B, P, C]; or pairs of features
       [B, 2, P, C], whose second one guidance leads away from.
-    key: one key for the batch, or one a picture [B]. With a key of its own, a
-      picture does not depend on what else is in the batch.
+    key: one key for the batch, or one an image [B]. With a key of its own, an
+      image does not depend on what else is in the batch.
     condition_mask: [B, P] or [B, 2, P], 0 on the padding of captions.
-    sampling: guidance, temperature and filters, the same for every picture.
+    sampling: guidance, temperature and filters, the same for every image.
 
   Returns:
     int32 codes [B, T] in raster order.
@@ -70,20 +74,20 @@ def generate(
 @functools.partial(jax.jit, static_argnames=("config", "stages"))
 def generate_codes(
   config: GPTConfig,
-  stages: Stages,
+  stages: ActiveFilters,
   params: dict[str, Any],
   condition: jax.Array,
   keys_B: jax.Array,
   condition_mask: jax.Array | None,
-  rows: Rows,
+  rows: BatchSampling,
 ) -> jax.Array:
   """`generate`, compiled: `params` from `decoding_params`, `rows` of settings."""
   c = config
-  ends = segment_ends(c)
+  ends = cache_segment_ends(c)
   logits, cache = prefill(
     c, params, condition, condition_mask, stages.guidance, c.prefix_tokens + ends[0] - 1
   )
-  code_B = draw_codes(c, stages, logits, jnp.int32(0), keys_B, rows)
+  code_B = sample_next_codes(c, stages, logits, jnp.int32(0), keys_B, rows)
   drawn, start = [code_B[None]], 1
   for end in ends:
     cache = grow_cache(cache, c.prefix_tokens + end - 1)
@@ -97,7 +101,7 @@ def generate_codes(
 
 def decode_segment(
   config: GPTConfig,
-  stages: Stages,
+  stages: ActiveFilters,
   params: dict[str, Any],
   code_B: jax.Array,
   start: int,
@@ -105,7 +109,7 @@ def decode_segment(
   cache: Cache,
   keys_B: jax.Array,
   condition_mask: jax.Array | None,
-  rows: Rows,
+  rows: BatchSampling,
 ) -> tuple[jax.Array, Cache]:
   """Draws codes number `start` .. `end` - 1 after `code_B`; int32 [end - start, B]."""
 
@@ -114,7 +118,7 @@ def decode_segment(
     logits, cache = decode_step(
       config, params, code_B, index, cache, condition_mask, stages.guidance
     )
-    code_B = draw_codes(config, stages, logits, index, keys_B, rows)
+    code_B = sample_next_codes(config, stages, logits, index, keys_B, rows)
     return (code_B, cache), code_B
 
   indices = jnp.arange(start, end)
@@ -122,7 +126,7 @@ def decode_segment(
   return codes_TB, cache
 
 
-def segment_ends(config: GPTConfig) -> list[int]:
+def cache_segment_ends(config: GPTConfig) -> list[int]:
   """The numbers of codes at which the cache is as long as what was written."""
   count = min(MOST_SEGMENTS, max(1, config.image_tokens // SHORTEST_SEGMENT))
   return [config.image_tokens * (i + 1) // count for i in range(count)]
@@ -136,23 +140,23 @@ def prefill(
   guidance: bool,
   length: int,
 ) -> tuple[jax.Array, Cache]:
-  """Runs the condition tokens of B pictures.
+  """Runs the condition tokens of B images.
 
   Args:
     config: shape of the model.
     params: from `decoding_params`.
     condition: labels [B], caption features [B, P, C] or pairs of them.
     condition_mask: [B, P] or [B, 2, P], 0 on the padding of captions.
-    guidance: whether every picture gets an unconditional row beside its own.
+    guidance: whether every image gets an unconditional row beside its own.
     length: of the cache to make.
 
   Returns:
     float32 logits [R, V] of the first codes and the cache, R = 2B or B rows.
   """
-  paired = condition.ndim == 4  # with negative captions of their own
-  condition = _per_row(condition, guidance, paired)
-  mask = _per_row(condition_mask, guidance, paired)
-  drop = (jnp.arange(len(condition)) % 2 == 1) & (guidance and not paired)
+  has_negative_prompt = condition.ndim == 4  # with negative captions of their own
+  condition = expand_for_guidance(condition, guidance, has_negative_prompt)
+  mask = expand_for_guidance(condition_mask, guidance, has_negative_prompt)
+  drop = (jnp.arange(len(condition)) % 2 == 1) & (guidance and not has_negative_prompt)
   embedder = embed_condition(config)
   x = embedder.apply({"params": params["condition"]}, condition, drop)
   mask = attention_mask(config, mask, jnp.arange(config.prefix_tokens), length)
@@ -174,34 +178,37 @@ def decode_step(
   Args:
     config: shape of the model.
     params: from `decoding_params`.
-    code_B: codes number `index` - 1 of B pictures.
+    code_B: codes number `index` - 1 of B images.
     index: number of the code to draw.
     cache: of R rows, from `prefill` or the step before.
     condition_mask: [B, P] or [B, 2, P], 0 on the padding of captions.
-    guidance: whether every picture has two rows.
+    guidance: whether every image has two rows.
 
   Returns:
     float32 logits [R, V], and the new cache.
   """
-  code_R, position = _per_row(code_B, guidance), config.prefix_tokens + index - 1
-  paired = condition_mask is not None and condition_mask.ndim == 3
+  code_R, position = (
+    expand_for_guidance(code_B, guidance),
+    config.prefix_tokens + index - 1,
+  )
+  has_negative_prompt = condition_mask is not None and condition_mask.ndim == 3
   x = embed_codes(params["code_embedding"], code_R[:, None], config.dtype)
   mask = attention_mask(
     config,
-    _per_row(condition_mask, guidance, paired),
+    expand_for_guidance(condition_mask, guidance, has_negative_prompt),
     position[None],
     cache_length(cache),
   )
   return cached_forward(config, params, x, cache, position, mask)
 
 
-def draw_codes(
+def sample_next_codes(
   config: GPTConfig,
-  stages: Stages,
+  stages: ActiveFilters,
   logits_RV: jax.Array,
   index: jax.Array,
   keys_B: jax.Array,
-  rows: Rows,
+  rows: BatchSampling,
 ) -> jax.Array:
   """Logits of code number `index` -> the codes, int32 [B]."""
   if stages.guidance:
@@ -212,10 +219,12 @@ def draw_codes(
   return sample_codes(logits_RV, fold(keys_B, index), rows, stages)
 
 
-def _per_row(x_B, guidance: bool, paired: bool = False) -> jax.Array | None:
-  """What belongs to pictures [B, ..] or pairs of rows [B, 2, ..] -> rows [R, ..]."""
+def expand_for_guidance(
+  x_B, guidance: bool, has_negative_prompt: bool = False
+) -> jax.Array | None:
+  """What belongs to images [B, ..] or pairs of rows [B, 2, ..] -> rows [R, ..]."""
   if x_B is None:
     return None
-  if paired:
+  if has_negative_prompt:
     return x_B[:, : 2 if guidance else 1].reshape(-1, *x_B.shape[2:])
   return jnp.repeat(x_B, 2, axis=0) if guidance else x_B

@@ -1,4 +1,4 @@
-"""Tens of thousands of pictures for an evaluator: resumable, over all hosts.
+"""Tens of thousands of images for an evaluator: resumable, over all hosts.
 
 Every finished batch is a file in a folder next to the output, so that a run that was
 killed goes on with what is missing. At the end they become one npz in ADM's format,
@@ -19,7 +19,7 @@ import tqdm
 
 from llamagen_jax.errors import UserError
 from llamagen_jax.images import save_npz, save_png
-from llamagen_jax.sampling.draw import Job, Seconds, draw
+from llamagen_jax.sampling.sample import SamplingJob, Timings, draw
 from llamagen_jax.weights import bundle
 
 LABELS = ("uniform", "balanced")
@@ -45,12 +45,12 @@ def write_settings(out: str | os.PathLike, settings: dict[str, Any]) -> None:
 def run(
   gpt: bundle.Transformer,
   tokenizer: bundle.Tokenizer,
-  job: Job,
+  job: SamplingJob,
   out: str | os.PathLike,
   settings: dict[str, Any],
   labels: np.ndarray | None,
   folder: str | os.PathLike | None = None,
-) -> Seconds | None:
+) -> Timings | None:
   """Draws a job into an npz; all hosts call this, and see the same file system.
 
   Args:
@@ -58,16 +58,16 @@ def run(
     tokenizer: the one whose codes it draws, on the same mesh.
     job: what to draw.
     out: the npz.
-    settings: everything that decides the pictures, written next to the npz; a run
+    settings: everything that decides the images, written next to the npz; a run
       that goes on must have the same ones.
     labels: what `arr_1` of the npz holds, if anything.
-    folder: also write every picture there, as PNG.
+    folder: also write every image there, as PNG.
 
   Returns:
     Where the time went; None if the npz was finished already.
 
   Raises:
-    UserError: if another run's pictures are in the way.
+    UserError: if another run's images are in the way.
   """
   out = epath.Path(out)
   shards = out.with_name(f"{out.name}.shards")
@@ -85,9 +85,9 @@ def run(
 
   batches = _missing(shards, job, folder)
   done = len(job.conditions) - sum(len(job.rows(batch)) for batch in batches)
-  seconds = Seconds()
+  seconds = Timings()
   with tqdm.tqdm(
-    total=len(job.conditions), initial=done, desc="draw", unit="picture",
+    total=len(job.conditions), initial=done, desc="draw", unit="image",
     dynamic_ncols=True, disable=jax.process_index() != 0,
   ) as bar:  # fmt: skip
     for batch, images in draw(gpt, tokenizer, job, batches, seconds):
@@ -108,7 +108,7 @@ def run(
   return seconds
 
 
-def _missing(shards: epath.Path, job: Job, folder) -> list[int]:
+def _missing(shards: epath.Path, job: SamplingJob, folder) -> list[int]:
   """The batches that are not done. One host decides, so that all agree."""
 
   def is_done(batch: int) -> bool:
@@ -138,7 +138,7 @@ def _write_shard(path: epath.Path, images: np.ndarray) -> None:
   part.replace(path)
 
 
-def _read_shards(shards: epath.Path, job: Job) -> Iterator[np.ndarray]:
+def _read_shards(shards: epath.Path, job: SamplingJob) -> Iterator[np.ndarray]:
   for batch in range(job.batches):
     with _shard(shards, batch).open("rb") as file:
       yield np.load(file)
@@ -146,14 +146,12 @@ def _read_shards(shards: epath.Path, job: Job) -> Iterator[np.ndarray]:
 
 def _compare(path: epath.Path, settings: dict[str, Any]) -> None:
   if not path.exists():
-    raise UserError(
-      f"{path.parent}: pictures without {path.name}: choose another --out"
-    )
+    raise UserError(f"{path.parent}: images without {path.name}: choose another --out")
   found = json.loads(path.read_text())
   for name in sorted(found.keys() | settings.keys()):
     if found.get(name) != settings.get(name):
       raise UserError(
-        f"{path}: pictures of other settings, {name} is {found.get(name)!r} there,"
+        f"{path}: images of other settings, {name} is {found.get(name)!r} there,"
         f" {settings.get(name)!r} here; choose another --out"
       )
 

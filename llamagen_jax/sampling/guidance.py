@@ -1,12 +1,12 @@
-"""Classifier-free guidance (arXiv 2207.12598) and its schedules over a picture."""
+"""Classifier-free guidance (arXiv 2207.12598) and its schedules over an image."""
 
 import jax
 import jax.numpy as jnp
 
-from llamagen_jax.gpt.sampling_config import SCHEDULES, Rows
+from llamagen_jax.gpt.sampling_config import SCHEDULES, BatchSampling
 
 
-def scale_at(rows: Rows, index: jax.Array, image_tokens: int) -> jax.Array:
+def scale_at(rows: BatchSampling, index: jax.Array, image_tokens: int) -> jax.Array:
   """Guidance scale [B] for the code with this index; 1 = the condition alone.
 
   linear: 1 + (s - 1) t / T. power-cosine (RAR, arXiv 2411.00776):

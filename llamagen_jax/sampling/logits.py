@@ -11,11 +11,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from llamagen_jax.gpt.sampling_config import Rows, Stages
+from llamagen_jax.gpt.sampling_config import ActiveFilters, BatchSampling
 
 
 def sample_codes(
-  logits_BV: jax.Array, keys_B: jax.Array, rows: Rows, stages: Stages
+  logits_BV: jax.Array, keys_B: jax.Array, rows: BatchSampling, stages: ActiveFilters
 ) -> jax.Array:
   """Draws one code a row from float32 logits; int32 [B]."""
   best_B = _argmax(logits_BV)

@@ -1,4 +1,4 @@
-"""Prompts as conditions of pictures, and the files that they come in."""
+"""Prompts as conditions of images, and the files that they come in."""
 
 from collections.abc import Iterator, Sequence
 import csv
@@ -16,7 +16,7 @@ from llamagen_jax.weights.bundle import Transformer
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 COLUMNS = ("prompt", "caption", "text")  # looked for, in any case
-NAME_LENGTH = 40  # characters next to a picture
+NAME_LENGTH = 40  # characters next to an image
 CAPTIONS = "captions.txt"
 
 
@@ -28,7 +28,7 @@ class Prompts:
   second one instead of from the trained unconditional embedding.
   """
 
-  prompts: tuple[str, ...]  # one a picture
+  prompts: tuple[str, ...]  # one an image
   encoder: TextEncoder
   tokens: int  # the model's caption_tokens
   negative: str = ""
@@ -124,7 +124,7 @@ def _column(path: pathlib.Path, column: str) -> Iterator[str]:
 
 
 def write_captions(folder: pathlib.Path, prompts: Sequence[str]) -> None:
-  """captions.txt: line n is the prompt of the n-th picture by name."""
+  """captions.txt: line n is the prompt of the n-th image by name."""
   lines = [" ".join(prompt.split()) for prompt in prompts]
   part = folder / f".{CAPTIONS}.part"
   part.write_text("\n".join(lines) + "\n")

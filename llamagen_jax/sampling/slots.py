@@ -1,11 +1,11 @@
-"""The compiled step of serving: pictures at different stages in one batch.
+"""The compiled step of serving: images at different stages in one batch.
 
-A slot is a pair of neighbouring rows: the two halves of a picture that is drawn with
-guidance, or two pictures without. Every row has its own condition, position, key and
+A slot is a pair of neighbouring rows: the two halves of an image that is drawn with
+guidance, or two images without. Every row has its own condition, position, key and
 sampling settings, all of them arrays, so that no mixture of requests compiles
 anything. Between chunks of a few steps rows change hands.
 
-What a row computes depends on that row alone, and a picture starts where a chunk
+What a row computes depends on that row alone, and an image starts where a chunk
 starts: its codes are the same, bit for bit, whatever else is in the batch.
 
 Axes: N slots, R = 2 N rows, C steps of a chunk, P condition tokens, S positions,
@@ -21,21 +21,21 @@ import jax.numpy as jnp
 from llamagen_jax.gpt.cached import (
   Cache,
   as_cache,
-  attend_one,
+  attend_single_token,
   cache_length,
   cached_forward,
-  forward,
+  decode_forward,
   init_cache,
   write,
 )
 from llamagen_jax.gpt.conditioning import attention_mask, embed_condition
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.model import embed_codes
-from llamagen_jax.gpt.sampling_config import Rows, Stages
+from llamagen_jax.gpt.sampling_config import ActiveFilters, BatchSampling
 from llamagen_jax.sampling.guidance import guide, scale_at
 from llamagen_jax.sampling.logits import sample_codes
 
-STAGES = Stages(guidance=True, top_k=True, top_p=True, draw=True)
+ACTIVE_FILTERS = ActiveFilters(guidance=True, top_k=True, top_p=True, draw=True)
 
 
 class State(NamedTuple):
@@ -47,13 +47,15 @@ class State(NamedTuple):
   code: jax.Array  # drawn last, int32 [R]
 
 
-class Plan(NamedTuple):
+class ChunkInputs(NamedTuple):
   """What the host says of a chunk."""
 
   index: jax.Array  # number of the code to draw next, [R]; 0 where a row is idle
-  shared: jax.Array  # the second row of a slot draws a picture of its own, [N]
+  shared: jax.Array  # the second row of a slot draws an image of its own, [N]
   keys: jax.Array  # data of keys, uint32 [R, 2]
-  rows: Rows  # settings [R]; plain where nothing is drawn, so that no filter runs
+  rows: (
+    BatchSampling  # settings [R]; plain where nothing is drawn, so that no filter runs
+  )
 
 
 def init_state(config: GPTConfig, slots: int) -> State:
@@ -66,7 +68,7 @@ def init_state(config: GPTConfig, slots: int) -> State:
   return State(init_cache(c, rows, c.length), prompt, mask, jnp.zeros(rows, jnp.int32))
 
 
-def admit(
+def prefill_rows(
   config: GPTConfig,
   params: dict[str, Any],
   state: State,
@@ -102,7 +104,7 @@ def admit(
 
 
 def run_chunk(
-  config: GPTConfig, steps: int, params: dict[str, Any], state: State, plan: Plan
+  config: GPTConfig, steps: int, params: dict[str, Any], state: State, plan: ChunkInputs
 ) -> tuple[State, jax.Array]:
   """Draws the next `steps` codes of every row; int32 [C, R].
 
@@ -118,7 +120,7 @@ def run_chunk(
     codes_RD = embed_codes(params["code_embedding"], code_R, c.dtype)
     x_RD = jnp.where((index_R == 0)[:, None], state.prompt, codes_RD)
     logits_RV, recent = _forward(c, params, x_RD, state, recent, start_R, number)
-    code_R = draw_rows(c, logits_RV, index_R, plan)
+    code_R = sample_rows(c, logits_RV, index_R, plan)
     return (recent, code_R), code_R
 
   recent = init_cache(c, len(start_R), steps)
@@ -149,21 +151,21 @@ def _forward(
     new = write(recent[layer], as_cache(k_R1KH, v_R1KH), number)
     written[layer] = new
     parts = [(state.cache[layer], mask_R1S), (new, recent_R1C)]
-    return attend_one(q_R1KGH, parts)
+    return attend_single_token(q_R1KGH, parts)
 
-  logits_RV = forward(c, params, x_RD[:, None], position_R1, attend)
+  logits_RV = decode_forward(c, params, x_RD[:, None], position_R1, attend)
   return logits_RV, tuple(written)
 
 
-def draw_rows(config: GPTConfig, logits_RV, index_R, plan: Plan) -> jax.Array:
-  """Logits -> codes, int32 [R]; both rows of a guided picture get the same one."""
+def sample_rows(config: GPTConfig, logits_RV, index_R, plan: ChunkInputs) -> jax.Array:
+  """Logits -> codes, int32 [R]; both rows of a guided image get the same one."""
   keys_R = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(plan.keys), index_R)
   logits_N2V = logits_RV.reshape(-1, 2, config.vocab_size)
   scale_N = scale_at(plan.rows, index_R, config.image_tokens)[::2]
 
   def draw(logits_NV, row: int):
     rows = jax.tree.map(lambda x: x[row::2], plan.rows)
-    return sample_codes(logits_NV, keys_R[row::2], rows, STAGES)
+    return sample_codes(logits_NV, keys_R[row::2], rows, ACTIVE_FILTERS)
 
   # Without guidance the scale is 1, and the other row does not count.
   first_N = draw(guide(logits_N2V[:, 0], logits_N2V[:, 1], scale_N), 0)

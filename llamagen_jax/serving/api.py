@@ -1,6 +1,6 @@
 """The HTTP server: OpenAI's images API over a slot engine.
 
-POST /v1/images/generations   pictures, or a stream of events with `stream`
+POST /v1/images/generations   images, or a stream of events with `stream`
 GET  /v1/models               the one model that is served
 GET  /health  /ready          the process lives; it takes requests
 GET  /metrics                 for Prometheus
@@ -18,8 +18,8 @@ from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 
 import llamagen_jax
-from llamagen_jax.serving.gatekeeper import Gatekeeper
-from llamagen_jax.serving.refusal import Refusal, add_handlers
+from llamagen_jax.serving.api_error import APIError, add_handlers
+from llamagen_jax.serving.auth import AuthAndLimits
 from llamagen_jax.serving.schema import (
   Completed,
   ErrorBody,
@@ -30,7 +30,7 @@ from llamagen_jax.serving.schema import (
   PartialImage,
   now,
 )
-from llamagen_jax.serving.service import Drawing, Service
+from llamagen_jax.serving.service import ActiveRequest, Service
 from llamagen_jax.serving.store import URL_PATH, Store
 from llamagen_jax.serving.stream import EventStream
 
@@ -58,25 +58,25 @@ EVENT = {
 }
 GENERATED = {
   "model": ImagesResponse,
-  "description": "Pictures, or with `stream` events PartialImage and Completed.",
+  "description": "Images, or with `stream` events PartialImage and Completed.",
   "content": {"text/event-stream": {"itemSchema": EVENT}},
 }
 
 
 def make_app(service: Service, store: Store, api_key: str = "") -> FastAPI:
-  """The server of one model; it starts and stops the service's drawer."""
+  """The server of one model; it starts and stops the service's backend."""
 
   @contextlib.asynccontextmanager
   async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    service.drawer.start()
+    service.backend.start()
     warming = asyncio.create_task(service.warm_up())  # /health is answered meanwhile
     yield
     warming.cancel()
-    await to_thread.run_sync(service.drawer.stop)
+    await to_thread.run_sync(service.backend.stop)
 
   app = FastAPI(
     title="llamagen", version=llamagen_jax.__version__, lifespan=lifespan,
-    summary="Pictures by LlamaGen, in the API of OpenAI's images.",
+    summary="Images by LlamaGen, in the API of OpenAI's images.",
   )  # fmt: skip
   add_handlers(app)
   _add_images(app, service, store)
@@ -85,7 +85,7 @@ def make_app(service: Service, store: Store, api_key: str = "") -> FastAPI:
   if store.folder is not None:
     app.mount(URL_PATH, StaticFiles(directory=store.folder))
   app.add_middleware(
-    Gatekeeper,
+    AuthAndLimits,
     key=api_key, largest_body=service.limits.body_bytes, metrics=service.metrics,
   )  # fmt: skip
   _describe(app, guarded=bool(api_key))
@@ -93,41 +93,41 @@ def make_app(service: Service, store: Store, api_key: str = "") -> FastAPI:
 
 
 def _add_images(app: FastAPI, service: Service, store: Store) -> None:
-  studio = service.studio
+  image_model = service.image_model
 
   @app.post("/v1/images/generations", responses={200: GENERATED, **ERRORS})
   async def generate_images(body: ImageRequest, request: Request) -> ImagesResponse:
-    """Draws pictures of a prompt or a class."""
+    """Draws images of a prompt or a class."""
     store.check(body)
     if body.partial_images and not body.stream:
       message = "'partial_images' goes with 'stream'."
-      raise Refusal(400, message, code="invalid_value", param="partial_images")
+      raise APIError(400, message, code="invalid_value", param="partial_images")
     root, drawing = str(request.base_url), await service.admit(body)
     if body.stream:
-      return EventStream(drawing, studio, store, root)
+      return EventStream(drawing, image_model, store, root)
     try:
-      pictures = await _unless_gone(request, drawing)
+      images = await _unless_gone(request, drawing)
     finally:
       drawing.close()
     images = [
-      await to_thread.run_sync(store.image, studio, picture, body, root)
-      for picture in pictures
+      await to_thread.run_sync(store.image, image_model, image, body, root)
+      for image in images
     ]
     response = ImagesResponse(
-      data=images, usage=studio.usage(len(images)), seed=drawing.seed,
-      **studio.style(body),
+      data=images, usage=image_model.usage(len(images)), seed=drawing.seed,
+      **image_model.style(body),
     )  # fmt: skip
     return JSONResponse(response.model_dump(exclude_none=True))
 
 
-async def _unless_gone(request: Request, drawing: Drawing) -> list[Any]:
-  """The pictures, or an error as soon as the client hangs up."""
-  drawn = asyncio.create_task(drawing.pictures())
+async def _unless_gone(request: Request, drawing: ActiveRequest) -> list[Any]:
+  """The images, or an error as soon as the client hangs up."""
+  drawn = asyncio.create_task(drawing.images())
   gone = asyncio.create_task(_gone(request))
   try:
     await asyncio.wait([drawn, gone], return_when=asyncio.FIRST_COMPLETED)
     if not drawn.done():
-      raise Refusal(499, "the client hung up")  # which nobody reads
+      raise APIError(499, "the client hung up")  # which nobody reads
     return drawn.result()
   finally:
     drawn.cancel()
@@ -140,7 +140,7 @@ async def _gone(request: Request) -> None:
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
-  name = service.studio.name
+  name = service.image_model.name
   model = Model(id=name, created=now())
 
   @app.get("/v1/models", responses={401: ERRORS[401]})
@@ -153,7 +153,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
     """The model of that name."""
     if model_id != name:
       message = f"The model '{model_id}' does not exist; this server has '{name}'."
-      raise Refusal(404, message, code="model_not_found", param="model")
+      raise APIError(404, message, code="model_not_found", param="model")
     return model
 
 

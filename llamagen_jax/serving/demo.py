@@ -1,4 +1,4 @@
-"""The web demo at /demo: pictures that appear while they are drawn."""
+"""The web demo at /demo: images that appear while they are drawn."""
 
 import base64
 from collections.abc import AsyncIterator
@@ -14,15 +14,15 @@ from pydantic import ValidationError
 
 from llamagen_jax.data.classes import shown_name
 from llamagen_jax.gpt.sampling_config import SCHEDULES, SamplingConfig
+from llamagen_jax.serving.api_error import APIError, from_validation
+from llamagen_jax.serving.image_model import GREY, ImageModel
 from llamagen_jax.serving.protocol import Finished
-from llamagen_jax.serving.refusal import Refusal, from_validation
 from llamagen_jax.serving.schema import LARGEST_SEED, ImageRequest
 from llamagen_jax.serving.service import Service
-from llamagen_jax.serving.studio import GREY, Studio
 
 PATH = "/demo"
 USER = "demo"  # whose password is the API key
-FRAME_SECONDS = 0.15  # between two looks at an unfinished picture
+FRAME_SECONDS = 0.15  # between two looks at an unfinished image
 HIGHEST_GUIDANCE, HIGHEST_TEMPERATURE = 20.0, 2.0
 PROMPTS = (
   "a red fox on a green hill", "a lighthouse by the sea at night",
@@ -30,10 +30,10 @@ PROMPTS = (
 )  # fmt: skip
 UNFINISHED = ImageRequest(output_format="webp", output_compression=70)  # sent often
 FINISHED = ImageRequest(output_format="png")
-# Small pictures stay sharp, and nothing is wider than a phone.
+# Small images stay sharp, and nothing is wider than a phone.
 CSS = """
-.pictures { display: grid; grid-template-columns: 1fr 1fr; gap: 0.5rem; }
-.pictures img { width: 100%; image-rendering: pixelated; border-radius: 0.4rem; }
+.images { display: grid; grid-template-columns: 1fr 1fr; gap: 0.5rem; }
+.images img { width: 100%; image-rendering: pixelated; border-radius: 0.4rem; }
 .gradio-container { width: 100%; max-width: 70rem !important; margin: auto; }
 @media (max-width: 640px) { .gradio-container { padding: 0.5rem !important; } }
 """
@@ -61,25 +61,25 @@ def mount_demo(app: FastAPI, service: Service, api_key: str = "") -> None:
 
 def make_demo(service: Service) -> gr.Blocks:
   """The page. Gradio runs its functions in the server's own event loop."""
-  studio, defaults = service.studio, service.studio.gpt.sampling
-  most = service.limits.pictures
+  image_model, defaults = service.image_model, service.image_model.gpt.sampling
+  most = service.limits.images
   with gr.Blocks(title="LlamaGen", fill_width=True, analytics_enabled=False) as page:
-    gr.Markdown("## LlamaGen: pictures, one code at a time")
+    gr.Markdown("## LlamaGen: images, one code at a time")
     with gr.Row():
       with gr.Column(scale=2, min_width=280):
-        subject = _subject(studio)
+        subject = _subject(image_model)
         with gr.Row():
           draw = gr.Button("Draw", variant="primary", min_width=100, elem_id="draw")
           stop = gr.Button("Stop", min_width=100, elem_id="stop")
-        count = gr.Slider(1, most, min(4, most), step=1, label="Pictures")
+        count = gr.Slider(1, most, min(4, most), step=1, label="Images")
         guidance = gr.Slider(
           1, HIGHEST_GUIDANCE, defaults.guidance_scale, step=0.1, label="Guidance"
         )
       with gr.Column(scale=3, min_width=280):
-        sheet = gr.HTML(elem_id="pictures")
+        sheet = gr.HTML(elem_id="images")
         status = gr.Markdown(elem_id="status")
     with gr.Accordion("More settings", open=False):
-      more = _settings(studio.gpt.config.vocab_size, defaults)
+      more = _settings(image_model.gpt.config.vocab_size, defaults)
     gr.Examples(_examples(service), [subject, guidance, more[-1]], label="Examples")
     settings = [subject, count, guidance, *more]
 
@@ -96,12 +96,12 @@ def make_demo(service: Service) -> gr.Blocks:
   return page
 
 
-def _subject(studio: Studio) -> gr.components.Component:
+def _subject(image_model: ImageModel) -> gr.components.Component:
   """What to draw: a text, or one of the classes."""
-  if studio.of_captions:
+  if image_model.of_captions:
     return gr.Textbox(PROMPTS[0], label="Prompt", lines=2, elem_id="subject")
-  names = studio.gpt.class_names
-  labels = range(studio.gpt.config.num_classes)
+  names = image_model.gpt.class_names
+  labels = range(image_model.gpt.config.num_classes)
   choices = [(_choice(names, label), label) for label in labels]
   return gr.Dropdown(
     choices, value=0, label="Class", filterable=True, elem_id="subject"
@@ -132,10 +132,13 @@ def _choice(names: tuple[str, ...], label: int) -> str:
 
 def _examples(service: Service) -> list[list[Any]]:
   """Subject, guidance and seed."""
-  studio, scale = service.studio, max(service.studio.gpt.sampling.guidance_scale, 2.0)
-  if studio.of_captions:
+  image_model, scale = (
+    service.image_model,
+    max(service.image_model.gpt.sampling.guidance_scale, 2.0),
+  )
+  if image_model.of_captions:
     return [[prompt, scale, seed] for seed, prompt in enumerate(PROMPTS)]
-  classes = studio.gpt.config.num_classes
+  classes = image_model.gpt.config.num_classes
   spread = dict.fromkeys(int(classes * part) for part in (0.1, 0.3, 0.5, 0.8))
   return [[label, scale, seed] for seed, label in enumerate(spread)]
 
@@ -143,9 +146,9 @@ def _examples(service: Service) -> list[list[Any]]:
 async def _draw(
   service: Service, subject, count, guidance, schedule, temperature, top_k, top_p, seed
 ) -> AsyncIterator[tuple[str, str]]:
-  """Yields all pictures as far as they are, as HTML, and a line that tells how far."""
-  studio = service.studio
-  fields = {"prompt": subject} if studio.of_captions else {"class_label": subject}
+  """Yields all images as far as they are, as HTML, and a line that tells how far."""
+  image_model = service.image_model
+  fields = {"prompt": subject} if image_model.of_captions else {"class_label": subject}
   try:
     body = ImageRequest(
       n=count, guidance_scale=guidance, guidance_schedule=schedule,
@@ -157,47 +160,47 @@ async def _draw(
     first = error.errors()[0]
     first["loc"] = ("body", *first["loc"])
     raise gr.Error(from_validation(first).message) from error
-  except Refusal as refusal:
-    raise gr.Error(refusal.message) from refusal
-  blank = np.full((studio.side, studio.side, 3), GREY, np.uint8)
-  figures, codes = [_figure(studio, blank)] * count, [0] * count
-  total, shown = studio.gpt.config.image_tokens * count, 0.0
+  except APIError as error:
+    raise gr.Error(error.message) from error
+  blank = np.full((image_model.side, image_model.side, 3), GREY, np.uint8)
+  figures, codes = [_figure(image_model, blank)] * count, [0] * count
+  total, shown = image_model.gpt.config.image_tokens * count, 0.0
   try:
-    async for index, event in drawing.news():
+    async for index, event in drawing.events():
       codes[index] = len(event.codes)
       finished = isinstance(event, Finished)
       if not finished and time.monotonic() - shown < FRAME_SECONDS:
         continue
       if finished:
         name = f"{drawing.seed}-{index}.png"
-        figures[index] = _figure(studio, event.picture, name)
+        figures[index] = _figure(image_model, event.image, name)
       else:
-        picture = await to_thread.run_sync(studio.render_partly, event.codes)
-        figures[index] = _figure(studio, picture)
+        image = await to_thread.run_sync(image_model.render_partly, event.codes)
+        figures[index] = _figure(image_model, image)
       shown = time.monotonic()
       yield _sheet(figures), f"{sum(codes)} of {total} codes"
     yield (
       _sheet(figures),
-      f"Done, with seed {drawing.seed}. Click a picture to keep it.",
+      f"Done, with seed {drawing.seed}. Click an image to keep it.",
     )
-  except Refusal as refusal:
-    raise gr.Error(refusal.message) from refusal
+  except APIError as error:
+    raise gr.Error(error.message) from error
   finally:
     drawing.close()
 
 
-def _figure(studio: Studio, picture: np.ndarray, name: str = "") -> str:
-  """uint8 [H, W, 3] -> HTML; a finished picture has a name, and a click saves it.
+def _figure(image_model: ImageModel, image: np.ndarray, name: str = "") -> str:
+  """uint8 [H, W, 3] -> HTML; a finished image has a name, and a click saves it.
 
   The pixels are in the page itself: files behind it would be written while the browser
-  reads them, because a picture changes many times a second.
+  reads them, because an image changes many times a second.
   """
   style = FINISHED if name else UNFINISHED
-  data = base64.b64encode(studio.encode(picture, style)).decode()
-  image = f'<img alt="{name}" src="data:image/{style.output_format};base64,{data}">'
-  link = f'<a download="{name}" href="data:image/png;base64,{data}">{image}</a>'
-  return link if name else image
+  data = base64.b64encode(image_model.encode(image, style)).decode()
+  tag = f'<img alt="{name}" src="data:image/{style.output_format};base64,{data}">'
+  link = f'<a download="{name}" href="data:image/png;base64,{data}">{tag}</a>'
+  return link if name else tag
 
 
 def _sheet(figures: list[str]) -> str:
-  return f'<div class="pictures">{"".join(figures)}</div>'
+  return f'<div class="images">{"".join(figures)}</div>'

@@ -12,8 +12,14 @@ from llamagen_jax.gpt.cached import LayerCache, decoding_params
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.parallel.mesh import batch_sharding, replicated, spec
-from llamagen_jax.sampling import draw
-from llamagen_jax.sampling.slots import Plan, State, admit, init_state, run_chunk
+from llamagen_jax.sampling import sample
+from llamagen_jax.sampling.slots import (
+  ChunkInputs,
+  State,
+  init_state,
+  prefill_rows,
+  run_chunk,
+)
 from llamagen_jax.serving.request import Request
 from llamagen_jax.weights import bundle
 
@@ -32,16 +38,16 @@ class Engine:
     Raises:
       UserError: the mesh that `gpt` is on cannot share the slots out evenly.
     """
-    mesh, c = draw.mesh_of(gpt), gpt.config
-    if slots % draw.slots(mesh):
+    mesh, c = sample.mesh_of(gpt), gpt.config
+    if slots % sample.slots(mesh):
       raise UserError(
-        f"{slots} slots: expected a multiple of {draw.slots(mesh)}, which the mesh"
+        f"{slots} slots: expected a multiple of {sample.slots(mesh)}, which the mesh"
         " shares them among"
       )
     self.config, self.slots, self.codes_drawn = c, slots, 0
     self._chunk, self._mesh = chunk, mesh
     self._params = decoding_params(c, gpt.params)
-    self._tenants: list[Request | None] = [None] * (2 * slots)
+    self._row_owner: list[Request | None] = [None] * (2 * slots)
     self._index_R = np.zeros(2 * slots, np.int32)
     self._keys_R = np.zeros((2 * slots, 2), np.uint32)
     self._rows = SamplingConfig().rows(2 * slots)
@@ -50,7 +56,7 @@ class Engine:
       make = functools.partial(init_state, c, slots)
       self._state = jax.jit(make, out_shardings=places)()
     self._admit = jax.jit(
-      functools.partial(admit, c), donate_argnums=1, out_shardings=places
+      functools.partial(prefill_rows, c), donate_argnums=1, out_shardings=places
     )
     self._run = jax.jit(
       functools.partial(run_chunk, c, chunk),
@@ -60,7 +66,7 @@ class Engine:
 
   @property
   def busy_rows(self) -> int:
-    return sum(tenant is not None for tenant in self._tenants)
+    return sum(owner is not None for owner in self._row_owner)
 
   def warm_up(self) -> None:
     """Compiles what `join` and `advance` run."""
@@ -89,34 +95,34 @@ class Engine:
         self._params, self._state, np.array([rows[0], rows[-1]]), condition, mask, drop
       )
     for row in rows:
-      self._tenants[row], self._index_R[row] = request, 0
+      self._row_owner[row], self._index_R[row] = request, 0
       self._keys_R[row] = jax.random.key_data(request.key)
     self._set(rows[0], request.sampling)  # of two, the second only guides
     return True
 
   def leave(self, request: Request) -> None:
     """Frees the rows of a request, if it has any."""
-    for row, tenant in enumerate(self._tenants):
-      if tenant is request:
-        self._tenants[row], self._index_R[row] = None, 0
+    for row, owner in enumerate(self._row_owner):
+      if owner is request:
+        self._row_owner[row], self._index_R[row] = None, 0
         self._set(row, SamplingConfig())
 
   def advance(self) -> list[Request]:
     """Draws a chunk of codes. Returns who got some; who has them all has left."""
     shared_N = np.array([b is not None and a is not b for a, b in self._pairs()])
-    plan = Plan(self._index_R, shared_N, self._keys_R, self._rows)
+    plan = ChunkInputs(self._index_R, shared_N, self._keys_R, self._rows)
     with self._on_mesh():
       if self._mesh is not None:
         plan = jax.device_put(plan, batch_sharding(self._mesh))
       self._state, codes_CR = self._run(self._params, self._state, plan)
       codes_CR = np.asarray(codes_CR)
-    moved = {tenant: row for row, tenant in enumerate(self._tenants) if tenant}
+    moved = {owner: row for row, owner in enumerate(self._row_owner) if owner}
     for request, row in moved.items():
       missing = self.config.image_tokens - len(request.codes)
       fresh = codes_CR[:missing, row].tolist()
       request.codes += fresh
       self.codes_drawn += len(fresh)
-    self._index_R[[tenant is not None for tenant in self._tenants]] += self._chunk
+    self._index_R[[owner is not None for owner in self._row_owner]] += self._chunk
     for request in moved:
       if len(request.codes) == self.config.image_tokens:
         self.leave(request)
@@ -127,7 +133,7 @@ class Engine:
       all_rows[row] = value[0]
 
   def _pairs(self) -> list[tuple[Request | None, Request | None]]:
-    return list(zip(self._tenants[::2], self._tenants[1::2], strict=True))
+    return list(zip(self._row_owner[::2], self._row_owner[1::2], strict=True))
 
   def _free_rows(self, guided: bool) -> list[int]:
     """A slot's two rows, or the best single one: beside another, if there is one."""

@@ -1,4 +1,4 @@
-"""What /metrics tells Prometheus. Rates are `rate(llamagen_pictures_total[1m])`."""
+"""What /metrics tells Prometheus. Rates are `rate(llamagen_images_total[1m])`."""
 
 from collections.abc import Callable, Iterable
 
@@ -24,14 +24,14 @@ class Metrics:
     self.responses = Counter(
       "responses", "by path and status", ["path", "status"], **own
     )
-    self.pictures = Counter("pictures", "finished pictures", **own)
+    self.images = Counter("images", "finished images", **own)
     self.rejected = Counter("rejected", "requests turned away", ["reason"], **own)
     self.cancelled = Counter("cancelled", "requests given up", ["reason"], **own)
     self.latency = Histogram(
-      "request_seconds", "from request to last picture", buckets=SECONDS, **own
+      "request_seconds", "from request to last image", buckets=SECONDS, **own
     )
     self.first = Histogram(
-      "first_partial_seconds", "to the first partial picture", buckets=SECONDS, **own
+      "first_partial_seconds", "to the first partial image", buckets=SECONDS, **own
     )
     for reason in ("queue_full", "not_ready", "draining"):
       self.rejected.labels(reason)

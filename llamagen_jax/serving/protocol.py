@@ -19,21 +19,21 @@ class WorkerDied(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """Codes of a picture that are drawn so far, int32 [t] in raster order."""
+  """Codes of an image that are drawn so far, int32 [t] in raster order."""
 
   codes: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-  """A picture, uint8 [H, W, 3], and all its codes, int32 [T]."""
+  """An image, uint8 [H, W, 3], and all its codes, int32 [T]."""
 
-  picture: np.ndarray
+  image: np.ndarray
   codes: np.ndarray
 
 
-class Handle(Protocol):
-  """A request on its way. Iterating over it, in one event loop, waits for news."""
+class RequestHandle(Protocol):
+  """A request on its way. Iterating over it, in one event loop, waits for events."""
 
   def __aiter__(self) -> AsyncIterator[Progress | Finished]:
     """Ends after `Finished`; raises `WorkerDied`. May skip progress, never the end."""
@@ -42,7 +42,7 @@ class Handle(Protocol):
     """Frees place and slot within a chunk; harmless after the end."""
 
 
-class Drawer(Protocol):
+class Backend(Protocol):
   """Draws requests in a thread of its own."""
 
   @property
@@ -75,7 +75,7 @@ class Drawer(Protocol):
   def start(self) -> None:
     """Starts the thread, which compiles first."""
 
-  def submit(self, request: Request) -> Handle:
+  def submit(self, request: Request) -> RequestHandle:
     """Queues a request, from the event loop that will follow it; or `QueueFull`."""
 
   def stop(self) -> None:

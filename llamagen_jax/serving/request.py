@@ -1,4 +1,4 @@
-"""One picture to draw, as the API hands it to the engine."""
+"""One image to draw, as the API hands it to the engine."""
 
 import dataclasses
 from typing import Any
@@ -11,10 +11,10 @@ from llamagen_jax.gpt.sampling_config import SamplingConfig
 
 @dataclasses.dataclass(eq=False)
 class Request:
-  """One picture to draw, and its codes as they come."""
+  """One image to draw, and its codes as they come."""
 
   condition: Any  # a label, or caption features [P, C]
-  key: jax.Array  # picture i of `sample(seed)` has fold_in(key(seed), i)
+  key: jax.Array  # image i of `sample(seed)` has fold_in(key(seed), i)
   sampling: SamplingConfig = SamplingConfig()
   condition_mask: np.ndarray | None = None  # [P], 0 on the padding of a caption
   codes: list[int] = dataclasses.field(default_factory=list)

@@ -33,7 +33,7 @@ class ImageRequest(BaseModel):
     description="A text; for a model of classes `class:207`, an index or a name.",
   )
   model: str | None = None
-  n: int | None = Field(None, ge=1, description="Pictures of the prompt; default 1.")
+  n: int | None = Field(None, ge=1, description="Images of the prompt; default 1.")
   size: str | None = Field(None, description="The model's only size, or `auto`.")
   response_format: Literal["b64_json", "url"] | None = None
   output_format: Literal["png", "jpeg", "webp"] | None = None
@@ -42,14 +42,14 @@ class ImageRequest(BaseModel):
   )
   stream: bool | None = None
   partial_images: int | None = Field(
-    None, ge=0, le=3, description="Unfinished pictures sent along with `stream`."
+    None, ge=0, le=3, description="Unfinished images sent along with `stream`."
   )
   # Checked and without effect.
   quality: (
     Literal["standard", "hd", "low", "medium", "high", "xhigh", "max", "auto"] | None
   ) = None
   background: Literal["opaque", "auto"] | None = Field(
-    None, description="Pictures are opaque."
+    None, description="Images are opaque."
   )
   style: Literal["vivid", "natural"] | None = None
   moderation: Literal["low", "auto"] | None = None
@@ -57,7 +57,7 @@ class ImageRequest(BaseModel):
   safety_identifier: str | None = Field(None, max_length=512)
   # Ours.
   seed: Seed | None = Field(
-    None, description="Same seed and settings, same pictures; drawn if not given."
+    None, description="Same seed and settings, same images; drawn if not given."
   )
   guidance_scale: float | None = Field(None, ge=1, le=1000)
   guidance_schedule: Schedule | None = None
@@ -71,7 +71,7 @@ class ImageRequest(BaseModel):
     None,
     min_length=1,
     max_length=1000,
-    description="Several classes, `n` pictures of each.",
+    description="Several classes, `n` images of each.",
   )
 
 
@@ -81,7 +81,7 @@ class InputDetails(BaseModel):
 
 
 class Usage(BaseModel):
-  """Tokens of condition and codes of the pictures."""
+  """Tokens of condition and codes of the images."""
 
   input_tokens: int
   input_tokens_details: InputDetails
@@ -99,7 +99,7 @@ class Usage(BaseModel):
 
 
 class Style(BaseModel):
-  """How the pictures of a response are stored; part of responses and of events."""
+  """How the images of a response are stored; part of responses and of events."""
 
   background: Literal["opaque"] = "opaque"
   output_format: Literal["png", "jpeg", "webp"]
@@ -120,21 +120,21 @@ class ImagesResponse(Style):
   created: int = Field(default_factory=now)
   data: list[Image]
   usage: Usage
-  seed: int = Field(description="What to send to get these pictures again.")
+  seed: int = Field(description="What to send to get these images again.")
 
 
 class PartialImage(Style):
-  """Event: the rows of a picture that are drawn, grey below them."""
+  """Event: the rows of an image that are drawn, grey below them."""
 
   type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
   b64_json: str
   created_at: int = Field(default_factory=now)
   partial_image_index: int
-  image_index: int = Field(description="Which of the n pictures this is.")
+  image_index: int = Field(description="Which of the n images this is.")
 
 
 class Completed(Style):
-  """Event: a finished picture."""
+  """Event: a finished image."""
 
   type: Literal["image_generation.completed"] = "image_generation.completed"
   b64_json: str | None = None

@@ -1,4 +1,4 @@
-"""From a request to pictures: admission, deadline, and what is counted on the way."""
+"""From a request to images: admission, deadline, and what is counted on the way."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -10,11 +10,17 @@ import time
 from anyio import to_thread
 import numpy as np
 
+from llamagen_jax.serving.api_error import APIError
+from llamagen_jax.serving.image_model import ImageModel
 from llamagen_jax.serving.metrics import Metrics
-from llamagen_jax.serving.protocol import Drawer, Finished, Handle, Progress, QueueFull
-from llamagen_jax.serving.refusal import Refusal
+from llamagen_jax.serving.protocol import (
+  Backend,
+  Finished,
+  Progress,
+  QueueFull,
+  RequestHandle,
+)
 from llamagen_jax.serving.schema import LARGEST_SEED, ImageRequest
-from llamagen_jax.serving.studio import Studio
 
 SMOOTHING = 0.1  # share of a new request in the mean time that one takes
 WARM_UP_SECONDS = 10  # to try again after, when the programs are not compiled yet
@@ -24,67 +30,67 @@ WARM_UP_SECONDS = 10  # to try again after, when the programs are not compiled y
 class Limits:
   """What a request may ask for."""
 
-  pictures: int  # of one request
+  images: int  # of one request
   seconds: float  # until it is done
   body_bytes: int
 
 
 class Service:
-  """Admits requests to one drawer. Lives in one event loop."""
+  """Admits requests to one backend. Lives in one event loop."""
 
-  def __init__(self, studio: Studio, drawer: Drawer, limits: Limits):
-    self.studio, self.drawer, self.limits = studio, drawer, limits
+  def __init__(self, image_model: ImageModel, backend: Backend, limits: Limits):
+    self.image_model, self.backend, self.limits = image_model, backend, limits
     self.metrics = Metrics()
     self.draining = self._warm = False
     self._mean_seconds = 1.0
     self.metrics.watch([
-      ("queue_length", "pictures that wait for a slot", lambda: drawer.queued),
-      ("slots_busy", "guidance pairs in use", lambda: drawer.busy_slots),
-      ("slots", "guidance pairs", lambda: drawer.slots),
+      ("queue_length", "images that wait for a slot", lambda: backend.queued),
+      ("slots_busy", "guidance pairs in use", lambda: backend.busy_slots),
+      ("slots", "guidance pairs", lambda: backend.slots),
       ("ready", "1 when everything is compiled", lambda: self.ready),
     ])  # fmt: skip
-    self.metrics.count("codes", "codes of all requests", lambda: drawer.codes_drawn)
+    self.metrics.count("codes", "codes of all requests", lambda: backend.codes_drawn)
 
   @property
   def ready(self) -> bool:
     """Whether requests are welcome."""
-    return self._warm and self.drawer.ready and not self.draining
+    return self._warm and self.backend.ready and not self.draining
 
   @property
   def alive(self) -> bool:
-    return self.drawer.alive
+    return self.backend.alive
 
   async def warm_up(self) -> None:
     """Compiles what runs on this side; requests are refused until then."""
-    await to_thread.run_sync(self.studio.warm_up)
+    await to_thread.run_sync(self.image_model.warm_up)
     self._warm = True
 
-  async def admit(self, body: ImageRequest) -> "Drawing":
-    """Queues every picture of a request, or none.
+  async def admit(self, body: ImageRequest) -> "ActiveRequest":
+    """Queues every image of a request, or none.
 
     Raises:
-      Refusal: 503 before the start and after the end, 429 when the queue is full,
+      APIError: 503 before the start and after the end, 429 when the queue is full,
         400 and 404 for what the model cannot draw.
     """
     started = time.monotonic()
     count = (body.n or 1) * len(body.class_labels or [0])
-    if count > self.limits.pictures:
-      message = f"{count} pictures: this server draws at most {self.limits.pictures}."
-      raise Refusal(400, message, code="invalid_value", param="n")
+    if count > self.limits.images:
+      message = f"{count} images: this server draws at most {self.limits.images}."
+      raise APIError(400, message, code="invalid_value", param="n")
     self._check_open()
     self._check_places(count)
     seed = secrets.randbelow(LARGEST_SEED + 1) if body.seed is None else body.seed
-    requests = await to_thread.run_sync(self.studio.requests, body, seed)
+    requests = await to_thread.run_sync(self.image_model.requests, body, seed)
     self._check_places(count)
-    handles: list[Handle] = []
+    handles: list[RequestHandle] = []
     try:
       for request in requests:
-        handles.append(self.drawer.submit(request))
+        handles.append(self.backend.submit(request))
     except QueueFull:
       for handle in handles:
         handle.cancel()
       self._reject_full(count)
-    return Drawing(self, body, seed, handles, started)
+    return ActiveRequest(self, body, seed, handles, started)
 
   def done(self, seconds: float) -> None:
     """A request took so long."""
@@ -94,34 +100,36 @@ class Service:
   def _check_open(self) -> None:
     if self.draining:
       self.metrics.rejected.labels("draining").inc()
-      raise Refusal(503, "The server is shutting down.", code="draining", retry_after=1)
+      raise APIError(
+        503, "The server is shutting down.", code="draining", retry_after=1
+      )
     if not self.ready:
       self.metrics.rejected.labels("not_ready").inc()
       what = "The server is starting." if self.alive else "The engine has died."
-      raise Refusal(503, what, code="not_ready", retry_after=WARM_UP_SECONDS)
+      raise APIError(503, what, code="not_ready", retry_after=WARM_UP_SECONDS)
 
   def _check_places(self, count: int) -> None:
-    if self.drawer.free_places < count:
+    if self.backend.free_places < count:
       self._reject_full(count)
 
   def _reject_full(self, count: int) -> None:
     self.metrics.rejected.labels("queue_full").inc()
     # Little's law: the server finishes as many a second as it holds per mean time.
-    held = self.drawer.queued + self.drawer.slots
+    held = self.backend.queued + self.backend.slots
     seconds = max(1, math.ceil(self._mean_seconds * count / held))
     message = f"The queue is full; try again in {seconds} s."
-    raise Refusal(429, message, code="rate_limit_exceeded", retry_after=seconds)
+    raise APIError(429, message, code="rate_limit_exceeded", retry_after=seconds)
 
 
-class Drawing:
-  """The pictures of one admitted request. Whoever holds it must `close` it."""
+class ActiveRequest:
+  """The images of one admitted request. Whoever holds it must `close` it."""
 
   def __init__(
     self,
     service: Service,
     body: ImageRequest,
     seed: int,
-    handles: list[Handle],
+    handles: list[RequestHandle],
     started: float,
   ):
     self.body, self.seed = body, seed
@@ -130,45 +138,45 @@ class Drawing:
     self._followers: list[asyncio.Task] = []
     self._reason = "disconnect"
 
-  async def pictures(self) -> list[np.ndarray]:
-    """All of them, uint8 [side, side, 3]. Raises what `news` raises."""
-    pictures = {}
-    async for index, event in self.news():
+  async def images(self) -> list[np.ndarray]:
+    """All of them, uint8 [side, side, 3]. Raises what `events` raises."""
+    images = {}
+    async for index, event in self.events():
       if isinstance(event, Finished):
-        pictures[index] = event.picture
-    return [pictures[i] for i in sorted(pictures)]
+        images[index] = event.image
+    return [images[i] for i in sorted(images)]
 
-  async def news(self) -> AsyncIterator[tuple[int, Progress | Finished]]:
-    """(number of a picture, what happened to it), until all are finished.
+  async def events(self) -> AsyncIterator[tuple[int, Progress | Finished]]:
+    """(number of an image, what happened to it), until all are finished.
 
     Raises:
-      Refusal: 503 after the deadline, or when the drawer has died.
+      APIError: 503 after the deadline, or when the backend has died.
     """
-    news: asyncio.Queue = asyncio.Queue()
+    events: asyncio.Queue = asyncio.Queue()
     self._followers = [
-      asyncio.create_task(_follow(i, handle, news))
+      asyncio.create_task(_follow(i, handle, events))
       for i, handle in enumerate(self._handles)
     ]
     limit = self._service.limits.seconds
     while self._missing:
       left = limit - (time.monotonic() - self._started)
       try:
-        index, event = await asyncio.wait_for(news.get(), max(0.0, left))
+        index, event = await asyncio.wait_for(events.get(), max(0.0, left))
       except TimeoutError:
         self._reason = "deadline"
         message = f"The request was not done after {limit:g} s."
-        raise Refusal(503, message, code="deadline_exceeded", retry_after=1) from None
+        raise APIError(503, message, code="deadline_exceeded", retry_after=1) from None
       if isinstance(event, Exception):
-        raise Refusal(503, "The engine has died.", code="engine_died") from event
+        raise APIError(503, "The engine has died.", code="engine_died") from event
       if isinstance(event, Finished):
         self._missing -= 1
-        self._service.metrics.pictures.inc()
+        self._service.metrics.images.inc()
         if not self._missing:
           self._service.done(time.monotonic() - self._started)
       yield index, event
 
   def first_partial(self) -> None:
-    """Notes that the first partial picture is on its way."""
+    """Notes that the first partial image is on its way."""
     self._service.metrics.first.observe(time.monotonic() - self._started)
 
   def close(self) -> None:
@@ -182,9 +190,9 @@ class Drawing:
     self._missing, self._handles = 0, []
 
 
-async def _follow(index: int, handle: Handle, news: asyncio.Queue) -> None:
+async def _follow(index: int, handle: RequestHandle, events: asyncio.Queue) -> None:
   try:
     async for event in handle:
-      news.put_nowait((index, event))
+      events.put_nowait((index, event))
   except Exception as error:  # WorkerDied, or a bug that must not look like silence
-    news.put_nowait((index, error))
+    events.put_nowait((index, error))

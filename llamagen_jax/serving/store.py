@@ -1,4 +1,4 @@
-"""Finished pictures as base64, or as files that have a URL."""
+"""Finished images as base64, or as files that have a URL."""
 
 import base64
 import pathlib
@@ -7,17 +7,17 @@ import secrets
 import numpy as np
 
 from llamagen_jax.errors import UserError
-from llamagen_jax.serving.refusal import Refusal
+from llamagen_jax.serving.api_error import APIError
+from llamagen_jax.serving.image_model import ImageModel
 from llamagen_jax.serving.schema import Image, ImageRequest
-from llamagen_jax.serving.studio import Studio
 
-URL_PATH = "/pictures"
+URL_PATH = "/images"
 
 
 class Store:
-  """Where pictures with a URL go; without a folder there are none.
+  """Where images with a URL go; without a folder there are none.
 
-  Names are random and long: who knows one may see the picture, nobody can guess it.
+  Names are random and long: who knows one may see the image, nobody can guess it.
   Files stay until the operator deletes them.
   """
 
@@ -31,20 +31,20 @@ class Store:
 
   def check(self, body: ImageRequest) -> None:
     if body.response_format == "url" and self.folder is None:
-      message = "This server keeps no pictures (--store); ask for 'b64_json'."
-      raise Refusal(400, message, code="invalid_value", param="response_format")
+      message = "This server keeps no images (--store); ask for 'b64_json'."
+      raise APIError(400, message, code="invalid_value", param="response_format")
 
   def image(
-    self, studio: Studio, picture: np.ndarray, body: ImageRequest, root: str
+    self, image_model: ImageModel, image: np.ndarray, body: ImageRequest, root: str
   ) -> Image:
     """uint8 [H, W, 3] -> base64, or a URL below the server's `root`."""
     if body.response_format != "url":
-      return Image(b64_json=self.b64(studio, picture, body))
+      return Image(b64_json=self.b64(image_model, image, body))
     name = f"{secrets.token_urlsafe(24)}.{body.output_format or 'png'}"
     part = self.folder / f".{name}.part"
-    part.write_bytes(studio.encode(picture, body))
+    part.write_bytes(image_model.encode(image, body))
     part.rename(self.folder / name)
     return Image(url=f"{root.rstrip('/')}{URL_PATH}/{name}")
 
-  def b64(self, studio: Studio, picture: np.ndarray, body: ImageRequest) -> str:
-    return base64.b64encode(studio.encode(picture, body)).decode()
+  def b64(self, image_model: ImageModel, image: np.ndarray, body: ImageRequest) -> str:
+    return base64.b64encode(image_model.encode(image, body)).decode()

@@ -1,4 +1,4 @@
-"""Server-sent events of a drawing: partial pictures, then the finished ones."""
+"""Server-sent events of a drawing: partial images, then the finished ones."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -9,12 +9,12 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
+from llamagen_jax.serving.api_error import APIError
+from llamagen_jax.serving.image_model import ImageModel
 from llamagen_jax.serving.protocol import Finished
-from llamagen_jax.serving.refusal import Refusal
 from llamagen_jax.serving.schema import Completed, Image, PartialImage
-from llamagen_jax.serving.service import Drawing
+from llamagen_jax.serving.service import ActiveRequest
 from llamagen_jax.serving.store import Store
-from llamagen_jax.serving.studio import Studio
 
 PING_SECONDS = 15  # silence that proxies stand
 
@@ -24,10 +24,12 @@ class EventStream(StreamingResponse):
 
   media_type = "text/event-stream"
 
-  def __init__(self, drawing: Drawing, studio: Studio, store: Store, root: str):
+  def __init__(
+    self, drawing: ActiveRequest, image_model: ImageModel, store: Store, root: str
+  ):
     # nginx would collect the events otherwise.
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    events = _with_pings(_events(drawing, studio, store, root))
+    events = _with_pings(_events(drawing, image_model, store, root))
     super().__init__(events, headers=headers)
     self._drawing = drawing
 
@@ -39,22 +41,24 @@ class EventStream(StreamingResponse):
 
 
 async def _events(
-  drawing: Drawing, studio: Studio, store: Store, root: str
+  drawing: ActiveRequest, image_model: ImageModel, store: Store, root: str
 ) -> AsyncIterator[bytes]:
   body = drawing.body
-  style = studio.style(body)
-  steps = _partial_steps(body.partial_images or 0, studio.gpt.config.image_tokens)
-  sent: dict[int, int] = {}  # partial pictures of every picture
+  style = image_model.style(body)
+  steps = _partial_steps(body.partial_images or 0, image_model.gpt.config.image_tokens)
+  sent: dict[int, int] = {}  # partial images of every image
   try:
-    async for index, event in drawing.news():
+    async for index, event in drawing.events():
       if isinstance(event, Finished):
-        image = await to_thread.run_sync(store.image, studio, event.picture, body, root)
-        yield _event(_completed(image, index, drawing, studio, style))
+        image = await to_thread.run_sync(
+          store.image, image_model, event.image, body, root
+        )
+        yield _event(_completed(image, index, drawing, image_model, style))
         continue
       reached = sum(len(event.codes) >= step for step in steps)
       if reached > sent.get(index, 0):
-        picture = await to_thread.run_sync(studio.render_partly, event.codes)
-        data = await to_thread.run_sync(store.b64, studio, picture, body)
+        image = await to_thread.run_sync(image_model.render_partly, event.codes)
+        data = await to_thread.run_sync(store.b64, image_model, image, body)
         if not sent:
           drawing.first_partial()
         yield _event(
@@ -63,23 +67,30 @@ async def _events(
           )
         )
         sent[index] = reached
-  except Refusal as refusal:
+  except APIError as error:
     drawing.close()  # first: who hears of it may ask again at once
-    yield _sse("error", refusal.body_json())
+    yield _sse("error", error.body_json())
 
 
 def _partial_steps(count: int, codes: int) -> list[int]:
-  """Numbers of codes at which a partial picture is due."""
+  """Numbers of codes at which a partial image is due."""
   return [codes * (i + 1) // (count + 1) for i in range(count)]
 
 
 def _completed(
-  image: Image, index: int, drawing: Drawing, studio: Studio, style: dict[str, str]
+  image: Image,
+  index: int,
+  drawing: ActiveRequest,
+  image_model: ImageModel,
+  style: dict[str, str],
 ) -> Completed:
   return Completed(
-    **image.model_dump(), image_index=index, usage=studio.usage(1), seed=drawing.seed,
+    **image.model_dump(),
+    image_index=index,
+    usage=image_model.usage(1),
+    seed=drawing.seed,
     **style,
-  )  # fmt: skip
+  )
 
 
 def _event(event: BaseModel) -> bytes:

@@ -17,8 +17,8 @@ Event = Progress | Finished | WorkerDied
 STOPS = "the server stops"
 
 
-class Ticket:
-  """A request on its way; a `Handle`. Made in the event loop that follows it."""
+class RequestHandle:
+  """A request on its way; a `RequestHandle`. Made in the event loop that follows it."""
 
   def __init__(self, worker: "Worker", request: Request):
     self.request = request
@@ -46,11 +46,11 @@ class Ticket:
 
 
 class Worker:
-  """Draws with an engine, first come, first served; a `Drawer`.
+  """Draws with an engine, first come, first served; a `Backend`.
 
   Args:
     engine: its slots; from `start` on only the thread here touches it.
-    render: int32 codes [1, T] -> uint8 pictures [1, H, W, 3].
+    render: int32 codes [1, T] -> uint8 images [1, H, W, 3].
     places: requests that may wait, for a slot or to be rendered.
   """
 
@@ -59,10 +59,10 @@ class Worker:
   ):
     self._engine, self._render, self._places = engine, render, places
     self._state = threading.Condition()  # guards all that follows
-    self._waiting: collections.deque[Ticket] = collections.deque()
-    self._drawing: dict[Request, Ticket] = {}
-    self._rendering: set[Ticket] = set()
-    self._cancelled: list[Ticket] = []
+    self._waiting: collections.deque[RequestHandle] = collections.deque()
+    self._drawing: dict[Request, RequestHandle] = {}
+    self._rendering: set[RequestHandle] = set()
+    self._cancelled: list[RequestHandle] = []
     self._ready = self._dead = self._stopping = False
     self._thread = threading.Thread(target=self._main, name="draw", daemon=True)
     self._renderer = ThreadPoolExecutor(1, thread_name_prefix="render")
@@ -98,26 +98,26 @@ class Worker:
   def start(self) -> None:
     self._thread.start()
 
-  def submit(self, request: Request) -> Ticket:
-    ticket = Ticket(self, request)
+  def submit(self, request: Request) -> RequestHandle:
+    handle = RequestHandle(self, request)
     with self._state:
       if not self.free_places:
         raise QueueFull
       if not self.alive:
-        ticket.tell(WorkerDied("it takes no requests"))
+        handle.tell(WorkerDied("it takes no requests"))
       else:
-        self._waiting.append(ticket)
+        self._waiting.append(handle)
         self._state.notify()
-    return ticket
+    return handle
 
-  def cancel(self, ticket: Ticket) -> None:
+  def cancel(self, handle: RequestHandle) -> None:
     """Gives up a request, wherever it is; its rows are free after the chunk."""
     with self._state:
-      self._rendering.discard(ticket)
-      if ticket in self._waiting:
-        self._waiting.remove(ticket)
-      elif ticket.request in self._drawing and ticket not in self._cancelled:
-        self._cancelled.append(ticket)
+      self._rendering.discard(handle)
+      if handle in self._waiting:
+        self._waiting.remove(handle)
+      elif handle.request in self._drawing and handle not in self._cancelled:
+        self._cancelled.append(handle)
 
   def stop(self) -> None:
     with self._state:
@@ -126,8 +126,8 @@ class Worker:
     if self._thread.is_alive():
       self._thread.join()
     self._renderer.shutdown(cancel_futures=True)
-    for ticket in self._rendering:
-      ticket.tell(WorkerDied(STOPS))
+    for handle in self._rendering:
+      handle.tell(WorkerDied(STOPS))
     self._rendering.clear()
 
   def _main(self) -> None:
@@ -153,25 +153,25 @@ class Worker:
     """Lets requests leave and join, and draws a chunk for all."""
     with self._state:
       gone, self._cancelled = self._cancelled, []
-      for ticket in gone:
-        del self._drawing[ticket.request]
-    for ticket in gone:
-      self._engine.leave(ticket.request)
+      for handle in gone:
+        del self._drawing[handle.request]
+    for handle in gone:
+      self._engine.leave(handle.request)
     while self._admit():
       pass
     for request in self._engine.advance():
-      ticket = self._drawing[request]
+      handle = self._drawing[request]
       codes = np.array(request.codes, np.int32)
       if len(codes) < self._engine.config.image_tokens:
-        ticket.tell(Progress(codes))
+        handle.tell(Progress(codes))
         continue
       with self._state:
         del self._drawing[request]
-        if ticket in self._cancelled:
-          self._cancelled.remove(ticket)
+        if handle in self._cancelled:
+          self._cancelled.remove(handle)
           continue
-        self._rendering.add(ticket)
-      self._renderer.submit(self._finish, ticket, codes)
+        self._rendering.add(handle)
+      self._renderer.submit(self._finish, handle, codes)
 
   def _admit(self) -> bool:
     """Lets the first in the queue join. The lock is free while the device works."""
@@ -187,9 +187,9 @@ class Worker:
         self._engine.leave(first.request)
     return True
 
-  def _finish(self, ticket: Ticket, codes: np.ndarray) -> None:
+  def _finish(self, handle: RequestHandle, codes: np.ndarray) -> None:
     """Renders codes, in the thread beside the one that draws."""
-    if ticket not in self._rendering:  # given up since
+    if handle not in self._rendering:  # given up since
       return
     try:
       event = Finished(self._render(codes[None])[0], codes)
@@ -197,13 +197,13 @@ class Worker:
       logging.exception("the tokenizer has failed")
       event = WorkerDied(str(error))
     with self._state:
-      self._rendering.discard(ticket)  # first: who hears of it may ask again at once
-    ticket.tell(event)
+      self._rendering.discard(handle)  # first: who hears of it may ask again at once
+    handle.tell(event)
 
   def _die(self, error: WorkerDied) -> None:
     with self._state:
       self._dead = True
-      for ticket in [*self._waiting, *self._drawing.values()]:
-        ticket.tell(error)
+      for handle in [*self._waiting, *self._drawing.values()]:
+        handle.tell(error)
       self._waiting.clear()
       self._drawing.clear()

@@ -76,7 +76,7 @@ ENDS = (
 
 
 def clean(caption: str) -> str:
-  """Lower-cases a caption and takes out what describes no picture.
+  """Lower-cases a caption and takes out what describes no image.
 
   Web addresses, markup, user names, Chinese and Japanese characters, numbers and
   sizes of articles, file names, phrases of shops; dashes and quotes become plain

@@ -1,6 +1,6 @@
 """Discriminators of the tokenizer's adversarial loss: PatchGAN and StyleGAN's.
 
-Both take pictures [B, H, W, 3] in [-1, 1] and give float32 logits, large for real.
+Both take images [B, H, W, 3] in [-1, 1] and give float32 logits, large for real.
 """
 
 import dataclasses
@@ -39,26 +39,26 @@ class DiscriminatorConfig:
       )
 
   def check_side(self, side: int) -> None:
-    """Refuses pictures that the discriminator has no shape for."""
+    """Refuses images that the discriminator has no shape for."""
     if self.kind == "stylegan" and (side not in STYLEGAN_CHANNELS or side < 8):
       raise UserError(
-        f"discriminator.kind=stylegan: pictures of {side}, expected a power of two"
+        f"discriminator.kind=stylegan: images of {side}, expected a power of two"
         " from 8 to 512"
       )
     if self.kind == "patchgan" and side // 2**self.layers < 3:
       raise UserError(
-        f"discriminator.layers={self.layers}: pictures of {side} are too small, they"
+        f"discriminator.layers={self.layers}: images of {side} are too small, they"
         f" need {3 * 2**self.layers}"
       )
 
 
 def discriminate(config: DiscriminatorConfig, params: Any, images: jax.Array):
-  """Logits of pictures: [B, h, w, 1] a patch, or [B, 1] a picture."""
+  """Logits of images: [B, h, w, 1] a patch, or [B, 1] an image."""
   return make_discriminator(config).apply({"params": params}, images)
 
 
 def init_discriminator(config: DiscriminatorConfig, side: int, key: jax.Array) -> Any:
-  """Fresh float32 parameters for pictures of `side`, boxed with axis names."""
+  """Fresh float32 parameters for images of `side`, boxed with axis names."""
   key = jax.random.fold_in(key, PARAMETER_KEY)
   images = jnp.zeros((1, side, side, 3))
   return make_discriminator(config).init(key, images)["params"]
@@ -135,7 +135,7 @@ class PatchGAN(nn.Module):
 
 
 class StyleGAN(nn.Module):
-  """A logit a picture: StyleGAN2's residual form (arXiv 1912.04958, section 4.1)."""
+  """A logit an image: StyleGAN2's residual form (arXiv 1912.04958, section 4.1)."""
 
   config: DiscriminatorConfig
 

@@ -1,4 +1,4 @@
-"""Loss terms of the tokenizer, as free functions. Pictures are [B, H, W, 3].
+"""Loss terms of the tokenizer, as free functions. Images are [B, H, W, 3].
 
 The whole, VQGAN (arXiv 2012.09841), section 3.1, as LlamaGen weighs it: the generator
 minimises reconstruction + perceptual + w * adversarial + the quantizer's terms
@@ -29,7 +29,7 @@ class LossConfig:
   discriminator: str = "hinge"  # hinge | vanilla | non-saturating
   adaptive_weight: bool = False  # balance the gradients of the last layer
   disc_start: int = 0  # step from which the discriminator acts on the generator
-  disc_lead: int = 0  # steps before that in which it is trained alone
+  disc_warmup_steps: int = 0  # steps before that in which it is trained alone
 
   def __post_init__(self):
     for name, known in (
@@ -41,9 +41,10 @@ class LossConfig:
         raise UserError(
           f"loss.{name}={getattr(self, name)!r}: expected {' or '.join(known)}"
         )
-    if self.disc_lead > self.disc_start:
+    if self.disc_warmup_steps > self.disc_start:
       raise UserError(
-        f"loss.disc_lead={self.disc_lead}: more than loss.disc_start={self.disc_start}"
+        f"loss.disc_warmup_steps={self.disc_warmup_steps}: more than"
+        f" loss.disc_start={self.disc_start}"
       )
 
 
@@ -66,7 +67,7 @@ def generator_loss(kind: str, fake: jax.Array) -> jax.Array:
 
 
 def discriminator_loss(kind: str, real: jax.Array, fake: jax.Array) -> jax.Array:
-  """What the discriminator pays for logits of pictures and of reconstructions.
+  """What the discriminator pays for logits of images and of reconstructions.
 
   hinge: (mean relu(1 - real) + mean relu(1 + fake)) / 2, Geometric GAN (arXiv
   1705.02894), equation 12; vanilla: (mean softplus(-real) + mean softplus(fake)) / 2,

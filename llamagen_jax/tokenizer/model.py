@@ -1,6 +1,6 @@
-"""The VQGAN autoencoder: pictures to codes and back.
+"""The VQGAN autoencoder: images to codes and back.
 
-Pictures are [B, H, W, 3] in [-1, 1]. The module names follow the published
+Images are [B, H, W, 3] in [-1, 1]. The module names follow the published
 state dict, level 0 of the decoder being the lowest resolution.
 """
 
@@ -26,7 +26,7 @@ class Conv(nn.Module):
   features: int
   size: int = 3
   stride: int = 1
-  enlarge: bool = False  # to twice the sides first, by nearest neighbours
+  upsample: bool = False  # to twice the sides first, by nearest neighbours
 
   @nn.compact
   def __call__(self, x_BHWC):
@@ -41,7 +41,7 @@ class Conv(nn.Module):
       padding,
       dtype=self.config.dtype,
       conv_general_dilated=(
-        _enlarge_and_convolve if self.enlarge else jax.lax.conv_general_dilated
+        _enlarge_and_convolve if self.upsample else jax.lax.conv_general_dilated
       ),
       kernel_init=nn.with_logical_partitioning(init, (None, None, None, "conv_out")),
       bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("conv_out",)),
@@ -51,10 +51,10 @@ class Conv(nn.Module):
 
 
 def _enlarge_and_convolve(x_BHWC, kernel_33CF, *args, dimension_numbers, **kwargs):
-  """A 3x3 convolution of the picture enlarged by 2, from the small picture.
+  """A 3x3 convolution of the image enlarged by 2, from the small image.
 
-  A window over the large picture covers 2x2 of the small one's pixels, so each of
-  the 2x2 parities of an output pixel is a 2x2 convolution of the small picture,
+  A window over the large image covers 2x2 of the small one's pixels, so each of
+  the 2x2 parities of an output pixel is a 2x2 convolution of the small image,
   whose kernel sums the rows and columns that fall on one pixel: 4/9 of the products.
   """
   del args, kwargs  # plain stride and padding
@@ -101,11 +101,11 @@ class NormSwish(nn.Module):
 def group_norm(
   x_BHWC: jax.Array, scale_C: jax.Array, bias_C: jax.Array, groups: int
 ) -> jax.Array:
-  """Pictures with mean 0 and variance 1 in every group of channels (arXiv 1803.08494).
+  """Images with mean 0 and variance 1 in every group of channels (arXiv 1803.08494).
 
   In float32, with the exact variance. Sums go over pixels first and over a group's
   channels then, so that channels stay in a vector's lanes: on a CPU that takes two
-  thirds of Flax's time on large pictures.
+  thirds of Flax's time on large images.
   """
 
   def group_mean(x_BHWC):
@@ -196,7 +196,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-  """Pictures [B, H, W, 3] -> [B, h, w, latent_width]."""
+  """Images [B, H, W, 3] -> [B, h, w, latent_width]."""
 
   config: TokenizerConfig
   training: bool
@@ -217,7 +217,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """[B, h, w, latent_width] -> pictures [B, H, W, 3], float32."""
+  """[B, h, w, latent_width] -> images [B, H, W, 3], float32."""
 
   config: TokenizerConfig
   training: bool
@@ -233,7 +233,7 @@ class Decoder(nn.Module):
       level = Level(c, features, blocks, first, self.training, name=f"level_{i}")
       x_BHWC = level(x_BHWC)
       if not last:
-        x_BHWC = Conv(c, features, enlarge=True, name=f"upsample_{i}")(x_BHWC)
+        x_BHWC = Conv(c, features, upsample=True, name=f"upsample_{i}")(x_BHWC)
     x_BHWC = NormSwish(c, name="norm_out")(x_BHWC)
     return Conv(c, 3, name="conv_out")(x_BHWC).astype(jnp.float32)
 
@@ -262,19 +262,19 @@ class VQModel(nn.Module):
     return self._decode_latents(quantized.latents), quantized
 
   def latents(self, images_BHWC: jax.Array) -> jax.Array:
-    """Pictures -> float32 latents [B, h, w, C] before normalising."""
+    """Images -> float32 latents [B, h, w, C] before normalising."""
     x_BHWC = images_BHWC.astype(self.config.dtype)
     return self.quant_conv(self.encoder(x_BHWC)).astype(jnp.float32)
 
   def encode(self, images_BHWC: jax.Array) -> jax.Array:
-    """Pictures [B, H, W, 3] in [-1, 1] -> int32 codes [B, h, w]."""
+    """Images [B, H, W, 3] in [-1, 1] -> int32 codes [B, h, w]."""
     z, codebook = self.latents(images_BHWC), self.codebook
     if self.config.l2_norm:
       z, codebook = quantizer.l2_normalize(z), quantizer.l2_normalize(codebook)
     return quantizer.nearest_codes(z, codebook)
 
   def decode(self, codes_Bhw: jax.Array) -> jax.Array:
-    """Integer codes [B, h, w] -> float32 pictures [B, H, W, 3], about [-1, 1]."""
+    """Integer codes [B, h, w] -> float32 images [B, H, W, 3], about [-1, 1]."""
     return self._decode_latents(quantizer.lookup(self.config, codes_Bhw, self.codebook))
 
   def _decode_latents(self, latents_BhwC):
@@ -293,12 +293,12 @@ def _init_codebook(config: TokenizerConfig):
 
 
 def encode(config: TokenizerConfig, params: Any, images_BHWC: jax.Array) -> jax.Array:
-  """Pictures [B, H, W, 3] in [-1, 1] -> int32 codes [B, h, w]."""
+  """Images [B, H, W, 3] in [-1, 1] -> int32 codes [B, h, w]."""
   return _apply(config, params, images_BHWC, "encode")
 
 
 def decode(config: TokenizerConfig, params: Any, codes_Bhw: jax.Array) -> jax.Array:
-  """Integer codes [B, h, w] -> float32 pictures [B, H, W, 3], about [-1, 1]."""
+  """Integer codes [B, h, w] -> float32 images [B, H, W, 3], about [-1, 1]."""
   return _apply(config, params, codes_Bhw, "decode")
 
 
@@ -306,12 +306,12 @@ def _apply(config, params, x, method):
   def apply(x):
     return VQModel(config).apply({"params": params}, x, method=method)
 
-  # A CPU takes a picture after the other a fifth faster than a batch of eight,
+  # A CPU takes an image after the other a fifth faster than a batch of eight,
   # whose activations fit into no cache. Devices that share a batch do not scan it,
   # unless each of them has its part to itself, under `shard_map`.
   alone = jax.device_count() == 1 or jax.sharding.get_abstract_mesh().manual_axes
   if jax.default_backend() == "cpu" and alone:
-    return jax.lax.map(lambda picture: apply(picture[None])[0], x)
+    return jax.lax.map(lambda image: apply(image[None])[0], x)
   return apply(x)
 
 

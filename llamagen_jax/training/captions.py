@@ -31,7 +31,7 @@ class PairSource:
   """Codes and texts of the same samples; every pair is checked when it is read.
 
   Both were made from the same caption shards, in their order. Codes may lack the
-  samples whose picture was skipped.
+  samples whose image was skipped.
   """
 
   def __init__(self, codes: CodeSource, texts: CaptionSource | FeatureSource):

@@ -19,7 +19,7 @@ ITEMS = ("state", "position", "config")
 SIZES = "sizes.json"  # of a checkpoint: the bytes of every file, written last
 UNREADABLE = "unreadable_"  # put before the name of a checkpoint that is not whole
 # A run may go on with another of these; everything else decides its numbers.
-FREE = (
+MAY_CHANGE_ON_RESUME = (
   "mesh",
   "run.steps",
   "run.log_every",
@@ -42,7 +42,7 @@ class Checkpoints:
   def __init__(self, workdir: os.PathLike, run: RunConfig, config: dict[str, Any]):
     workdir = epath.Path(workdir)
     self._config = json.loads(json.dumps(config))  # as it will be read back
-    _claim(workdir, self._config)
+    _check_or_write_config(workdir, self._config)
     self._folder = _checkpoint_folder(workdir)
     _set_damaged_aside(self._folder)
     self._saving = 0
@@ -80,7 +80,7 @@ class Checkpoints:
             f" {_one_line(error)}"
           ) from error
         logging.warning("checkpoint of step %d: %s", step, _one_line(error))
-        _set_aside(self._folder / _step_folder(step), "it cannot be read")
+        _quarantine(self._folder / _step_folder(step), "it cannot be read")
         self._manager.reload()
         continue
       logging.info("resumed from step %d", step)
@@ -150,13 +150,13 @@ def restore_part(workdir: os.PathLike, wanted: Any) -> Any:
   return restored.state
 
 
-def _claim(workdir: epath.Path, config: dict[str, Any]) -> None:
+def _check_or_write_config(workdir: epath.Path, config: dict[str, Any]) -> None:
   """Writes the config on the first start, and refuses another one later."""
   path = workdir / CONFIG
   if path.exists():
     found, wanted = (_flat(c) for c in (json.loads(path.read_text()), config))
     for name in sorted(found.keys() | wanted.keys()):
-      free = any(name == f or name.startswith(f"{f}.") for f in FREE)
+      free = any(name == f or name.startswith(f"{f}.") for f in MAY_CHANGE_ON_RESUME)
       if not free and found.get(name) != wanted.get(name):
         raise UserError(
           f"workdir {workdir} holds a run with config.{name}={found.get(name)!r},"
@@ -204,7 +204,7 @@ def _set_damaged_aside(folder: epath.Path) -> None:
       damage = _damage(place)
       if damage is None:
         break
-      _set_aside(place, damage)
+      _quarantine(place, damage)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("checkpoints were looked at")
 
@@ -220,7 +220,7 @@ def _damage(place: epath.Path) -> str | None:
   return None
 
 
-def _set_aside(place: epath.Path, damage: str) -> None:
+def _quarantine(place: epath.Path, damage: str) -> None:
   aside = place.parent / f"{UNREADABLE}{place.name}"
   if aside.exists():
     aside.rmtree()

@@ -19,11 +19,11 @@ class GuardConfig:
 
   skip_nonfinite: bool = False  # loss or gradient is inf or NaN
   skip_spike: float = 0.0  # loss above its running mean by so many nats; 0 = never
-  give_up: int = 10  # skipped steps in a row that end the run
+  max_skipped_in_a_row: int = 10  # skipped steps in a row that end the run
 
   def __post_init__(self):
-    if self.skip_spike < 0 or self.give_up < 1:
-      raise UserError("guard: expected skip_spike >= 0 and give_up >= 1")
+    if self.skip_spike < 0 or self.max_skipped_in_a_row < 1:
+      raise UserError("guard: expected skip_spike >= 0 and max_skipped_in_a_row >= 1")
 
   @property
   def on(self) -> bool:

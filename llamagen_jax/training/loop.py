@@ -23,7 +23,7 @@ from llamagen_jax.errors import RunFailed, Stopped
 from llamagen_jax.parallel.hosts import StopSignal
 from llamagen_jax.parallel.mesh import make_mesh, replicated
 from llamagen_jax.training.checkpoint import Checkpoints
-from llamagen_jax.training.metrics import MetricsLog
+from llamagen_jax.training.metrics_log import MetricsLog
 from llamagen_jax.training.profile import Profile
 from llamagen_jax.training.recipe import MeshConfig, RunConfig
 from llamagen_jax.training.speed import Work, memory, speed
@@ -38,7 +38,7 @@ class Evaluation:
   """What a trainer's evaluation found."""
 
   metrics: dict[str, float]
-  pictures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  images: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,9 @@ class Task:
   later: Mapping[int, Step] = dataclasses.field(default_factory=dict)
   # Fresh state -> the same with weights from elsewhere; not called on resuming.
   load: Callable[[Any], Any] | None = None
-  give_up: int = 1  # steps in a row that may be skipped before the run fails
+  max_skipped_in_a_row: int = (
+    1  # steps in a row that may be skipped before the run fails
+  )
   work: Work | None = None  # of a step, for the log
 
   def step_at(self, step: int) -> Step:
@@ -75,7 +77,7 @@ def fit(
   """Trains to `run.steps`, from the newest checkpoint of `workdir` if there is one.
 
   Leaves there: checkpoints, config.json, metrics.jsonl, event files, loss.png,
-  the evaluation's pictures, and the finished model in `bundle`; with `profile`, a
+  the evaluation's images, and the finished model in `bundle`; with `profile`, a
   trace of so many steps in `profile`. Returns the state.
   """
   mesh = make_mesh(**dataclasses.asdict(mesh_config))
@@ -117,7 +119,7 @@ def _train(task, run, mesh, state, abstract, start, checkpoints, reporter, stop,
   batches = task.stream.batches(mesh, start)
   pending = None  # (step, metrics) that the host has not looked at yet
 
-  def settle():
+  def flush_metrics():
     nonlocal pending
     if pending is not None:
       reporter.log(*pending, last_good=checkpoints.latest())
@@ -125,12 +127,12 @@ def _train(task, run, mesh, state, abstract, start, checkpoints, reporter, stop,
 
   for step in range(start, run.steps + 1):
     final = step == run.steps
-    stopped = stop.asked(step) and not final
+    stopped = stop.should_stop(step) and not final
     if final or (step > start and run.eval_every and step % run.eval_every == 0):
-      settle()
+      flush_metrics()
       reporter.log_evaluation(step, task.evaluate(state, mesh))
     if final or stopped or (step > start and step % run.save_every == 0):
-      settle()  # a state is saved only once its loss is known to be finite
+      flush_metrics()  # a state is saved only once its loss is known to be finite
       force = final or stopped
       checkpoints.save(state, step, task.stream.position(step), force)
     if final:
@@ -138,13 +140,13 @@ def _train(task, run, mesh, state, abstract, start, checkpoints, reporter, stop,
     if stopped:
       raise Stopped(f"stopped at step {step} and saved; resume with the same command")
     if trace.turns(step):
-      settle()
+      flush_metrics()
       trace.turn()
     waited = time.perf_counter()
     batch = next(batches)
     waited = time.perf_counter() - waited
     state, metrics = compiled(task.step_at(step))(state, batch)
-    settle()
+    flush_metrics()
     pending = step + 1, metrics, waited
   return state
 
@@ -155,7 +157,7 @@ class _Reporter:
   def __init__(self, workdir: pathlib.Path, run: RunConfig, start: int, task: Task):
     self._workdir, self._run, self._curves = workdir, run, task.curves
     self._batch_size = task.stream.batch_size
-    self._give_up, self._work = task.give_up, task.work
+    self._give_up, self._work = task.max_skipped_in_a_row, task.work
     self._main = jax.process_index() == 0
     self._log = MetricsLog(workdir, start) if self._main else None
     self._bar = tqdm.tqdm(
@@ -220,8 +222,8 @@ class _Reporter:
       return
     metrics = {f"eval/{name}": value for name, value in found.metrics.items()}
     self._log.write(step, metrics)
-    for name, picture in found.pictures.items():
-      self._log.write_picture(step, name, picture)
+    for name, image in found.images.items():
+      self._log.write_image(step, name, image)
     self._log.draw_curve(self._workdir / "loss.png", self._curves)
     shown = "  ".join(f"{name} {value:.4g}" for name, value in found.metrics.items())
     self._bar.write(f"step {step}  {shown}")

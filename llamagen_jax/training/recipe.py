@@ -82,7 +82,7 @@ def parse_command(verb: str, argv: Sequence[str]) -> Command:
   )
   hosts.define_flags(values)
   config = parse_config(verb, argv, values, required=("workdir",))
-  hosts.connect(values)
+  hosts.initialize_distributed(values)
   return Command(
     config, epath.Path(values.workdir), values["init-from"].value, values.profile
   )

@@ -101,7 +101,7 @@ def make_task(recipe: GPTRecipe) -> Task:
     export=functools.partial(export, r, source, captions),
     curves=("loss", "eval/loss"),
     load=functools.partial(load_weights, r, source) if r.init_from else None,
-    give_up=r.guard.give_up,
+    max_skipped_in_a_row=r.guard.max_skipped_in_a_row,
     work=Work(
       r.data.batch_size * r.model.length, train_flops(r.model, r.data.batch_size)
     ),
@@ -113,7 +113,7 @@ def check_codes(source: CodeSource, config: GPTConfig) -> None:
   found, name = source.manifest, f"code shards {source.folder}"
   if found["grid"] != config.grid:
     raise UserError(
-      f"{name}: {found['grid']}x{found['grid']} codes a picture, the model"
+      f"{name}: {found['grid']}x{found['grid']} codes an image, the model"
       f" expects {config.grid}x{config.grid}"
     )
   if found["codebook_size"] > config.vocab_size:
@@ -230,7 +230,7 @@ def evaluate(
   state: TrainState,
   mesh: jax.sharding.Mesh,
 ) -> Evaluation:
-  """Mean loss per code over held-out pictures, first crop, no dropout."""
+  """Mean loss per code over held-out images, first crop, no dropout."""
   total = weight = 0.0
   transform = first_crop if captions is None else captions.input.first
   for batch in epoch_batches(source, transform, recipe.data.batch_size, mesh):
@@ -254,7 +254,7 @@ def _eval_step(config: GPTConfig, params: Any, batch: Batch):
 def load_weights(
   recipe: GPTRecipe, source: CodeSource | PairSource, state: TrainState
 ) -> TrainState:
-  """Puts a bundle's weights into a fresh state, for another picture size, say.
+  """Puts a bundle's weights into a fresh state, for another image size, say.
 
   Positions have no weights, so only the shapes have to agree, and the codes and
   features have to be of the same tokenizer and text encoder.

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from llamagen_jax.data.images import CenterPicture, TrainingPicture
+from llamagen_jax.data.images import CenterImage, TrainingImage
 from llamagen_jax.data.loader import Batch, Stream, epoch_batches
 from llamagen_jax.data.sources import open_source
 from llamagen_jax.errors import UserError
@@ -58,21 +58,21 @@ from llamagen_jax.vision.lpips import lpips, shapes
 from llamagen_jax.weights import bundle
 from llamagen_jax.weights.lpips import load_lpips
 
-EXAMPLES = 12  # pictures in the evaluation's grid
+EXAMPLES = 12  # images in the evaluation's grid
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureData:
-  """Where training pictures come from and how they are cut."""
+class ImageDataConfig:
+  """Where training images come from and how they are cut."""
 
   source: str
   eval_source: str
   image_size: int
   batch_size: int  # over all hosts
   accumulate: int = 1  # parts of a batch that are computed one after the other
-  largest_resize: float = 1.25  # shorter side up to this times image_size
-  mirror: bool = True
-  min_side: int = 16  # smaller pictures are bad ones
+  max_resize: float = 1.25  # shorter side up to this times image_size
+  random_flip: bool = True
+  min_side: int = 16  # smaller images are bad ones
   max_bad_share: float = 0.01  # of the source, before the run fails
   workers: int = 0  # processes that decode; 0 = threads
 
@@ -90,7 +90,7 @@ class TokenizerRecipe:
 
   model: TokenizerConfig
   loss: LossConfig
-  data: PictureData
+  data: ImageDataConfig
   optimizer: OptimizerConfig  # of the generator
   mesh: MeshConfig
   run: RunConfig
@@ -101,7 +101,7 @@ class TokenizerRecipe:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class GanPhase:
   """What of the adversarial game a step computes; a compiled program of its own."""
 
   discriminator: bool = False  # it is trained
@@ -123,8 +123,8 @@ def make_task(recipe: TokenizerRecipe, workdir: pathlib.Path) -> Task:
     r.discriminator.check_side(d.image_size)
   lpips_params = load_lpips(r.loss.lpips) if r.loss.perceptual_weight else None
   source, eval_source = open_source(d.source), open_source(d.eval_source)
-  transform = TrainingPicture(
-    source, d.image_size, d.largest_resize, d.mirror, d.min_side
+  transform = TrainingImage(
+    source, d.image_size, d.max_resize, d.random_flip, d.min_side
   )
   steps = {
     start: functools.partial(train_step, r, stage)
@@ -144,12 +144,12 @@ def make_task(recipe: TokenizerRecipe, workdir: pathlib.Path) -> Task:
   )
 
 
-def stages(loss: LossConfig) -> dict[int, Stage]:
+def stages(loss: LossConfig) -> dict[int, GanPhase]:
   """First step -> what is computed from there on."""
   if not loss.adversarial_weight:
-    return {0: Stage()}
-  begin = loss.disc_start - loss.disc_lead
-  return {0: Stage(), begin: Stage(True), loss.disc_start: Stage(True, True)}
+    return {0: GanPhase()}
+  begin = loss.disc_start - loss.disc_warmup_steps
+  return {0: GanPhase(), begin: GanPhase(True), loss.disc_start: GanPhase(True, True)}
 
 
 def init_state(recipe: TokenizerRecipe, key: jax.Array) -> TokenizerState:
@@ -176,9 +176,9 @@ def load_state(
 
 
 def train_step(
-  recipe: TokenizerRecipe, stage: Stage, state: TokenizerState, batch: Batch
+  recipe: TokenizerRecipe, stage: GanPhase, state: TokenizerState, batch: Batch
 ) -> tuple[TokenizerState, Metrics]:
-  """One update of both networks on a batch of uint8 pictures.
+  """One update of both networks on a batch of uint8 images.
 
   The generator comes first; the discriminator sees the reconstructions from before
   that update, and both gradients are of the discriminator from before its own.
@@ -212,19 +212,19 @@ def train_step(
 
 def gradients(
   recipe: TokenizerRecipe,
-  stage: Stage,
+  stage: GanPhase,
   state: TokenizerState,
   images: jax.Array,
   key: jax.Array,
 ) -> tuple[tuple[Any, Any, Metrics], tuple[jax.Array, jax.Array]]:
-  """Gradients of both losses on pictures [B, H, W, 3] in [-1, 1].
+  """Gradients of both losses on images [B, H, W, 3] in [-1, 1].
 
-  The generator's backward pass runs once, from the summed gradient at the picture;
+  The generator's backward pass runs once, from the summed gradient at the image;
   the adaptive weight needs no more than one convolution's kernel gradient twice.
 
   Returns:
     what is a mean over the batch: (generator's, discriminator's gradients, loss
-    terms), and what belongs to its pictures: (codes, the latents they are of).
+    terms), and what belongs to its images: (codes, the latents they are of).
   """
   r = recipe
   model = VQModel(r.model, training=True)
@@ -245,7 +245,7 @@ def gradients(
   (reconstructions, quantizer_loss), pull_back, quantized = jax.vjp(
     forward, state.params, has_aux=True
   )
-  (loss, metrics), picture_grad = jax.value_and_grad(likelihood, has_aux=True)(
+  (loss, metrics), image_grad = jax.value_and_grad(likelihood, has_aux=True)(
     reconstructions
   )
   metrics |= quantized.losses
@@ -257,21 +257,21 @@ def gradients(
       fake = discriminate(r.discriminator, state.discriminator.params, reconstructions)
       return generator_loss(r.loss.generator, fake)
 
-    def last_kernel_grad(picture_grad):
-      (grads,) = pull_back((picture_grad, jnp.zeros(())))
+    def last_kernel_grad(image_grad):
+      (grads,) = pull_back((image_grad, jnp.zeros(())))
       return grads["decoder"]["conv_out"]["kernel"]
 
     value, adversarial_grad = jax.value_and_grad(adversarial)(reconstructions)
     weight = jnp.ones(())
     if r.loss.adaptive_weight:
       weight = adaptive_weight(
-        last_kernel_grad(picture_grad), last_kernel_grad(adversarial_grad)
+        last_kernel_grad(image_grad), last_kernel_grad(adversarial_grad)
       )
     metrics |= {"adversarial": value, "adaptive_weight": weight}
     weight *= r.loss.adversarial_weight
     loss += weight * value
-    picture_grad += weight * adversarial_grad
-  (generator_grads,) = pull_back((picture_grad, jnp.ones(())))
+    image_grad += weight * adversarial_grad
+  (generator_grads,) = pull_back((image_grad, jnp.ones(())))
   metrics["loss"] = loss
 
   discriminator_grads = None
@@ -297,7 +297,7 @@ def gradients(
 def _accumulated(compute: Callable, images: jax.Array, key: jax.Array, parts: int):
   """`compute` over parts of the batch: means of its first results, all of its second.
 
-  A part takes every n-th picture, so that no picture changes its chip. Batch
+  A part takes every n-th image, so that no image changes its chip. Batch
   statistics and the adaptive weight are those of a part.
   """
   if parts == 1:
@@ -363,9 +363,9 @@ def evaluate(
   state: TokenizerState,
   mesh: jax.sharding.Mesh,
 ) -> Evaluation:
-  """Distances and code usage over held-out pictures; originals above the kept."""
+  """Distances and code usage over held-out images; originals above the kept."""
   d = recipe.data
-  transform = CenterPicture(d.image_size, d.min_side)
+  transform = CenterImage(d.image_size, d.min_side)
   batches = epoch_batches(source, transform, d.batch_size, mesh, shuffle=True)
   found = reconstruct(recipe.model, state.weights, batches, EXAMPLES, state.lpips)
   rows = np.concatenate([found.originals, found.reconstructions])
@@ -382,5 +382,5 @@ def _optimizer(recipe: TokenizerRecipe) -> optax.GradientTransformation:
 def _disc_optimizer(recipe: TokenizerRecipe) -> optax.GradientTransformation:
   """A schedule of the discriminator counts its own updates."""
   r = recipe
-  own_steps = r.run.steps - (r.loss.disc_start - r.loss.disc_lead)
+  own_steps = r.run.steps - (r.loss.disc_start - r.loss.disc_warmup_steps)
   return make_optimizer(r.discriminator_optimizer, max(1, own_steps))

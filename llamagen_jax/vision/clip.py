@@ -1,4 +1,4 @@
-"""CLIP (arXiv 2103.00020) in Flax: how well pictures fit their prompts.
+"""CLIP (arXiv 2103.00020) in Flax: how well images fit their prompts.
 
 Axes: B batch, T tokens or patches, D width, N heads, H head dim, F ffn, E embedding.
 """
@@ -34,7 +34,7 @@ class TowerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ClipConfig:
-  """Shape of a CLIP, and what its pictures are normalised by."""
+  """Shape of a CLIP, and what its images are normalised by."""
 
   text: TowerConfig
   vision: TowerConfig
@@ -44,7 +44,7 @@ class ClipConfig:
   image_size: int
   patch: int  # side, in pixels
   activation: str
-  mean: tuple[float, float, float]  # of pictures in [0, 1]
+  mean: tuple[float, float, float]  # of images in [0, 1]
   deviation: tuple[float, float, float]
 
   def __post_init__(self):
@@ -124,7 +124,7 @@ class TextTower(nn.Module):
 
 
 class VisionTower(nn.Module):
-  """uint8 pictures [B, S, S, 3] of the model's size -> [B, E]."""
+  """uint8 images [B, S, S, 3] of the model's size -> [B, E]."""
 
   config: ClipConfig
 
@@ -192,7 +192,7 @@ def unit(x_BE: jax.Array) -> jax.Array:
 def similarity(
   config: ClipConfig, params: Any, ids_BT: jax.Array, end_B: jax.Array, images
 ) -> jax.Array:
-  """Cosine similarity of every picture and its text, [B]."""
+  """Cosine similarity of every image and its text, [B]."""
   text, vision = Clip(config).apply({"params": params}, ids_BT, end_B, images)
   return jnp.sum(text * vision, axis=-1)
 

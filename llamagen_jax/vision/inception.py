@@ -150,7 +150,7 @@ class Block8(nn.Module):
 
 
 class Inception(nn.Module):
-  """uint8 (or float in [0, 255]) pictures [B, H, W, 3] of any size -> `Features`."""
+  """uint8 (or float in [0, 255]) images [B, H, W, 3] of any size -> `Features`."""
 
   @nn.compact
   def __call__(self, images):
@@ -182,7 +182,7 @@ class Inception(nn.Module):
 
 
 def average_pool(x_BHWC: jax.Array) -> jax.Array:
-  """Mean of the 3 x 3 pixels around each one, of those inside the picture."""
+  """Mean of the 3 x 3 pixels around each one, of those inside the image."""
   return nn.avg_pool(x_BHWC, (3, 3), (1, 1), "SAME", count_include_pad=False)
 
 
@@ -213,7 +213,7 @@ def _weights(length: int, side: int) -> np.ndarray:
 
 @jax.jit
 def extract_features(params: Any, images: jax.Array) -> Features:
-  """Runs the network; data-parallel where the pictures are sharded by their batch."""
+  """Runs the network; data-parallel where the images are sharded by their batch."""
   return Inception().apply({"params": params}, images)
 
 

@@ -42,7 +42,7 @@ def shapes() -> dict[str, Any]:
 
 
 def lpips(params: Any, x_BHWC: jax.Array, y_BHWC: jax.Array, dtype: str) -> jax.Array:
-  """Distance of pictures in [-1, 1], [B, H, W, 3] twice -> float32 [B].
+  """Distance of images in [-1, 1], [B, H, W, 3] twice -> float32 [B].
 
   The convolutions run in `dtype`; normalising and comparing in float32.
   """

@@ -46,19 +46,19 @@ class Tokenizer:
   identity: str  # content hash; code shards and transformers name it
 
   def encode(self, images: jax.Array) -> jax.Array:
-    """Pictures [B, H, W, 3], uint8 or in [-1, 1] -> int32 codes [B, h, w]."""
+    """Images [B, H, W, 3], uint8 or in [-1, 1] -> int32 codes [B, h, w]."""
     if images.dtype == np.uint8:
       images = from_uint8(images)
     return _encode(self.config, self.params, images)
 
   def decode(self, codes: jax.Array) -> jax.Array:
-    """Integer codes [B, h, w] -> float32 pictures [B, H, W, 3] in about [-1, 1]."""
+    """Integer codes [B, h, w] -> float32 images [B, H, W, 3] in about [-1, 1]."""
     return _decode(self.config, self.params, codes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Transformer:
-  """A loaded transformer and what its pictures are best drawn with."""
+  """A loaded transformer and what its images are best drawn with."""
 
   config: GPTConfig
   params: Any  # stacked over layers

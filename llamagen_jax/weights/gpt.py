@@ -34,7 +34,7 @@ def gpt_from_torch(
   Args:
     state_dict: names -> arrays, PyTorch layouts ([out, in]).
     num_heads: needed where (layers, dim) is not a published preset's.
-    image_tokens: codes a picture; 256 if not given.
+    image_tokens: codes an image; 256 if not given.
     **changes: fields of `GPTConfig` that shapes cannot tell.
 
   Returns:

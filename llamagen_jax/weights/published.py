@@ -1,7 +1,7 @@
 """The published checkpoints, and what is known about them.
 
-Scores are those of arXiv 2406.06525 on 256x256 pictures: of the tokenizers on the
-50 000 validation pictures of ImageNet, of the class-conditional transformers over
+Scores are those of arXiv 2406.06525 on 256x256 images: of the tokenizers on the
+50 000 validation images of ImageNet, of the class-conditional transformers over
 50 000 samples with the guidance given here, and without any (`unguided`).
 """
 
@@ -74,7 +74,7 @@ def identify(path: str | pathlib.Path) -> str | None:
 
 def table() -> str:
   """The published checkpoints as text, a line each."""
-  rows = [ROW.format("name", "model", "picture", "guidance", "top-k", "scores")]
+  rows = [ROW.format("name", "model", "image", "guidance", "top-k", "scores")]
   for name, known in PUBLISHED.items():
     scores = ", ".join(f"{k} {v:g}" for k, v in known.scores.items())
     sampling = ("", "") if known.is_tokenizer else (known.guidance_scale, known.top_k)

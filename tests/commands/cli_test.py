@@ -12,11 +12,11 @@ from tests import tiny
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-  """Pictures, tokenizer, codes and transformer made by the verbs themselves."""
+  """Images, tokenizer, codes and transformer made by the verbs themselves."""
   folder = tmp_path_factory.mktemp("run")
-  tiny.write_pictures(folder / "pictures")
+  tiny.write_images(folder / "images")
   configs = {
-    "tokenizer": tiny.tokenizer_config(folder / "pictures", 2),
+    "tokenizer": tiny.tokenizer_config(folder / "images", 2),
     "gpt": tiny.gpt_config(folder / "codes", 2),
   }
   configs["gpt"].model.update(grid=8, vocab_size=16)
@@ -28,7 +28,7 @@ def trained(tmp_path_factory):
   verbs = [
     f"train-tokenizer --config={folder}/tokenizer.py --workdir={folder}/tokenizer",
     f"extract-codes --tokenizer={folder}/tokenizer/bundle --shards=3 --image-size=16"
-    f" --source=folder:{folder}/pictures --out={folder}/codes",
+    f" --source=folder:{folder}/images --out={folder}/codes",
     f"train-gpt --config={folder}/gpt.py --workdir={folder}/gpt",
   ]
   for verb in verbs:
@@ -52,11 +52,11 @@ def sample(folder) -> str:
   )
 
 
-def test_pictures_of_classes(trained, capsys):
+def test_images_of_classes(trained, capsys):
   code, err = llamagen(capsys, f"{sample(trained)} --classes=0,3 --count=3 --top-k=5")
   assert code == 0, err
-  with Image.open(trained / "drawn.png") as picture:
-    assert picture.size == (3 * 18 - 2, 2 * 18 - 2)
+  with Image.open(trained / "drawn.png") as image:
+    assert image.size == (3 * 18 - 2, 2 * 18 - 2)
   command = f"{sample(trained)} --classes=1,2 --count=2 --batch-size=3"
   arrays = []
   for seed in (1, 1, 2):
@@ -82,8 +82,8 @@ def test_a_file_of_classes_into_a_folder(trained, capsys):
   assert names == [
     "00000_class1.png", "00001_class0.png", "00002_class1.png", "00003_3.png",
   ]  # fmt: skip
-  with Image.open(trained / "drawn" / names[0]) as picture:
-    assert picture.size == (16, 16)
+  with Image.open(trained / "drawn" / names[0]) as image:
+    assert image.size == (16, 16)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_bad_sample_commands(trained, capsys, flags, words):
     ),
     (
       "train-gpt --config={f}/gpt.py --config.model.grid=4 --workdir={f}/x",
-      ["{f}/codes: 8x8 codes a picture", "expects 4x4"],
+      ["{f}/codes: 8x8 codes an image", "expects 4x4"],
     ),
     (
       "train-gpt --config={f}/gpt.py --config.model.num_classes=1 --workdir={f}/x",
@@ -146,12 +146,12 @@ def test_bad_sample_commands(trained, capsys, flags, words):
       ["loss.reconstruction='l3'", "l1 or l2"],
     ),
     (
-      "extract-codes --tokenizer={f}/tokenizer/bundle --source=folder:{f}/pictures"
+      "extract-codes --tokenizer={f}/tokenizer/bundle --source=folder:{f}/images"
       " --out={f}/codes --image-size=18",
       ["{f}/codes was begun with other settings", "image_size is 16 there, 18 here"],
     ),
     (
-      "extract-codes --tokenizer={f}/tokenizer/bundle --source=folder:{f}/pictures"
+      "extract-codes --tokenizer={f}/tokenizer/bundle --source=folder:{f}/images"
       " --out={f}/x --image-size=17",
       ["17 is not a multiple", "downsampling 2"],
     ),
@@ -165,17 +165,17 @@ def test_bad_commands(trained, capsys, command, words):
   assert not (trained / "x").exists()
 
 
-def test_bad_pictures_are_skipped_named_and_limited(trained, tmp_path, capsys):
-  pictures = tiny.write_pictures(tmp_path / "pictures", count=20)
-  (pictures / "class1" / "03.png").write_bytes(b"broken")
-  Image.new("RGB", (5, 40)).save(pictures / "class0" / "04.png")
+def test_bad_images_are_skipped_named_and_limited(trained, tmp_path, capsys):
+  images = tiny.write_images(tmp_path / "images", count=20)
+  (images / "class1" / "03.png").write_bytes(b"broken")
+  Image.new("RGB", (5, 40)).save(images / "class0" / "04.png")
   command = (
-    f"extract-codes --tokenizer={trained}/tokenizer/bundle --source=folder:{pictures}"
+    f"extract-codes --tokenizer={trained}/tokenizer/bundle --source=folder:{images}"
     f" --out={tmp_path}/codes --image-size=16 --crops=center --shards=3"
   )
   code, err = llamagen(capsys, command)
   assert code == 2
-  assert "bad pictures so far" in err.strip().splitlines()[-1]
+  assert "bad images so far" in err.strip().splitlines()[-1]
   assert not (tmp_path / "codes" / "manifest.json").exists()
   code, err = llamagen(capsys, f"{command} --max-bad-share=0.1")
   assert code == 0, err
@@ -191,17 +191,17 @@ def test_bad_pictures_are_skipped_named_and_limited(trained, tmp_path, capsys):
 def test_reconstructions_of_a_source(trained, capsys):
   command = (
     f"reconstruct --tokenizer={trained}/tokenizer/bundle --image-size=16 --shown=3"
-    f" --source=folder:{trained}/pictures --out={trained}/kept --batch-size=5"
+    f" --source=folder:{trained}/images --out={trained}/kept --batch-size=5"
   )
   code, err = llamagen(capsys, command)
   assert code == 0, err
   metrics = json.loads((trained / "kept" / "metrics.json").read_text())
   assert {"psnr", "ssim", "ssim_lg", "usage", "perplexity"} <= metrics.keys()
-  assert (metrics["pictures"], metrics["skipped"]) == (12, 0)
+  assert (metrics["images"], metrics["skipped"]) == (12, 0)
   kept = np.load(trained / "kept" / "reconstructions.npz")["arr_0"]
   originals = np.load(trained / "kept" / "originals.npz")["arr_0"]
   assert kept.shape == originals.shape == (12, 16, 16, 3)
   errors = np.mean((kept / 255 - originals / 255) ** 2, axis=(1, 2, 3))
   assert metrics["psnr"] == pytest.approx(np.mean(-10 * np.log10(errors)), rel=1e-3)
-  with Image.open(trained / "kept" / "reconstructions.png") as picture:
-    assert picture.size == (3 * 18 - 2, 2 * 18 - 2)
+  with Image.open(trained / "kept" / "reconstructions.png") as image:
+    assert image.size == (3 * 18 - 2, 2 * 18 - 2)

@@ -10,6 +10,7 @@ import pytest
 from llamagen_jax import SamplingConfig, TokenizerConfig
 from llamagen_jax.commands import cli
 from llamagen_jax.errors import UserError
+from llamagen_jax.evaluation.image_sets import open_image_set
 from llamagen_jax.evaluation.protocols import (
   PROTOCOLS,
   Protocol,
@@ -18,7 +19,6 @@ from llamagen_jax.evaluation.protocols import (
   published_model,
   published_scores,
 )
-from llamagen_jax.evaluation.sources import open_source
 from llamagen_jax.images import save_npz
 
 COUNT = 24
@@ -116,7 +116,7 @@ def test_text_to_image_needs_a_clip(evaluate, cheap, capsys):
 
 @pytest.mark.parametrize(
   "samples, message",
-  [("one", "1 pictures have no covariance"), ("constant", "have the same features")],
+  [("one", "1 images have no covariance"), ("constant", "have the same features")],
 )
 def test_sets_without_a_distribution_are_refused(
   evaluate, cheap, folder, capsys, samples, message
@@ -144,7 +144,7 @@ def test_export_and_override(evaluate, cheap, folder, capsys):
 def test_problems(tmp_path):
   image = np.zeros((4, 8, 8, 3), np.uint8)
   save_npz(tmp_path / "x.npz", [image], 4, np.array([0, 0, 1, 2]))
-  source = open_source("--samples", tmp_path / "x.npz")
+  source = open_image_set("--samples", tmp_path / "x.npz")
   found = "; ".join(problems(PROTOCOLS["custom"], source, source))
   assert "order of their classes" in found and "the same file" in found
   adm = PROTOCOLS["gfid-adm-imagenet256"]
@@ -154,7 +154,7 @@ def test_problems(tmp_path):
   rfid = PROTOCOLS["rfid-imagenet256"]
   assert "VIRTUAL" in "; ".join(problems(rfid, source, virtual))
   with pytest.raises(UserError, match="no such file"):
-    open_source("--samples", tmp_path / "y.npz")
+    open_image_set("--samples", tmp_path / "y.npz")
 
 
 def test_published_model_of_settings():

@@ -1,4 +1,4 @@
-"""Extraction: bad pictures, kills, several processes, size."""
+"""Extraction: bad images, kills, several processes, size."""
 
 import json
 import os
@@ -27,7 +27,7 @@ PROCESS = (
   "import sys, jax; port, host, hosts = sys.argv[1:4]\n"
   "if int(hosts) > 1: jax.distributed.initialize("
   "f'localhost:{port}', int(hosts), int(host))\n"
-  "from llamagen_jax import cli; sys.exit(cli.run(sys.argv[4:]))"
+  "from llamagen_jax.commands import cli; sys.exit(cli.run(sys.argv[4:]))"
 )
 
 
@@ -66,25 +66,25 @@ def files(folder):
   }
 
 
-def test_bad_pictures_are_named_and_labels_stay_aligned(tmp_path, tokenizer, capsys):
-  pictures = tiny.write_pictures(tmp_path / "pictures", count=400)
-  paths = sorted(pictures.rglob("*.png"))
+def test_bad_images_are_named_and_labels_stay_aligned(tmp_path, tokenizer, capsys):
+  images = tiny.write_images(tmp_path / "images", count=400)
+  paths = sorted(images.rglob("*.png"))
   bad = [paths[i] for i in (0, 150, 151, 399)]
   for path in bad:
     path.write_bytes(b"broken")
   extra = "--crops=center --ranges=1.0 --no-mirror --check=6"
-  arguments = command(tokenizer, f"folder:{pictures}", tmp_path / "codes", 3, extra)
+  arguments = command(tokenizer, f"folder:{images}", tmp_path / "codes", 3, extra)
   assert cli.run(arguments) == 0
   printed = capsys.readouterr().out
   for path in bad:
     assert f"{path.parent.name}/{path.name}: cannot be decoded" in printed
-  assert "396 pictures x 1 crops" in printed
+  assert "396 images x 1 crops" in printed
   assert "class0 " in printed
   assert "100.0% of the codes and 6 of 6 labels are confirmed" in printed
   assert (tmp_path / "codes" / "check.png").exists()
 
-  codes, source = CodeSource(tmp_path / "codes"), open_source(f"folder:{pictures}")
-  good = [s for s in source if s.picture != b"broken"]
+  codes, source = CodeSource(tmp_path / "codes"), open_source(f"folder:{images}")
+  good = [s for s in source if s.image != b"broken"]
   records = [codes[i] for i in range(len(codes))]
   assert [(r.key, r.label) for r in records] == [(s.key, s.label) for s in good]
   assert codes.manifest["label_counts"] == {"0": 197, "1": 199}
@@ -95,33 +95,33 @@ def test_bad_pictures_are_named_and_labels_stay_aligned(tmp_path, tokenizer, cap
 
 
 def test_a_finished_folder_is_left_as_it_is(tmp_path, tokenizer, capsys):
-  pictures = tiny.write_pictures(tmp_path / "pictures")
-  arguments = command(tokenizer, f"folder:{pictures}", tmp_path / "codes", 2)
+  images = tiny.write_images(tmp_path / "images")
+  arguments = command(tokenizer, f"folder:{images}", tmp_path / "codes", 2)
   assert cli.run(arguments) == 0
   before = {p: p.stat().st_mtime_ns for p in (tmp_path / "codes").iterdir()}
   assert cli.run(arguments) == 0
   assert {p: p.stat().st_mtime_ns for p in (tmp_path / "codes").iterdir()} == before
-  assert "12 pictures x 20 crops" in capsys.readouterr().out
+  assert "12 images x 20 crops" in capsys.readouterr().out
 
 
-def test_pictures_without_labels(tmp_path, tokenizer, capsys):
-  pictures = tiny.write_pictures(tmp_path / "pictures") / "class0"
-  arguments = command(tokenizer, f"folder:{pictures}", tmp_path / "codes", 2)
+def test_images_without_labels(tmp_path, tokenizer, capsys):
+  images = tiny.write_images(tmp_path / "images") / "class0"
+  arguments = command(tokenizer, f"folder:{images}", tmp_path / "codes", 2)
   assert cli.run([*arguments, "--check=2"]) == 0
   printed = capsys.readouterr().out
   assert "no labels" in printed and "2 of 2 labels are confirmed" in printed
 
 
 def test_imagenet_fits_where_it_must(tmp_path):
-  """1 281 167 pictures of 256, ten crops at both ranges: 13.2 GB and 5 % at most."""
+  """1 281 167 images of 256, ten crops at both ranges: 13.2 GB and 5 % at most."""
   records = 500
   plan = tiny.write_codes(tmp_path / "any") / "plan.json"
   plan = json.loads(plan.read_text())
-  from llamagen_jax.data.codes import CodePlan
+  from llamagen_jax.data.codes import CodeShardSpec
 
   crops = CropSet(256, "five", (1.1, 1.05), mirror=True).names
   plan |= {"crops": crops, "grid": 16, "codebook_size": 16384, "shards": 1}
-  plan = CodePlan(**(plan | {"samples": records}))
+  plan = CodeShardSpec(**(plan | {"samples": records}))
   writer, rng = CodeWriter(tmp_path / "codes", plan), np.random.default_rng(0)
   key = "n01440764/n01440764_10026.JPEG"
   rows = (CodeRecord(key, 0, rng.integers(0, 16384, (20, 256))) for _ in range(records))
@@ -132,9 +132,9 @@ def test_imagenet_fits_where_it_must(tmp_path):
 
 @pytest.mark.slow
 def test_three_kills_leave_no_trace(tmp_path, tokenizer):
-  pictures = tiny.write_pictures(tmp_path / "pictures", count=400)
-  (pictures / "class0" / "002.png").write_bytes(b"broken")
-  source = f"folder:{pictures}"
+  images = tiny.write_images(tmp_path / "images", count=400)
+  (images / "class0" / "002.png").write_bytes(b"broken")
+  source = f"folder:{images}"
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   process = start(command(tokenizer, source, whole, 20))
   assert process.wait(300) == 0, process.stderr.read()
@@ -156,8 +156,8 @@ def test_three_kills_leave_no_trace(tmp_path, tokenizer):
 
 @pytest.mark.slow
 def test_hosts_and_chips_do_not_change_the_shards(tmp_path, tokenizer):
-  pictures = tiny.write_pictures(tmp_path / "pictures", count=50)
-  source = f"folder:{pictures}"
+  images = tiny.write_images(tmp_path / "images", count=50)
+  source = f"folder:{images}"
   one, two = tmp_path / "one", tmp_path / "two"
   process = start(command(tokenizer, source, one))
   assert process.wait(300) == 0, process.stderr.read()

@@ -20,8 +20,8 @@ def test_digits_are_split_without_overlap(tmp_path):
     assert source.class_names == tuple("0123456789")
     names[split] = {source[i].key for i in range(count)}
   assert len(names["train"] | names["val"] | names["test"]) == 200
-  with Image.open(next((tmp_path / "digits/train/7").iterdir())) as picture:
-    assert (picture.mode, picture.size) == ("RGB", (32, 32))
+  with Image.open(next((tmp_path / "digits/train/7").iterdir())) as image:
+    assert (image.mode, image.size) == ("RGB", (32, 32))
 
 
 def test_sizes_do_not_mix_in_one_folder(tmp_path):
@@ -40,8 +40,8 @@ def test_smoke_run_leaves_everything_and_a_rerun_does_nothing(tmp_path, capsys):
   assert 0 <= metrics["class_agreement"] <= 1
   for name in ("samples.png", "reconstructions.png", "gpt/loss.png",
                "tokenizer/loss.png"):  # fmt: skip
-    with Image.open(workdir / name) as picture:
-      assert picture.width > 200
+    with Image.open(workdir / name) as image:
+      assert image.width > 200
   written = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
   assert cli.run(["quickstart", "--fast", f"--workdir={workdir}"]) == 0
   assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == written

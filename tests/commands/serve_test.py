@@ -89,7 +89,7 @@ def test_the_openai_client(server):
   {}, {"guidance_scale": 3.0, "guidance_schedule": "linear", "top_k": 7},
   {"temperature": 0.7, "top_p": 0.8},
 ])  # fmt: skip
-def test_the_pictures_of_sample(saved, server, sampling):
+def test_the_images_of_sample(saved, server, sampling):
   """Beside other requests, and in another batch than `sample` draws."""
   gpt, tokenizer = lg.load_gpt(saved / "gpt"), lg.load_tokenizer(saved / "vq")
   expected = lg.sample(gpt, tokenizer, [2, 2, 0, 0], seed=11, **sampling)
@@ -102,9 +102,9 @@ def test_the_pictures_of_sample(saved, server, sampling):
 
 
 def held_or_drawn(server) -> float:
-  """Pictures that wait, are being drawn, or are done."""
+  """Images that wait, are being drawn, or are done."""
   text = httpx.get(f"{server.url}/metrics").text
-  names = ("queue_length", "slots_busy", "pictures_total")
+  names = ("queue_length", "slots_busy", "images_total")
   return sum(float(re.search(rf"^llamagen_{n} (\S+)", text, re.M)[1]) for n in names)
 
 

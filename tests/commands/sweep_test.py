@@ -41,8 +41,8 @@ def test_a_sweep_and_a_longer_one(run, cheap, tmp_path, capsys):
     settings = result["settings"]["sampling"]
     assert settings["guidance_scale"] == float(name.partition("-")[2])
     assert settings["top_k"] == 3
-  with Image.open(folder / "sweep.png") as picture:
-    assert picture.width > 800
+  with Image.open(folder / "sweep.png") as image:
+    assert image.width > 800
   before = {name: (folder / f"{name}.npz").read_bytes() for name in names}
   capsys.readouterr()
 

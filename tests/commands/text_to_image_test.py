@@ -1,4 +1,4 @@
-"""From pictures with captions to drawn pictures: the verbs, as a user runs them.
+"""From images with captions to drawn images: the verbs, as a user runs them.
 
 Every verb runs twice, once undisturbed and once killed at a random moment and run
 again, over a tar as img2dataset writes it and over a list as the original reads it.
@@ -26,7 +26,7 @@ from llamagen_jax.data.features import FeatureSource
 from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.text.t5 import T5Config, init_t5
 from llamagen_jax.tokenizer.model import init_tokenizer
-from llamagen_jax.training.metrics import read_rows
+from llamagen_jax.training.metrics_log import read_rows
 from llamagen_jax.training.recipe import build
 from llamagen_jax.training.train_gpt import GPTRecipe, make_task
 from llamagen_jax.weights import bundle
@@ -35,7 +35,7 @@ from tests.processes import ROOT, on_two_hosts
 
 T5 = T5Config(60, 16, layers=2, heads=2, head_dim=8, ffn_dim=24)
 TOKENS, STEPS, SIDES = 20, 10, {"stage1": 16, "stage2": 24}
-BROKEN, SMALL = tiny.picture_bytes(1)[:100], tiny.picture_bytes(2, (20, 15))
+BROKEN, SMALL = tiny.image_bytes(1)[:100], tiny.image_bytes(2, (20, 15))
 pytestmark = pytest.mark.slow
 
 PROMPTS = ["a red fox on a green hill", "two blue birds", "ein blauer Vogel"]
@@ -66,10 +66,10 @@ def write_tars(folder: pathlib.Path) -> Sourced:
   return Sourced(
     (f"--source=webdataset:{folder}/*.tar", "--short-key=top_caption"),
     21, 4, 1,
-    {"broken pictures": 1, "empty captions": 1, "small pictures": 1},
+    {"broken images": 1, "empty captions": 1, "small images": 1},
     (
-      "000000001\tbroken pictures\tcannot be decoded (",
-      "000000002\tsmall pictures\t20x15, smaller than 16",
+      "000000001\tbroken images\tcannot be decoded (",
+      "000000002\tsmall images\t20x15, smaller than 16",
       "000000003\tempty captions\t",
     ),
   )  # fmt: skip
@@ -78,9 +78,9 @@ def write_tars(folder: pathlib.Path) -> Sourced:
 def write_list(folder: pathlib.Path) -> Sourced:
   lines = []
   for i in range(24):
-    picture = {5: BROKEN, 6: SMALL}.get(i, tiny.picture_bytes(i))
+    image = {5: BROKEN, 6: SMALL}.get(i, tiny.image_bytes(i))
     if i != 7:
-      (folder / f"{i}.jpg").write_bytes(picture)
+      (folder / f"{i}.jpg").write_bytes(image)
     caption = tiny.CAPTIONS[i % len(tiny.CAPTIONS)]
     texts = {"alt": caption[:6], "LLaVA": "" if i == 8 else caption}
     lines.append(json.dumps({"image_path": f"{i}.jpg", "text": texts}))
@@ -91,11 +91,11 @@ def write_list(folder: pathlib.Path) -> Sourced:
     (f"--source=jsonl:{folder}/list.jsonl", "--shards=3", "--caption-key=LLaVA",
      "--short-key=alt"),
     19, 1, 0,
-    {f"{r} pictures": 1 for r in reasons} | {"empty captions": 1, "broken lines": 1},
+    {f"{r} images": 1 for r in reasons} | {"empty captions": 1, "broken lines": 1},
     (
-      "list.jsonl:6\tbroken pictures\tcannot be decoded (",
-      "list.jsonl:7\tsmall pictures\t20x15, smaller than 16",
-      "list.jsonl:8\tmissing pictures\t",
+      "list.jsonl:6\tbroken images\tcannot be decoded (",
+      "list.jsonl:7\tsmall images\t20x15, smaller than 16",
+      "list.jsonl:8\tmissing images\t",
       "list.jsonl:9\tempty captions\t",
       "list.jsonl:10\tbroken lines\t",
     ),
@@ -173,7 +173,7 @@ def whole(tmp_path_factory, request):
     writes[name] = int(printed.split()[-1])
     if name == "captions":
       said = "".join(f"; {n} {reason}" for reason, n in source.rejected.items())
-      for part in f"{source.records} pictures with captions{said}".split("; "):
+      for part in f"{source.records} images with captions{said}".split("; "):
         assert part in printed
   return folder, source, writes
 

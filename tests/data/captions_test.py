@@ -1,4 +1,4 @@
-"""Captions and pictures from every kind of file, and what is wrong with them."""
+"""Captions and images from every kind of file, and what is wrong with them."""
 
 import json
 import subprocess
@@ -12,28 +12,28 @@ import pytest
 
 from llamagen_jax.commands import cli
 from llamagen_jax.commands.prepare_captions import prepare
-from llamagen_jax.data.caption_files import Keys
+from llamagen_jax.data.caption_files import FieldNames
 from llamagen_jax.data.captions import Caption, CaptionSource
 from llamagen_jax.data.features import FeatureRecord
-from llamagen_jax.data.sources import PictureSource, open_source
+from llamagen_jax.data.sources import CaptionImageSource, open_source
 from llamagen_jax.errors import UserError
 from tests import tiny
 
 LLAMAGEN = [sys.executable, "-c", "from llamagen_jax.commands.cli import main; main()"]
-PICTURE = tiny.picture_bytes(0)
+IMAGE = tiny.image_bytes(0)
 
 
-def run(source, out, keys=Keys(), **changes):
-  settings = {"pictures": "", "min_side": 16, "shard_count": 3, "workers": 1}
+def run(source, out, keys=FieldNames(), **changes):
+  settings = {"images": "", "min_side": 16, "shard_count": 3, "workers": 1}
   return prepare(source, out, keys=keys, **(settings | changes))
 
 
 def samples(folder):
-  texts, pictures = CaptionSource(folder), PictureSource(folder)
-  assert len(texts) == len(pictures)
-  found = [(texts[i], pictures[i]) for i in range(len(texts))]
-  assert all(text.key == picture.key for text, picture in found)
-  return [(text, picture.picture) for text, picture in found]
+  texts, images = CaptionSource(folder), CaptionImageSource(folder)
+  assert len(texts) == len(images)
+  found = [(texts[i], images[i]) for i in range(len(texts))]
+  assert all(text.key == image.key for text, image in found)
+  return [(text, image.image) for text, image in found]
 
 
 def contents(folder):
@@ -58,105 +58,105 @@ def test_records():
 
 def test_webdataset(tmp_path):
   bad = {
-    "000000001.jpg": PICTURE[:100],
-    "000000002.jpg": tiny.picture_bytes(2, (20, 15)),
+    "000000001.jpg": IMAGE[:100],
+    "000000002.jpg": tiny.image_bytes(2, (20, 15)),
     "000000003.txt": b"  ",
     "000000009.json": b"{}",
     "000000010.txt": b"\xff\xff",
-    "000000010.jpg": PICTURE,
+    "000000010.jpg": IMAGE,
   }
   tiny.write_tar(tmp_path / "00000.tar", 0, 5, bad)
   tiny.write_tar(tmp_path / "00001.tar", 5, 3)
   whole = (tmp_path / "00001.tar").read_bytes()
   (tmp_path / "00002.tar").write_bytes(whole[:1700])
-  keys = Keys(short_key="top_caption")
+  keys = FieldNames(short_key="top_caption")
   manifest = run(f"webdataset:{tmp_path}/*.tar", tmp_path / "out", keys)
   found = samples(tmp_path / "out")
   assert [text.key for text, _ in found][:5] == [f"{i:09d}" for i in (0, 4, 5, 6, 7)]
-  text, picture = found[2]
+  text, image = found[2]
   assert text == Caption(
     "000000005", tiny.CAPTIONS[5], tiny.CAPTIONS[5][:6], "00001.tar"
   )
-  assert picture == tiny.picture_bytes(5)
+  assert image == tiny.image_bytes(5)
   assert manifest["records"] == len(found)
   expected = {
-    "broken pictures": 1, "small pictures": 1, "empty captions": 2,
-    "missing pictures": 1, "broken texts": 1,
+    "broken images": 1, "small images": 1, "empty captions": 2,
+    "missing images": 1, "broken texts": 1,
   }  # fmt: skip
   assert manifest["rejected"] == expected | {"broken files": 1}
   listed = (tmp_path / "out" / "rejected-00000-of-00003.txt").read_text().splitlines()
   assert len(listed) == 5
-  assert "000000002\tsmall pictures\t20x15, smaller than 16" in listed
+  assert "000000002\tsmall images\t20x15, smaller than 16" in listed
   source = open_source(f"captions:{tmp_path}/out")
-  assert source[2].picture == picture
+  assert source[2].image == image
 
 
 def test_parquet(tmp_path):
-  plain = {"jpg": [PICTURE, None], "caption": ["one", "two"], "key": ["a", "b"]}
+  plain = {"jpg": [IMAGE, None], "caption": ["one", "two"], "key": ["a", "b"]}
   nested = {
-    "image": [{"bytes": PICTURE, "path": "x.jpg"}], "text": ["three"], "alt": ["3"],
+    "image": [{"bytes": IMAGE, "path": "x.jpg"}], "text": ["three"], "alt": ["3"],
   }  # fmt: skip
   parquet.write_table(pyarrow.table(plain), tmp_path / "0.parquet")
   parquet.write_table(pyarrow.table(nested), tmp_path / "1.parquet")
-  out, keys = tmp_path / "out", Keys(short_key="alt")
+  out, keys = tmp_path / "out", FieldNames(short_key="alt")
   manifest = run(f"parquet:{tmp_path}/*.parquet", out, keys)
   texts = [text for text, _ in samples(out)]
   assert texts == [
     Caption("a", "one", "", "0.parquet"),
     Caption("1.parquet:0", "three", "3", "1.parquet"),
   ]
-  assert manifest["rejected"] == {"missing pictures": 1}
-  with pytest.raises(UserError, match="no column x of pictures; its columns are jpg"):
-    run(f"parquet:{tmp_path}/0.parquet", tmp_path / "x", Keys(picture_key="x"))
+  assert manifest["rejected"] == {"missing images": 1}
+  with pytest.raises(UserError, match="no column x of images; its columns are jpg"):
+    run(f"parquet:{tmp_path}/0.parquet", tmp_path / "x", FieldNames(image_key="x"))
 
 
 def test_jsonl(tmp_path):
   (tmp_path / "p").mkdir()
   for i in range(5):
-    (tmp_path / "p" / f"{i}.png").write_bytes(tiny.picture_bytes(i, kind="PNG"))
+    (tmp_path / "p" / f"{i}.png").write_bytes(tiny.image_bytes(i, kind="PNG"))
   lines = [
     {"image_path": f"p/{i}.png", "text": {"LLaVA": f"long {i}", "alt": f"{i}"}}
     for i in range(6)
   ]
   text = "\n".join([*map(json.dumps, lines), "{", json.dumps({"text": "x"})])
   (tmp_path / "list.jsonl").write_text(text)
-  source, keys = f"jsonl:{tmp_path}/list.jsonl", Keys("LLaVA", "alt")
+  source, keys = f"jsonl:{tmp_path}/list.jsonl", FieldNames("LLaVA", "alt")
   manifest = run(source, tmp_path / "out", keys)
   found = samples(tmp_path / "out")
   assert [(t.key, t.caption, t.short) for t, _ in found] == [
     (f"list.jsonl:{i + 1}", f"long {i}", f"{i}") for i in range(5)
   ]
-  assert found[4][1] == tiny.picture_bytes(4, kind="PNG")
-  assert manifest["rejected"] == {"missing pictures": 1, "broken lines": 2}
+  assert found[4][1] == tiny.image_bytes(4, kind="PNG")
+  assert manifest["rejected"] == {"missing images": 1, "broken lines": 2}
   assert len(manifest["shards"]) == 3
   with pytest.raises(UserError, match="5 empty captions"):
-    run(source, tmp_path / "other", Keys("nothing"))
+    run(source, tmp_path / "other", FieldNames("nothing"))
 
 
 def test_coco(tmp_path):
-  (tmp_path / "1.jpg").write_bytes(PICTURE)
+  (tmp_path / "1.jpg").write_bytes(IMAGE)
   fields = {
     "images": [{"id": 7, "file_name": "1.jpg"}, {"id": 8, "file_name": "2.jpg"}],
     "annotations": [
       {"id": 2, "image_id": 7, "caption": "second"},
       {"id": 1, "image_id": 7, "caption": "first"},
-      {"id": 3, "image_id": 8, "caption": "no picture"},
+      {"id": 3, "image_id": 8, "caption": "no image"},
     ],
   }
   (tmp_path / "captions.json").write_text(json.dumps(fields))
   manifest = run(
-    f"coco:{tmp_path}/captions.json", tmp_path / "out", pictures=str(tmp_path)
+    f"coco:{tmp_path}/captions.json", tmp_path / "out", images=str(tmp_path)
   )
   found = [(text.key, text.caption) for text, _ in samples(tmp_path / "out")]
   assert found == [("7-1", "first"), ("7-2", "second")]
-  assert manifest["rejected"] == {"missing pictures": 1}
+  assert manifest["rejected"] == {"missing images": 1}
 
 
 def test_folder(tmp_path):
   for name in ("b", "a/c", "a/d"):
     path = tmp_path / "in" / f"{name}.jpg"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(PICTURE)
+    path.write_bytes(IMAGE)
     if name != "b":
       path.with_suffix(".txt").write_text(f"about {name}\n")
   manifest = run(f"folder:{tmp_path}/in", tmp_path / "out")
@@ -211,11 +211,11 @@ def test_killed_in_the_middle(tmp_path):
   [
     ("--source=zip:x", "expected webdataset:"),
     ("--source=webdataset:{f}/*.tar", "no such file"),
-    ("--source=folder:{f}", "no pictures"),
-    ("--source=coco:{f}/a.txt", "--pictures=FOLDER"),
+    ("--source=folder:{f}", "no images"),
+    ("--source=coco:{f}/a.txt", "--images=FOLDER"),
     ("--source=jsonl:{f}/a.txt --host=2", "--host=2: expected 0 .. 0"),
     ("--source=jsonl:{f}/a.txt", "not one usable sample (1 broken lines)"),
-    ("--source=coco:{f}/a.txt --pictures={f}", "a.txt: not COCO's captions"),
+    ("--source=coco:{f}/a.txt --images={f}", "a.txt: not COCO's captions"),
   ],
 )
 def test_bad_commands(tmp_path, capsys, flags, words):

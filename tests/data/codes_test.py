@@ -6,15 +6,16 @@ import pytest
 
 from llamagen_jax import GPTConfig, UserError
 from llamagen_jax.data.codes import (
-  CodePlan,
   CodeRecord,
+  CodeShardSpec,
   CodeSource,
   CodeWriter,
   perplexity,
   verify,
 )
+from llamagen_jax.training.train_gpt import check_codes
 
-PLAN = CodePlan(
+PLAN = CodeShardSpec(
   tokenizer="abc",
   tokenizer_config={"width": 8, "channel_multipliers": (1, 2)},
   image_size=8,
@@ -53,7 +54,7 @@ def test_records_come_back_in_the_order_of_the_source(tmp_path):
   assert manifest["label_counts"] == {"0": 4, "1": 3, "2": 3}
   used = {c for i in range(10) for c in record(i).codes.ravel()}
   assert manifest["codes_used"] == len(used)
-  source.check_model(MODEL)
+  check_codes(source, MODEL)
   verify(tmp_path)
 
 
@@ -119,7 +120,7 @@ def test_damage_is_named(tmp_path):
 def test_codes_that_do_not_fit_the_model_are_refused(tmp_path, changes, words):
   write(tmp_path).finish()
   with pytest.raises(UserError) as error:
-    CodeSource(tmp_path).check_model(dataclasses.replace(MODEL, **changes))
+    check_codes(CodeSource(tmp_path), dataclasses.replace(MODEL, **changes))
   assert all(word in str(error.value) for word in (*words, str(tmp_path)))
 
 

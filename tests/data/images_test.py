@@ -6,14 +6,14 @@ import pytest
 
 from llamagen_jax import UserError
 from llamagen_jax.data.images import (
-  BadPicture,
+  BadImage,
   CropSet,
-  TrainingPicture,
+  TrainingImage,
   center_crop,
   decode,
   random_crop,
 )
-from llamagen_jax.data.sources import Sample, open_source
+from llamagen_jax.data.sources import ImageRecord, open_source
 from llamagen_jax.images import to_uint8
 from tests import parity
 
@@ -64,33 +64,33 @@ def test_unknown_kinds_of_source_are_named():
 
 
 @pytest.mark.parametrize(
-  "picture, why",
+  "image, why",
   [
-    (b"not a picture", "cannot be decoded"),
+    (b"not an image", "cannot be decoded"),
     (png(noise(0, 64, 64))[:200], "cannot be decoded"),
     (png(noise(0, 40, 12)), "12x40, smaller than 16"),
   ],
 )
-def test_bad_pictures_say_why(picture, why):
-  with pytest.raises(BadPicture, match=f"x.png: {why}"):
-    decode(Sample("x.png", picture), min_side=16)
+def test_bad_images_say_why(image, why):
+  with pytest.raises(BadImage, match=f"x.png: {why}"):
+    decode(ImageRecord("x.png", image), min_side=16)
 
 
-def test_a_bad_picture_is_replaced_and_counted(folder):
+def test_a_bad_image_is_replaced_and_counted(folder):
   (folder / "a" / "3.png").write_bytes(b"broken")
   source = open_source(f"folder:{folder}")
-  transform = TrainingPicture(source, 16, 1.25, mirror=True, min_side=16)
+  transform = TrainingImage(source, 16, 1.25, mirror=True, min_side=16)
   made = [transform(s, np.random.default_rng(1)) for s in source]
   assert [m["replaced"] > 0 for m in made] == [True, False, False]
   assert all(m["image"].shape == (16, 16, 3) for m in made)
 
 
 def test_random_crops_come_in_all_sizes_and_places():
-  # A picture of its own coordinates shows where a crop was taken and how large.
+  # An image of its own coordinates shows where a crop was taken and how large.
   y, x = np.mgrid[0:100, 0:200]
-  picture = Image.fromarray(np.stack([y * 2, x, 0 * x], axis=-1).astype(np.uint8))
+  image = Image.fromarray(np.stack([y * 2, x, 0 * x], axis=-1).astype(np.uint8))
   rng = np.random.default_rng(0)
-  crops = [random_crop(picture, 50, 1.25, rng) for _ in range(200)]
+  crops = [random_crop(image, 50, 1.25, rng) for _ in range(200)]
   assert all(c.shape == (50, 50, 3) for c in crops)
   shown = np.array([int(c[-1, 0, 0]) - int(c[0, 0, 0]) for c in crops]) / 2
   assert shown.min() < 82  # resized to 62: 50 / 62 of the height is seen
@@ -107,7 +107,7 @@ def test_center_crops_equal_the_original(side):
   np.testing.assert_array_equal(crop, golden[f"center_crop_{side}"])
 
 
-def test_uint8_pictures_equal_the_original():
+def test_uint8_images_equal_the_original():
   golden = parity.golden()
   np.testing.assert_array_equal(to_uint8(golden["uint8_in"]), golden["uint8_out"])
 

@@ -74,7 +74,7 @@ def test_bad_elements_are_counted_over_the_source_not_the_batch():
   for batch in take(batches, 3):
     assert "replaced" not in batch
   assert len(take(batches, 6)) == 6  # once an epoch is still one in twelve
-  with pytest.raises(UserError, match="1 bad pictures among .* 12 in"):
+  with pytest.raises(UserError, match="1 bad images among .* 12 in"):
     take(stream(transform=bad).host_batches(0), 3)
 
 

@@ -1,6 +1,6 @@
 """Folders of shards: who writes the manifest, and what is left behind."""
 
-from llamagen_jax.data.shards import MANIFEST, ShardFolder
+from llamagen_jax.data.shards import MANIFEST, ShardWriter
 
 PLAN = {"kind": "letters"}
 
@@ -9,14 +9,14 @@ def total(infos):
   return {"records": sum(info["records"] for info in infos)}
 
 
-def write(folder: ShardFolder, index: int):
+def write(folder: ShardWriter, index: int):
   name = folder.file_name("letters", index)
   folder.part(name).write_bytes(b"abc"[: index + 1])
   folder.commit(index, {"letters": name}, {"records": index + 1})
 
 
 def test_the_host_that_finishes_last_writes_the_manifest(tmp_path):
-  first, second = (ShardFolder(tmp_path, PLAN, 2) for _ in range(2))
+  first, second = (ShardWriter(tmp_path, PLAN, 2) for _ in range(2))
   write(first, 0)
   assert first.finish(total) is None
   write(second, 1)
@@ -27,7 +27,7 @@ def test_the_host_that_finishes_last_writes_the_manifest(tmp_path):
 
 
 def test_two_hosts_finish_at_once(tmp_path, monkeypatch):
-  first, second = (ShardFolder(tmp_path, PLAN, 1) for _ in range(2))
+  first, second = (ShardWriter(tmp_path, PLAN, 1) for _ in range(2))
   write(first, 0)
 
   def overtaken():  # after this host has seen that there is no manifest yet
@@ -40,11 +40,11 @@ def test_two_hosts_finish_at_once(tmp_path, monkeypatch):
 
 
 def test_a_kill_after_the_manifest_leaves_nothing(tmp_path):
-  folder = ShardFolder(tmp_path, PLAN, 1)
+  folder = ShardWriter(tmp_path, PLAN, 1)
   write(folder, 0)
   (info,) = tmp_path.glob("shard-*.json")
   vouched = info.read_text()
   folder.finish(total)
   info.write_text(vouched)
-  assert ShardFolder(tmp_path, PLAN, 1).finish(total)["records"] == 1
+  assert ShardWriter(tmp_path, PLAN, 1).finish(total)["records"] == 1
   assert not info.exists() and (tmp_path / MANIFEST).exists()

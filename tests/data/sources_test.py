@@ -7,30 +7,30 @@ from PIL import Image
 import pytest
 
 from llamagen_jax import UserError
-from llamagen_jax.data.images import BadPicture, decode
-from llamagen_jax.data.sources import Sample, open_source, pack_picture
+from llamagen_jax.data.images import BadImage, decode
+from llamagen_jax.data.sources import ImageRecord, open_source, pack_image
 from tests import tiny
 
 
 @pytest.fixture
-def pictures(tmp_path):
-  return tiny.write_pictures(tmp_path / "pictures", count=4)
+def images(tmp_path):
+  return tiny.write_images(tmp_path / "images", count=4)
 
 
-def test_lists_of_files(pictures):
+def test_lists_of_files(images):
   lines = [
     {"image_path": "class0/00.png", "label": 3, "caption": "a blob"},
     {"image_path": "class1/01.png"},
     {"image_path": "class1/gone.png", "label": 1},
   ]
-  path = pictures / "list.jsonl"
+  path = images / "list.jsonl"
   path.write_text("\n\n".join(json.dumps(line) for line in lines))
   source = open_source(f"jsonl:{path}")
   assert [(s.key, s.label) for s in source] == [
     ("class0/00.png", 3), ("class1/01.png", -1), ("class1/gone.png", 1),
   ]  # fmt: skip
   assert decode(source[1], 16).size == (20, 24)
-  with pytest.raises(BadPicture, match="class1/gone.png: no such file"):
+  with pytest.raises(BadImage, match="class1/gone.png: no such file"):
     decode(source[2], 16)
 
 
@@ -43,15 +43,15 @@ def test_a_bad_line_is_named(tmp_path, line):
     open_source(f"jsonl:{path}")[1]
 
 
-def test_array_records(tmp_path, pictures):
-  folder = open_source(f"folder:{pictures}")
+def test_array_records(tmp_path, images):
+  folder = open_source(f"folder:{images}")
   for i in range(2):
-    path = str(tmp_path / f"pictures-{i}.array_record")
+    path = str(tmp_path / f"images-{i}.array_record")
     writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
     for sample in (folder[2 * i], folder[2 * i + 1]):
-      writer.write(pack_picture(sample))
+      writer.write(pack_image(sample))
     writer.close()
-  source = open_source(f"arrayrecord:{tmp_path}/pictures-*.array_record")
+  source = open_source(f"arrayrecord:{tmp_path}/images-*.array_record")
   assert list(source) == list(folder)
 
 
@@ -89,9 +89,9 @@ def test_a_prepared_data_set_is_read_without_tensorflow(tmp_path, monkeypatch):
       return {"validation": self._generate_examples()}
 
     def _generate_examples(self):
-      for i, picture in enumerate(pixels):
+      for i, image in enumerate(pixels):
         file = io.BytesIO()
-        Image.fromarray(picture).save(file, format="PNG")
+        Image.fromarray(image).save(file, format="PNG")
         yield i, {"image": file.getvalue(), "label": i % 2}
 
   Blobs(data_dir=tmp_path, file_format="array_record").download_and_prepare()
@@ -100,13 +100,13 @@ def test_a_prepared_data_set_is_read_without_tensorflow(tmp_path, monkeypatch):
   assert source.class_names == ("ant", "bee")
   assert sorted(s.label for s in source) == [0, 0, 1]
   found = {np.asarray(decode(sample, 16)).tobytes() for sample in source}
-  assert found == {picture.tobytes() for picture in pixels}
+  assert found == {image.tobytes() for image in pixels}
   with pytest.raises(UserError, match="no split 'train'; it has validation"):
     open_source("tfds:blobs")
 
 
 def test_records_keep_names_in_any_script():
-  from llamagen_jax.data.sources import unpack_picture
+  from llamagen_jax.data.sources import unpack_image
 
-  sample = Sample("größe/猫.png", b"\x00\x01", 7)
-  assert unpack_picture(pack_picture(sample)) == sample
+  sample = ImageRecord("größe/猫.png", b"\x00\x01", 7)
+  assert unpack_image(pack_image(sample)) == sample

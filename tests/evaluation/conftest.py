@@ -1,29 +1,3 @@
-import jax.numpy as jnp
-import pytest
-from safetensors.numpy import save_file
+"""The synthesized Inception, and a cheap network in its place."""
 
-from llamagen_jax.evaluation import features
-from llamagen_jax.vision.inception import Features
-from tests import parity
-
-
-@pytest.fixture(scope="session")
-def inception(tmp_path_factory):
-  """A file of synthesized weights, by the names of the published one."""
-  path = tmp_path_factory.mktemp("inception") / "inception.safetensors"
-  save_file(parity.synthesize(parity.eval_manifest()["inception_2015"]), path)
-  return path
-
-
-@pytest.fixture
-def cheap(monkeypatch):
-  """Means of pictures in Inception's place; the list of its calls."""
-
-  def network(params, images):
-    mean = jnp.mean(images.astype(jnp.float32), axis=(1, 2))
-    calls.append(len(images))
-    return Features(jnp.tile(mean, (1, 683))[:, :2048], mean, mean)
-
-  calls = []
-  monkeypatch.setattr(features, "extract_features", network)
-  return calls
+from tests.inception import cheap, inception  # noqa: F401

@@ -22,6 +22,6 @@ def test_ssim_equals_scikit_image(pair, data_range):
   assert ssim(pair[0], pair[0], 1.0)[0] == pytest.approx(1, abs=1e-6)
 
 
-def test_dark_and_bright_pictures_do_not_cancel(pair):
+def test_dark_and_bright_images_do_not_cancel(pair):
   x, y = np.float32(pair)
   np.testing.assert_allclose(ssim(x * 0.01, y * 0.01, 0.01), ssim(x, y, 1.0), rtol=1e-4)

@@ -1,4 +1,4 @@
-"""`llamagen reconstruct --protocol`: from a tokenizer and pictures to rFID."""
+"""`llamagen reconstruct --protocol`: from a tokenizer and images to rFID."""
 
 import json
 
@@ -20,7 +20,7 @@ COUNT = 12
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("rfid")
-  tiny.write_pictures(folder / "pictures", COUNT)
+  tiny.write_images(folder / "images", COUNT)
   params = unbox(init_tokenizer(tiny.TOKENIZER, jax.random.key(0)))
   bundle.save_tokenizer(folder / "vq", tiny.TOKENIZER, params)
   return folder
@@ -29,13 +29,13 @@ def folder(tmp_path_factory):
 def reconstruct(folder, out, *flags):
   return cli.run([
     "reconstruct", f"--tokenizer={folder / 'vq'}", f"--out={folder / out}",
-    f"--source=folder:{folder / 'pictures'}", "--image-size=16", "--batch-size=4",
+    f"--source=folder:{folder / 'images'}", "--image-size=16", "--batch-size=4",
     f"--cache={folder / 'cache'}", *flags,
   ])  # fmt: skip
 
 
 @pytest.mark.slow
-def test_from_pictures_to_rfid(folder, inception, capsys, monkeypatch):
+def test_from_images_to_rfid(folder, inception, capsys, monkeypatch):
   small = Protocol("", COUNT, 8, COUNT, None, True, "rFID", ("FID", "sFID"))
   monkeypatch.setitem(PROTOCOLS, "rfid-coco", small)
   flags = ("--protocol=rfid-coco", f"--inception={inception}")
@@ -62,7 +62,7 @@ def test_from_pictures_to_rfid(folder, inception, capsys, monkeypatch):
   [
     (["--protocol=rfid-coco"], "needs --inception"),
     (["--protocol=gfid-adm-imagenet256", "--inception=x"], "have an rFID"),
-    (["--protocol=rfid-coco", "--inception=x"], "has 12 pictures, expected 5000"),
+    (["--protocol=rfid-coco", "--inception=x"], "has 12 images, expected 5000"),
   ],
 )
 def test_what_is_refused_before_the_work(folder, capsys, flags, message):
@@ -71,7 +71,7 @@ def test_what_is_refused_before_the_work(folder, capsys, flags, message):
   assert not (folder / "b").exists()
 
 
-def test_larger_pictures_are_scored_at_the_protocols_side(tmp_path):
+def test_larger_images_are_scored_at_the_protocols_side(tmp_path):
   from llamagen_jax.commands.reconstruct import _Spool
 
   images = np.random.default_rng(0).integers(0, 256, (3, 24, 24, 3), np.uint8)

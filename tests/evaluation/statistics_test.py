@@ -86,14 +86,14 @@ def test_precision_and_recall_equal_brute_force_over_several_blocks():
 @pytest.mark.parametrize(
   "call, message",
   [
-    (lambda: frechet_distance(random(1, 4), random(9, 4)), "1 pictures have no cov"),
+    (lambda: frechet_distance(random(1, 4), random(9, 4)), "1 images have no cov"),
     (lambda: frechet_distance(random(9, 4) * np.nan, random(9, 4)), "not finite"),
     (lambda: frechet_distance(random(9, 5), random(9, 4)), "5 and 4 features"),
     (
       lambda: gaussian_distance(*[(np.zeros(2), -np.eye(2))] * 2),
       "not positive semidefinite",
     ),
-    (lambda: precision_recall(random(3, 4), random(9, 4)), "reference: 3 pictures"),
+    (lambda: precision_recall(random(3, 4), random(9, 4)), "reference: 3 images"),
     (lambda: precision_recall(random(9, 4), random(9, 4) * np.inf), "samples: .*fin"),
     (lambda: inception_score(random(9, 4) * np.nan, 5), "all finite"),
   ],

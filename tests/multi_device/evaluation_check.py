@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from llamagen_jax.evaluation.cached_features import CachedImageMap, Extractor
 from llamagen_jax.evaluation.clip_score import ClipScorer
-from llamagen_jax.evaluation.features import Extractor, PictureValues
-from llamagen_jax.evaluation.sources import open_source
+from llamagen_jax.evaluation.image_sets import open_image_set
 from llamagen_jax.images import save_npz
 from llamagen_jax.parallel.mesh import make_mesh
 from llamagen_jax.weights.inception import inception_from_torch
@@ -18,15 +18,15 @@ COUNT = 11  # no multiple of the devices
 def test_features(tmp_path):
   images = np.random.default_rng(0).integers(0, 256, (COUNT, 20, 20, 3), np.uint8)
   save_npz(tmp_path / "x.npz", [images], COUNT, None)
-  source = open_source("--samples", tmp_path / "x.npz")
+  source = open_image_set("--samples", tmp_path / "x.npz")
   weights = parity.synthesize(parity.eval_manifest()["inception_2015"])
   params = inception_from_torch(weights)
   found = {
-    name: Extractor(params, PictureValues(mesh, batch, tmp_path / name))
+    name: Extractor(params, CachedImageMap(mesh, batch, tmp_path / name))
     for name, mesh, batch in (("one", one_device(), 8), ("eight", make_mesh(), 1))
   }
   assert found["one"].identity == found["eight"].identity
-  one, eight = (extract(source, "pictures") for extract in found.values())
+  one, eight = (extract(source, "images") for extract in found.values())
   for kind in ("pool", "spatial"):
     assert len(one[kind]) == COUNT
     assert len(np.unique(one[kind], axis=0)) == COUNT
@@ -37,12 +37,12 @@ def test_features(tmp_path):
 def test_clip_score(tmp_path):
   images = np.random.default_rng(0).integers(0, 256, (COUNT, 20, 14, 3), np.uint8)
   save_npz(tmp_path / "x.npz", [images], COUNT, None)
-  source = open_source("--samples", tmp_path / "x.npz")
+  source = open_image_set("--samples", tmp_path / "x.npz")
   clip_test.write_transformers(tmp_path / "clip", vocab_size=526)
   clip_test.write_openai_merges(tmp_path / "clip")
   prompts = [f"the cat {i}" for i in range(COUNT)]
   one, eight = (
-    ClipScorer(tmp_path / "clip", PictureValues(mesh, batch, tmp_path / name))(
+    ClipScorer(tmp_path / "clip", CachedImageMap(mesh, batch, tmp_path / name))(
       source, prompts, "a "
     )
     for name, mesh, batch in (("one", one_device(), 8), ("eight", make_mesh(), 1))

@@ -1,4 +1,4 @@
-"""Eight devices draw the pictures that one does, bit for bit."""
+"""Eight devices draw the images that one does, bit for bit."""
 
 import jax
 from jax.sharding import AxisType

@@ -8,7 +8,7 @@ from llamagen_jax.parallel.mesh import make_mesh
 from llamagen_jax.training import loop
 from llamagen_jax.training import train_gpt as gpt_train
 from llamagen_jax.training import train_tokenizer as tokenizer_train
-from llamagen_jax.training.metrics import read_rows
+from llamagen_jax.training.metrics_log import read_rows
 from tests import tiny
 
 MESHES = {
@@ -49,11 +49,11 @@ def test_transformer(tmp_path, mesh):
 
 @pytest.mark.parametrize("mesh", ["data", "fsdp"])
 def test_tokenizer(tmp_path, mesh):
-  pictures = tiny.write_pictures(tmp_path / "pictures")
-  config = tiny.tokenizer_config(pictures, 5, batch_size=8)
+  images = tiny.write_images(tmp_path / "images")
+  config = tiny.tokenizer_config(images, 5, batch_size=8)
   found = losses(tokenizer_train, config, tmp_path / "run", MESHES[mesh])
   with pytest.MonkeyPatch.context() as patch:
-    config = tiny.tokenizer_config(pictures, 5, batch_size=8)
+    config = tiny.tokenizer_config(images, 5, batch_size=8)
     expected = losses(tokenizer_train, config, tmp_path / "one", None, patch)
   np.testing.assert_allclose(found, expected, atol=1e-4)
 

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from llamagen_jax.parallel import hosts as cluster
-from llamagen_jax.training.metrics import read_rows
+from llamagen_jax.training.metrics_log import read_rows
 from tests import tiny
 
 CHILD = pathlib.Path(__file__).with_name("child.py")
@@ -44,7 +44,9 @@ def test_a_lone_host_with_chips_looks_for_no_others(monkeypatch, environment, jo
   calls = []
   monkeypatch.setattr(cluster, "on_tpu_vm", lambda: True)
   monkeypatch.setattr(jax.distributed, "initialize", lambda: calls.append("joined"))
-  cluster.connect(argparse.Namespace(coordinator=None, hosts=None, host=None))
+  cluster.initialize_distributed(
+    argparse.Namespace(coordinator=None, hosts=None, host=None)
+  )
   assert calls == ["joined"] * joins
 
 

@@ -32,7 +32,7 @@ def test_a_chunk_reads_weights_and_cache_once_a_step(preset, where, tensor, caps
   assert 0.95 < verdict.found.bytes / verdict.whole_bytes < 1.1
   largest = max((copy.size for copy in verdict.found.copies), default=0)
   assert largest < 2e6  # a cache has 94 MB or 59 MB
-  assert 0 < verdict.pictures_per_second < verdict.bound
+  assert 0 < verdict.images_per_second < verdict.bound
 
 
 @pytest.mark.parametrize("condition", ["class", "caption"])
@@ -53,7 +53,7 @@ def test_what_four_chips_exchange(condition, tensor):
 
 def test_the_verb(tmp_path, capsys):
   pytest.importorskip("libtpu", reason="compiles for a TPU")
-  flags = ["--topology=v5e:2x2", "--program=engine", "--pictures=4", "--chunk=2"]
+  flags = ["--topology=v5e:2x2", "--program=engine", "--images=4", "--chunk=2"]
   command = ["compile-for-pod", f"--config={CONFIG}", *flags]
   assert cli.run([*command, f"--json={tmp_path}/figures.json"]) == 0
   assert "of the arguments" in capsys.readouterr().out

@@ -26,10 +26,10 @@ def size(tree) -> int:
 
 
 def test_a_decode_step_reads_weights_and_cache_once(capsys):
-  """XL at 384, 32 pictures with guidance: the last segment, over the whole cache."""
+  """XL at 384, 32 images with guidance: the last segment, over the whole cache."""
   pytest.importorskip("libtpu", reason="compiles for a TPU")
   c = GPTConfig.preset("XL", image_size=384, dtype="bfloat16")
-  sampling, pictures, steps = SamplingConfig(guidance_scale=1.75), 32, 72
+  sampling, images, steps = SamplingConfig(guidance_scale=1.75), 32, 72
   with topology.quiet():
     mesh = topology.mesh("v5e:1x1")
     place = jax.NamedSharding(mesh, jax.P())
@@ -42,10 +42,10 @@ def test_a_decode_step_reads_weights_and_cache_once(capsys):
 
     with jax.set_mesh(mesh):
       params = abstract_params(c, mesh)
-      cache = abstract(lambda: init_cache(c, 2 * pictures, c.length))
-      keys = abstract(lambda: jax.random.split(jax.random.key(0), pictures))
-      codes = abstract(lambda: jnp.zeros(pictures, jnp.int32))
-      rows = abstract(lambda: sampling.rows(pictures))
+      cache = abstract(lambda: init_cache(c, 2 * images, c.length))
+      keys = abstract(lambda: jax.random.split(jax.random.key(0), images))
+      codes = abstract(lambda: jnp.zeros(images, jnp.int32))
+      rows = abstract(lambda: sampling.rows(images))
       start = c.image_tokens - steps
 
       @functools.partial(jax.jit, donate_argnums=2)
@@ -75,12 +75,12 @@ def test_a_decode_step_reads_weights_and_cache_once(capsys):
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_the_sampler_compiles_for_four_chips(tensor, tmp_path, capsys):
   pytest.importorskip("libtpu", reason="compiles for a TPU")
-  flags = ["--topology=v5e:2x2", "--program=sampler", "--pictures=4"]
+  flags = ["--topology=v5e:2x2", "--program=sampler", "--images=4"]
   command = ["compile-for-pod", f"--config={CONFIG}", *flags, f"--tensor={tensor}"]
   assert cli.run([*command, f"--json={tmp_path}/figures.json"]) == 0
-  assert "pictures/s a chip" in capsys.readouterr().out
+  assert "images/s a chip" in capsys.readouterr().out
   found = json.loads((tmp_path / "figures.json").read_text())
-  assert found["fits"] and found["pictures"] == 4 * 4 // tensor
+  assert found["fits"] and found["images"] == 4 * 4 // tensor
   # Caches are longer than what is written, a condition's logits those of one token.
   assert 0.9 < found["flops"] / found["model_flops"] < 1.1
   sent = {c["kind"]: c for c in found["collectives"]}

@@ -11,7 +11,7 @@ from llamagen_jax.parallel.chips import CHIPS
 from llamagen_jax.pod import search as search_module
 from llamagen_jax.pod.hlo import Analysis, Memory
 from llamagen_jax.pod.search import search
-from llamagen_jax.pod.train_step import TrainVerdict
+from llamagen_jax.pod.train_step import TrainReport
 from llamagen_jax.training.recipe import build
 from llamagen_jax.training.train_gpt import GPTRecipe
 from tests import tiny
@@ -33,7 +33,7 @@ def stub(monkeypatch, compile_one, chips=8):
 
 def verdict(gib, flops):
   memory = Memory(arguments=gib << 30, outputs=0, temporaries=0, code=0)
-  return TrainVerdict(CHIP, 8, 1e12, Analysis(memory, flops, 1.0, (), ()), 10)
+  return TrainReport(CHIP, 8, 1e12, Analysis(memory, flops, 1.0, (), ()), 10)
 
 
 def test_the_cheapest_mesh_then_recomputation_then_batch(recipe, monkeypatch):
@@ -43,7 +43,7 @@ def test_the_cheapest_mesh_then_recomputation_then_batch(recipe, monkeypatch):
     seen.append((r.mesh.fsdp, r.mesh.tensor, r.model.remat, r.data.batch_size))
     cost = {"none": 2.0, "dots": 1.0, "full": 3.0}[r.model.remat]
     spread = 1.0 if (r.mesh.fsdp, r.mesh.tensor) == (2, 2) else 1.5
-    # A larger batch is cheaper a picture, and the largest does not fit.
+    # A larger batch is cheaper an image, and the largest does not fit.
     batch = r.data.batch_size
     return verdict(20 if batch > 32 else 3, cost * spread * batch**0.9 * 1e12)
 

@@ -58,7 +58,7 @@ def test_greedy_codes_are_those_of_the_full_forward(config):
   np.testing.assert_array_equal(codes, jnp.argmax(guided, axis=-1))
 
 
-def test_a_picture_depends_on_its_key_and_not_on_its_neighbours():
+def test_a_image_depends_on_its_key_and_not_on_its_neighbours():
   params = decoding_params(TINY, random_params(TINY))
   sampling = SamplingConfig(guidance_scale=2.0, top_k=20, top_p=0.95)
   labels = np.array([1, 5, 2, 6])
@@ -83,10 +83,10 @@ def test_trained_and_decoding_parameters_draw_the_same():
 def test_a_cache_that_grows_draws_the_same(monkeypatch):
   params, (_, labels, _) = decoding_params(TINY, random_params(TINY)), inputs(TINY)
   sampling = SamplingConfig(guidance_scale=2.0, top_k=20)
-  assert decode.segment_ends(TINY) == [TINY.image_tokens]
+  assert decode.cache_segment_ends(TINY) == [TINY.image_tokens]
   at_once = generate(TINY, params, labels, jax.random.key(0), sampling=sampling)
   monkeypatch.setattr(decode, "SHORTEST_SEGMENT", 3)
-  assert len(decode.segment_ends(TINY)) == 3
+  assert len(decode.cache_segment_ends(TINY)) == 3
   jax.clear_caches()
   in_parts = generate(TINY, params, labels, jax.random.key(0), sampling=sampling)
   np.testing.assert_array_equal(in_parts, at_once)

@@ -15,14 +15,14 @@ from llamagen_jax.images import resize_bicubic, to_uint8
 from llamagen_jax.parallel.mesh import make_mesh, unbox
 from llamagen_jax.sampling import fid_batch
 from llamagen_jax.sampling.decode import generate
-from llamagen_jax.sampling.draw import Job, Labels, Seconds, draw
+from llamagen_jax.sampling.sample import Labels, SamplingJob, Timings, draw
 from llamagen_jax.tokenizer.model import init_tokenizer
 from llamagen_jax.weights import bundle
 from tests import tiny
 
 SIDE = 6
 LABELS = fid_batch.choose_labels("uniform", 22, 4, seed=0)
-JOB = Job(
+JOB = SamplingJob(
   Labels(LABELS), SamplingConfig(guidance_scale=2.0, top_k=9), seed=1, batch_size=4,
   image_size=SIDE,
 )  # fmt: skip
@@ -111,7 +111,7 @@ def test_killed_and_resumed(models, whole, tmp_path, monkeypatch):
 
 
 def test_only_what_is_missing_is_drawn(models, whole, tmp_path, monkeypatch):
-  parts = list(draw(*models, JOB, [0, 2, 5], Seconds()))
+  parts = list(draw(*models, JOB, [0, 2, 5], Timings()))
   assert [batch for batch, _ in parts] == [0, 2, 5]
   images = np.load(whole)["arr_0"]
   for batch, part in parts:
@@ -120,7 +120,7 @@ def test_only_what_is_missing_is_drawn(models, whole, tmp_path, monkeypatch):
 
 
 def test_time_is_split(models):
-  seconds = Seconds()
+  seconds = Timings()
   job = dataclasses.replace(JOB, batch_size=3)  # a shape of its own
   list(draw(*models, job, [0], seconds))
   first = dataclasses.replace(seconds)
@@ -130,11 +130,11 @@ def test_time_is_split(models):
   assert seconds.tokenizer > first.tokenizer > 0
 
 
-def test_pictures_are_resized_before_they_are_rounded(models):
-  """And picture i is drawn with the key of (seed, i), whatever is drawn with it."""
+def test_images_are_resized_before_they_are_rounded(models):
+  """And image i is drawn with the key of (seed, i), whatever is drawn with it."""
   gpt, tokenizer = models
   job = dataclasses.replace(JOB, image_size=SIDE - 2)
-  ((_, images),) = draw(gpt, tokenizer, job, [1], Seconds())
+  ((_, images),) = draw(gpt, tokenizer, job, [1], Timings())
   keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(1), np.arange(4, 8))
   codes = generate(gpt.config, gpt.params, LABELS[4:8], keys, sampling=JOB.sampling)
   floats = tokenizer.decode(codes.reshape(4, 3, 3))

@@ -100,7 +100,7 @@ def llamagen(capsys, folder, flags: list[str]) -> tuple[int, str]:
   return code, capsys.readouterr().err.strip().splitlines()[-1:]
 
 
-def test_the_verb_writes_pictures_and_captions_in_one_order(run, tmp_path, capsys):
+def test_the_verb_writes_images_and_captions_in_one_order(run, tmp_path, capsys):
   folder = run[0]
   out = tmp_path / "out"
   flags = [f"--t5={folder}/t5", f"--out={out}", "--count=2", "--temperature=9"]

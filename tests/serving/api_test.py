@@ -21,15 +21,15 @@ PATH = "/v1/images/generations"
 
 
 @pytest.fixture(scope="module")
-def studio():
-  studio = live.tiny_studio()
-  studio.warm_up()
-  return studio
+def image_model():
+  image_model = live.tiny_studio()
+  image_model.warm_up()
+  return image_model
 
 
 @pytest.fixture(scope="module")
-def server(studio, tmp_path_factory):
-  with live.serve(studio, folder=tmp_path_factory.mktemp("store")) as server:
+def server(image_model, tmp_path_factory):
+  with live.serve(image_model, folder=tmp_path_factory.mktemp("store")) as server:
     yield server
 
 
@@ -42,19 +42,19 @@ def opened(b64: str) -> Image.Image:
   return Image.open(io.BytesIO(base64.b64decode(b64)))
 
 
-def test_generates(client, server, studio):
+def test_generates(client, server, image_model):
   response = client.images.generate(
     prompt="class:2", n=2, size="8x8", user="me", extra_body={"seed": 5, "top_k": 3}
   )
   assert response.usage.output_tokens == 2 * 16 and response.usage.total_tokens == 34
   assert response.model_extra["seed"] == 5 and response.output_format == "png"
-  requests = server.drawer.requests[-2:]
+  requests = server.backend.requests[-2:]
   assert [r.condition for r in requests] == [2, 2]
   assert [r.sampling.top_k for r in requests] == [3, 3]
   for i, (image, request) in enumerate(zip(response.data, requests, strict=True)):
     key = jax.random.fold_in(jax.random.key(5), i)  # that of `llamagen sample`
     assert (jax.random.key_data(request.key) == jax.random.key_data(key)).all()
-    expected = studio.render(codes_of(request, 16)[None])[0]
+    expected = image_model.render(codes_of(request, 16)[None])[0]
     np.testing.assert_array_equal(np.asarray(opened(image.b64_json)), expected)
 
 
@@ -63,7 +63,7 @@ def test_prompts_and_classes_of_a_class_model(client, server):
     n = extra.pop("n", 1)
     client.images.generate(prompt=prompt, n=n, extra_body=extra)
     count = n * len(extra.get("class_labels", [0]))
-    return [r.condition for r in server.drawer.requests[-count:]]
+    return [r.condition for r in server.backend.requests[-count:]]
 
   assert labels("3") == labels("class:3") == labels("tiger shark") == [3]
   assert labels("n01440764") == labels("class: tench") == [0]
@@ -76,21 +76,21 @@ def test_formats(client, kind):
   [image] = client.images.generate(
     prompt="1", output_format=kind, output_compression=80, extra_body={"seed": 1}
   ).data
-  picture = opened(image.b64_json)
-  assert picture.format == kind.upper() and picture.size == (8, 8)
+  image = opened(image.b64_json)
+  assert image.format == kind.upper() and image.size == (8, 8)
 
 
-def test_a_stored_picture_has_a_url(client, server):
+def test_a_stored_image_has_a_url(client, server):
   [image] = client.images.generate(
     prompt="1", response_format="url", output_format="webp"
   ).data
   assert image.url.startswith(server.url) and image.b64_json is None
-  picture = httpx.get(image.url)
-  assert picture.headers["content-type"] == "image/webp"
-  assert Image.open(io.BytesIO(picture.content)).size == (8, 8)
+  image = httpx.get(image.url)
+  assert image.headers["content-type"] == "image/webp"
+  assert Image.open(io.BytesIO(image.content)).size == (8, 8)
 
 
-def test_streams(client, studio):
+def test_streams(client, image_model):
   extra = {"seed": 3}
   events = list(
     client.images.generate(
@@ -106,9 +106,9 @@ def test_streams(client, studio):
     assert last.type == "image_generation.completed"
     assert last.b64_json == image.b64_json and last.usage.output_tokens == 16
     for quarter, event in enumerate(partial, start=1):
-      picture = np.asarray(opened(event.b64_json))
-      assert (picture[2 * quarter :] == 128).all()  # grey below what is drawn
-      assert (picture[: 2 * quarter] != 128).any()
+      image = np.asarray(opened(event.b64_json))
+      assert (image[2 * quarter :] == 128).all()  # grey below what is drawn
+      assert (image[: 2 * quarter] != 128).any()
 
 
 def test_lists_models(client):
@@ -188,14 +188,14 @@ def test_refuses_other_paths_and_methods(server):
   assert check_error(httpx.get(server.url + PATH), 405)["code"] == "method_not_allowed"
 
 
-def test_refuses_urls_without_a_store(studio):
-  with live.serve(studio) as server:
+def test_refuses_urls_without_a_store(image_model):
+  with live.serve(image_model) as server:
     body = {"prompt": "1", "response_format": "url"}
     check_error(httpx.post(server.url + PATH, json=body), 400, "response_format")
 
 
-def test_asks_for_the_key(studio):
-  with live.serve(studio, key=live.KEY) as server:
+def test_asks_for_the_key(image_model):
+  with live.serve(image_model, key=live.KEY) as server:
     for header in ({}, {"Authorization": "Bearer"}, {"Authorization": "Basic x"}):
       response = httpx.post(server.url + PATH, content=b"{", headers=header)
       assert check_error(response, 401)["code"] == "missing_api_key"

@@ -49,15 +49,15 @@ def test_draws_by_clicking(browser, server, width):
   page.click("#draw")
   sync_api.expect(page.locator("#status")).to_contain_text(f"of {4 * CODES} codes")
   sync_api.expect(page.locator("#status")).to_contain_text("Done", timeout=SECONDS)
-  assert page.locator("#pictures a[download] img").count() == 4
+  assert page.locator("#images a[download] img").count() == 4
   widths = page.eval_on_selector_all(
-    "#pictures img", "all => all.map(i => i.naturalWidth)"
+    "#images img", "all => all.map(i => i.naturalWidth)"
   )
   assert widths == [8] * 4  # none is broken
   with page.expect_download() as saved:
-    page.locator("#pictures a").first.click()
+    page.locator("#images a").first.click()
   assert Image.open(saved.value.path()).size == (8, 8)
-  assert [r.condition for r in server.drawer.requests[-4:]] == [3] * 4
+  assert [r.condition for r in server.backend.requests[-4:]] == [3] * 4
   assert page.evaluate("document.documentElement.scrollWidth") <= width
   assert [url for url in elsewhere if not url.startswith(("data:", "blob:"))] == []
   page.close()
@@ -67,12 +67,14 @@ def test_stop_frees_the_slots(browser, server):
   page = browser.new_page()
   page.set_default_timeout(SECONDS)
   page.goto(f"{server.url}/demo/")
-  server.drawer.tick = 0.5
+  server.backend.tick = 0.5
   page.click("#draw")
-  live.wait_until(lambda: server.drawer.busy_slots, 20)
+  live.wait_until(lambda: server.backend.busy_slots, 20)
   page.click("#stop")
-  live.wait_until(lambda: not server.drawer.busy_slots and not server.drawer.queued, 20)
-  server.drawer.tick = 0.05
+  live.wait_until(
+    lambda: not server.backend.busy_slots and not server.backend.queued, 20
+  )
+  server.backend.tick = 0.05
   page.close()
 
 
@@ -80,12 +82,14 @@ def test_leaving_the_page_frees_the_slots(browser, server):
   page = browser.new_page()
   page.set_default_timeout(SECONDS)
   page.goto(f"{server.url}/demo/")
-  server.drawer.tick = 0.5
+  server.backend.tick = 0.5
   page.click("#draw")
-  live.wait_until(lambda: server.drawer.busy_slots, 20)
+  live.wait_until(lambda: server.backend.busy_slots, 20)
   page.close()
-  live.wait_until(lambda: not server.drawer.busy_slots and not server.drawer.queued, 20)
-  server.drawer.tick = 0.05
+  live.wait_until(
+    lambda: not server.backend.busy_slots and not server.backend.queued, 20
+  )
+  server.backend.tick = 0.05
 
 
 def test_asks_for_the_key(browser):

@@ -95,7 +95,7 @@ def test_200_requests_that_come_and_go(gpt):
         done.append(r)
   assert engine.busy_rows == 0 and len(done) > 150
   assert all(r.codes == expected[r] for r in done)
-  for number in range(4):  # every slot still takes a guided picture
+  for number in range(4):  # every slot still takes a guided image
     assert engine.join(request(gpt, 6 * number + 1))
 
 

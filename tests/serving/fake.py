@@ -1,4 +1,4 @@
-"""A drawer without a model, whose codes are a function of the request's key."""
+"""A backend without a model, whose codes are a function of the request's key."""
 
 import asyncio
 from collections.abc import Callable
@@ -19,14 +19,14 @@ def codes_of(request: Request, count: int) -> np.ndarray:
 
 
 class FakeHandle:
-  def __init__(self, drawer: "FakeDrawer", request: Request):
-    self._drawer = drawer
-    self.codes, self.drawn = codes_of(request, drawer.image_tokens), 0
-    self.news: asyncio.Queue = asyncio.Queue()
+  def __init__(self, backend: "FakeDrawer", request: Request):
+    self._drawer = backend
+    self.codes, self.drawn = codes_of(request, backend.image_tokens), 0
+    self.events: asyncio.Queue = asyncio.Queue()
 
   async def __aiter__(self):
     while True:
-      event = await self.news.get()
+      event = await self.events.get()
       if isinstance(event, Exception):
         raise event
       yield event
@@ -49,7 +49,7 @@ class FakeDrawer:
     self.slots, self.places, self.tick, self.chunk = slots, places, tick, chunk
     self.ready = self.alive = True
     self.codes_drawn = 0
-    self.last = image_tokens  # no picture gets beyond this code
+    self.last = image_tokens  # no image gets beyond this code
     self.waiting: list[FakeHandle] = []
     self.running: list[FakeHandle] = []
     self.requests: list[Request] = []
@@ -77,7 +77,7 @@ class FakeDrawer:
     """As a thread that ends with an exception."""
     self.ready = self.alive = False
     for handle in [*self.running, *self.waiting]:
-      handle.news.put_nowait(WorkerDied("fake"))
+      handle.events.put_nowait(WorkerDied("fake"))
     self.running, self.waiting = [], []
 
   async def _run(self) -> None:
@@ -91,7 +91,7 @@ class FakeDrawer:
         self.codes_drawn += fresh
         codes = handle.codes[: handle.drawn]
         if handle.drawn < self.image_tokens:
-          handle.news.put_nowait(Progress(codes))
+          handle.events.put_nowait(Progress(codes))
           continue
         self.running.remove(handle)
-        handle.news.put_nowait(Finished(self.render(codes[None])[0], codes))
+        handle.events.put_nowait(Finished(self.render(codes[None])[0], codes))

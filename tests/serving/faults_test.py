@@ -15,10 +15,10 @@ IDLE = {"queue_length": 0, "slots_busy": 0}
 
 
 @pytest.fixture(scope="module")
-def studio():
-  studio = live.tiny_studio()
-  studio.warm_up()
-  return studio
+def image_model():
+  image_model = live.tiny_studio()
+  image_model.warm_up()
+  return image_model
 
 
 def metrics(server) -> dict[str, float]:
@@ -29,12 +29,12 @@ def metrics(server) -> dict[str, float]:
 
 
 def is_idle(server) -> bool:
-  return not server.drawer.queued and not server.drawer.busy_slots
+  return not server.backend.queued and not server.backend.busy_slots
 
 
-def test_a_full_queue_sheds_with_429(studio):
-  with live.serve(studio, places=4) as server:
-    server.drawer.last = 3
+def test_a_full_queue_sheds_with_429(image_model):
+  with live.serve(image_model, places=4) as server:
+    server.backend.last = 3
 
     async def burst():
       async with httpx.AsyncClient(timeout=30) as client:
@@ -43,9 +43,9 @@ def test_a_full_queue_sheds_with_429(studio):
           asyncio.create_task(client.post(server.url + PATH, json=body))
           for _ in range(40)
         ]
-        while len(server.drawer.requests) + sum(p.done() for p in posts) < 40:
+        while len(server.backend.requests) + sum(p.done() for p in posts) < 40:
           await asyncio.sleep(0.01)
-        server.drawer.last = 16
+        server.backend.last = 16
         return await asyncio.gather(*posts)
 
     responses = asyncio.run(burst())
@@ -57,23 +57,23 @@ def test_a_full_queue_sheds_with_429(studio):
       assert int(response.headers["retry-after"]) >= 1
     seen = metrics(server)
     assert seen['rejected_total{reason="queue_full"}'] == len(shed)
-    assert seen["pictures_total"] == 40 - len(shed)
+    assert seen["images_total"] == 40 - len(shed)
     assert seen["codes_total"] == 16 * (40 - len(shed))
     assert seen["request_seconds_count"] == 40 - len(shed)
     assert seen.items() >= IDLE.items() and seen["slots"] == 2
     assert seen[f'responses_total{{path="{PATH}",status="429"}}'] == len(shed)
 
 
-def test_a_request_gets_all_its_places_or_none(studio):
-  with live.serve(studio, tick=0.05, places=3, slots=1) as server:
+def test_a_request_gets_all_its_places_or_none(image_model):
+  with live.serve(image_model, tick=0.05, places=3, slots=1) as server:
     response = httpx.post(server.url + PATH, json={"prompt": "1", "n": 4})
-    assert response.status_code == 429 and not server.drawer.requests
+    assert response.status_code == 429 and not server.backend.requests
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_clients_that_hang_up_free_their_places(studio, stream):
-  with live.serve(studio, tick=0.05, places=100, slots=8) as server:
-    server.drawer.last = 12
+def test_clients_that_hang_up_free_their_places(image_model, stream):
+  with live.serve(image_model, tick=0.05, places=100, slots=8) as server:
+    server.backend.last = 12
     body = {"prompt": "1", "stream": stream}
     if stream:
       body["partial_images"] = 3
@@ -86,10 +86,10 @@ def test_clients_that_hang_up_free_their_places(studio, stream):
     async def crowd():
       async with httpx.AsyncClient(timeout=30, limits=httpx.Limits()) as client:
         tasks = [asyncio.create_task(hang_up_midway(client)) for _ in range(60)]
-        while len(server.drawer.requests) < 60:
+        while len(server.backend.requests) < 60:
           await asyncio.sleep(0.01)
         while not (
-          any(t.done() for t in tasks) if stream else server.drawer.busy_slots
+          any(t.done() for t in tasks) if stream else server.backend.busy_slots
         ):
           await asyncio.sleep(0.01)
         for task in tasks:
@@ -99,14 +99,14 @@ def test_clients_that_hang_up_free_their_places(studio, stream):
     asyncio.run(crowd())
     live.wait_until(lambda: is_idle(server), seconds=2)
     assert metrics(server)['cancelled_total{reason="disconnect"}'] == 60
-    server.drawer.last = 16
+    server.backend.last = 16
     assert httpx.post(server.url + PATH, json={"prompt": "1"}).status_code == 200
 
 
-def test_a_deadline_ends_a_request(studio):
-  limits = live.Limits(pictures=4, seconds=0.2, body_bytes=10_000)
-  with live.serve(studio, limits=limits) as server:
-    server.drawer.last = 15  # they would never end
+def test_a_deadline_ends_a_request(image_model):
+  limits = live.Limits(images=4, seconds=0.2, body_bytes=10_000)
+  with live.serve(image_model, limits=limits) as server:
+    server.backend.last = 15  # they would never end
     response = httpx.post(server.url + PATH, json={"prompt": "1", "n": 2})
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "deadline_exceeded"
@@ -118,26 +118,26 @@ def test_a_deadline_ends_a_request(studio):
     assert metrics(server)['cancelled_total{reason="deadline"}'] == 2
 
 
-def test_before_the_start_and_after_the_death_of_the_engine(studio):
-  with live.serve(studio) as server:
-    server.drawer.last = 15
+def test_before_the_start_and_after_the_death_of_the_engine(image_model):
+  with live.serve(image_model) as server:
+    server.backend.last = 15
 
     def states():
       return [httpx.get(server.url + p).status_code for p in ("/health", "/ready")]
 
-    server.drawer.ready = False
+    server.backend.ready = False
     assert states() == [200, 503]
     response = httpx.post(server.url + PATH, json={"prompt": "1"})
     assert response.status_code == 503 and response.headers["retry-after"]
-    server.drawer.ready = True
+    server.backend.ready = True
     assert states() == [200, 200]
 
     async def die_midway():
       async with httpx.AsyncClient() as client:
         post = asyncio.create_task(client.post(server.url + PATH, json={"prompt": "1"}))
-        while not server.drawer.busy_slots:
+        while not server.backend.busy_slots:
           await asyncio.sleep(0.01)
-        server.drawer.die()
+        server.backend.die()
         return await post
 
     response = asyncio.run(die_midway())

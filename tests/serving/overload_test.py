@@ -17,7 +17,7 @@ from llamagen_jax.parallel.mesh import unbox  # noqa: E402
 from llamagen_jax.tokenizer.model import init_tokenizer  # noqa: E402
 from llamagen_jax.weights import bundle  # noqa: E402
 from tests import tiny  # noqa: E402
-from tests.serving.run_test import running  # noqa: E402
+from tests.commands.serve_test import running  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
@@ -100,8 +100,8 @@ def test_overload_is_shed_and_does_not_slow_down_who_is_let_in(server, capsys):
   accepted = flood.status.count(200)
   with capsys.disabled():
     print(
-      f"\nfull load {rate:.1f} pictures/s, p95 {full.p95():.2f} s; 10 times as much for"
-      f" {OVERLOAD_SECONDS} s: {accepted / OVERLOAD_SECONDS:.1f} pictures/s, p95"
+      f"\nfull load {rate:.1f} images/s, p95 {full.p95():.2f} s; 10 times as much for"
+      f" {OVERLOAD_SECONDS} s: {accepted / OVERLOAD_SECONDS:.1f} images/s, p95"
       f" {flood.p95():.2f} s, {flood.status.count(429)} shed"
     )
   assert set(flood.status) == {200, 429}

@@ -22,11 +22,11 @@ NAMES = ("prompt", "model", "size", "class_label", "class_labels")
 
 @pytest.fixture(scope="module")
 def schema():
-  studio = live.tiny_studio()
-  studio.warm_up()
-  limits = live.Limits(pictures=4, seconds=20.0, body_bytes=2**20)
+  image_model = live.tiny_studio()
+  image_model.warm_up()
+  limits = live.Limits(images=4, seconds=20.0, body_bytes=2**20)
   fake = {"tick": 0.0001, "chunk": 16, "places": 50}
-  with live.serve(studio, limits=limits, key=live.KEY, **fake) as server:
+  with live.serve(image_model, limits=limits, key=live.KEY, **fake) as server:
     yield schemathesis.openapi.from_url(f"{server.url}/openapi.json")
 
 

@@ -41,8 +41,8 @@ def run(gpt, scenario, *, slots=2, places=100, render=render):
   asyncio.run(main())
 
 
-async def events(ticket) -> list[Progress | Finished]:
-  return [event async for event in ticket]
+async def events(handle) -> list[Progress | Finished]:
+  return [event async for event in handle]
 
 
 async def until(condition) -> None:
@@ -68,11 +68,11 @@ def gated(function):
 def test_draws_what_sample_draws(gpt):
   async def scenario(worker):
     requests = [request(gpt, number) for number in range(9)]
-    tickets = [worker.submit(r) for r in requests]
-    found = await asyncio.gather(*map(events, tickets))
+    handles = [worker.submit(r) for r in requests]
+    found = await asyncio.gather(*map(events, handles))
     for r, (*progress, finished) in zip(requests, found, strict=True):
       assert finished.codes.tolist() == drawn_alone(gpt, r)
-      np.testing.assert_array_equal(finished.picture, render(finished.codes[None])[0])
+      np.testing.assert_array_equal(finished.image, render(finished.codes[None])[0])
       assert [len(event.codes) for event in progress] == [4, 8, 12]
       assert progress[1].codes.tolist() == finished.codes[:8].tolist()
     await until(lambda: idle(worker))
@@ -84,13 +84,13 @@ def test_draws_what_sample_draws(gpt):
 def test_a_full_queue_refuses(gpt):
   async def scenario(worker):
     worker._engine.advance, asked = gated(worker._engine.advance)
-    tickets = []
+    handles = []
     with pytest.raises(QueueFull):
       for number in range(50):
-        tickets.append(worker.submit(request(gpt, number)))
-    assert 3 <= len(tickets) <= 3 + 2 * 2 + 3
+        handles.append(worker.submit(request(gpt, number)))
+    assert 3 <= len(handles) <= 3 + 2 * 2 + 3
     asked.set()
-    await asyncio.gather(*map(events, tickets))
+    await asyncio.gather(*map(events, handles))
 
   run(gpt, scenario, places=3)
 
@@ -99,11 +99,11 @@ def test_who_gives_up_frees_its_place(gpt):
   """Waiting, drawing, and again after the end."""
 
   async def scenario(worker):
-    tickets = [worker.submit(request(gpt, number)) for number in range(60)]
-    await anext(aiter(tickets[0]))
-    for ticket in tickets[::2] + tickets[1::2]:
-      ticket.cancel()
-      ticket.cancel()
+    handles = [worker.submit(request(gpt, number)) for number in range(60)]
+    await anext(aiter(handles[0]))
+    for handle in handles[::2] + handles[1::2]:
+      handle.cancel()
+      handle.cancel()
     await until(lambda: idle(worker))
     again = worker.submit(request(gpt, 7))
     assert (await events(again))[-1].codes.tolist() == drawn_alone(gpt, request(gpt, 7))
@@ -117,8 +117,8 @@ def test_rendering_does_not_hold_a_slot(gpt):
   slowly, seen = gated(render)
 
   async def scenario(worker):
-    tickets = [worker.submit(request(gpt, 6 * i + 1)) for i in range(3)]
-    watching = [asyncio.create_task(events(ticket)) for ticket in tickets]
+    handles = [worker.submit(request(gpt, 6 * i + 1)) for i in range(3)]
+    watching = [asyncio.create_task(events(handle)) for handle in handles]
     await until(lambda: worker.codes_drawn == 3 * 16 and not worker.busy_slots)
     assert worker.free_places < 100
     assert not any(task.done() for task in watching)
@@ -133,12 +133,12 @@ def test_a_death_reaches_everybody(gpt):
     dies, midway = gated(lambda: 1 / 0)
     turns = iter([worker._engine.advance])
     worker._engine.advance = lambda: next(turns, dies)()
-    tickets = [worker.submit(request(gpt, number)) for number in range(8)]
-    await anext(aiter(tickets[0]))
+    handles = [worker.submit(request(gpt, number)) for number in range(8)]
+    await anext(aiter(handles[0]))
     midway.set()
-    for ticket in tickets:
+    for handle in handles:
       with pytest.raises(WorkerDied, match="division"):
-        await events(ticket)
+        await events(handle)
     assert not worker.alive and not worker.ready
     with pytest.raises(WorkerDied):
       await events(worker.submit(request(gpt, 1)))
@@ -164,15 +164,15 @@ def test_a_failure_to_render_fails_one_request(gpt):
 
 def test_stopping_tells_who_waits(gpt):
   async def scenario(worker):
-    ticket = worker.submit(request(gpt, 1))
+    handle = worker.submit(request(gpt, 1))
     worker.stop()
     with pytest.raises(WorkerDied, match="stops"):
-      await events(ticket)
+      await events(handle)
 
   run(gpt, scenario)
 
 
-def test_stopping_tells_whose_picture_waits_to_be_rendered(gpt):
+def test_stopping_tells_whose_image_waits_to_be_rendered(gpt):
   slowly, stopping = gated(render)
 
   async def scenario(worker):

@@ -6,7 +6,7 @@ import pytest
 from llamagen_jax import UserError
 from llamagen_jax.tokenizer import codebook
 from llamagen_jax.training import train_tokenizer
-from llamagen_jax.training.metrics import read_rows
+from llamagen_jax.training.metrics_log import read_rows
 from tests import parity, tiny
 
 
@@ -52,12 +52,12 @@ def test_an_unknown_start_is_named():
 
 @pytest.mark.slow
 def test_a_run_with_both_cures_uses_more_of_its_codebook(tmp_path):
-  pictures = tiny.write_pictures(tmp_path / "pictures")
+  images = tiny.write_images(tmp_path / "images")
   usage = {}
   for name, section in (
     ("off", {}), ("on", {"init": "kmeans", "restart_every": 2}),
   ):  # fmt: skip
-    config = tiny.tokenizer_config(pictures, 4)
+    config = tiny.tokenizer_config(images, 4)
     config.loss.adversarial_weight = 0.0
     config.model.codebook_size = 512
     config.codebook = section

@@ -59,8 +59,8 @@ def test_batch_norm_normalises_over_batch_and_positions():
 @pytest.mark.parametrize(
   "config, side, words",
   [
-    ({"kind": "stylegan"}, 96, "pictures of 96, expected a power of two"),
-    ({"layers": 4}, 32, "discriminator.layers=4: pictures of 32 are too small"),
+    ({"kind": "stylegan"}, 96, "images of 96, expected a power of two"),
+    ({"layers": 4}, 32, "discriminator.layers=4: images of 32 are too small"),
     ({"kind": "vgg"}, 32, "'vgg': expected patchgan or stylegan"),
   ],
 )

@@ -53,5 +53,7 @@ def test_unknown_losses_are_named(field, value):
 
 
 def test_a_lead_before_the_first_step_is_named():
-  with pytest.raises(UserError, match="loss.disc_lead=5: more than loss.disc_start=3"):
-    LossConfig(disc_start=3, disc_lead=5)
+  with pytest.raises(
+    UserError, match="loss.disc_warmup_steps=5: more than loss.disc_start=3"
+  ):
+    LossConfig(disc_start=3, disc_warmup_steps=5)

@@ -14,9 +14,9 @@ from llamagen_jax import generate
 from llamagen_jax.commands import cli
 from llamagen_jax.commands.extract_text import extract_text
 from llamagen_jax.commands.prepare_captions import prepare
-from llamagen_jax.data.caption_files import Keys
+from llamagen_jax.data.caption_files import FieldNames
 from llamagen_jax.data.captions import CaptionSource
-from llamagen_jax.data.codes import CodePlan, CodeRecord, CodeSource, CodeWriter
+from llamagen_jax.data.codes import CodeRecord, CodeShardSpec, CodeSource, CodeWriter
 from llamagen_jax.data.features import FeatureSource
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.model import GPT, init_gpt
@@ -46,8 +46,8 @@ def data(tmp_path_factory):
   tiny.write_tar(folder / "0.tar", 0, 5, {"000000002.txt": b"http://a.b/c"})
   tiny.write_tar(folder / "1.tar", 5, 4)
   prepare(
-    f"webdataset:{folder}/*.tar", folder / "captions", keys=Keys("", "top_caption"),
-    pictures="", min_side=8, shard_count=1, workers=1,
+    f"webdataset:{folder}/*.tar", folder / "captions", keys=FieldNames("", "top_caption"),
+    images="", min_side=8, shard_count=1, workers=1,
   )  # fmt: skip
   for dtype in ("bfloat16", "float32"):
     extract_text(
@@ -59,7 +59,7 @@ def data(tmp_path_factory):
 
 
 def write_codes(folder, samples):
-  plan = CodePlan(
+  plan = CodeShardSpec(
     tokenizer="tiny", tokenizer_config={}, image_size=6, grid=3, codebook_size=50,
     crops=("center",), class_names=(), source="captions", samples=9, shards=1,
   )  # fmt: skip
@@ -266,7 +266,7 @@ def test_training_stage_one_and_two(data, tmp_path):
   )
 
   wide = dataclasses.replace(MODEL, grid=2)
-  plan = CodePlan(
+  plan = CodeShardSpec(
     tokenizer="tiny", tokenizer_config={}, image_size=4, grid=2, codebook_size=50,
     crops=("center",), class_names=(), source="captions", samples=9, shards=1,
   )  # fmt: skip

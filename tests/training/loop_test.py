@@ -13,13 +13,13 @@ from llamagen_jax.errors import RunFailed
 from llamagen_jax.training import train_gpt as gpt_train
 from llamagen_jax.training import train_tokenizer as tokenizer_train
 from llamagen_jax.training.checkpoint import Checkpoints
-from llamagen_jax.training.metrics import read_rows
+from llamagen_jax.training.metrics_log import read_rows
 from llamagen_jax.training.recipe import RunConfig
 from tests import tiny
 
 TRAINERS = {
   "gpt": (gpt_train, tiny.write_codes, tiny.gpt_config),
-  "tokenizer": (tokenizer_train, tiny.write_pictures, tiny.tokenizer_config),
+  "tokenizer": (tokenizer_train, tiny.write_images, tiny.tokenizer_config),
 }
 
 

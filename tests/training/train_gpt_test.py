@@ -136,7 +136,7 @@ def test_a_skipped_step_leaves_the_average_of_the_weights():
 
 
 def test_scanned_and_unrolled_layers_give_equal_gradients():
-  """Unrolled is the cached model, run code by code over the same pictures."""
+  """Unrolled is the cached model, run code by code over the same images."""
   config = dataclasses.replace(tiny.GPT, **STILL)
   params = unbox(init_gpt(config, jax.random.key(0)))
   params["head"] = 0.1 * jax.random.normal(jax.random.key(1), params["head"].shape)
@@ -167,7 +167,7 @@ def test_scanned_and_unrolled_layers_give_equal_gradients():
 
 
 @pytest.mark.slow
-def test_overfits_64_pictures():
+def test_overfits_64_images():
   """Each has a label of its own; else its first code could not be known."""
   model = GPTConfig(
     2, 4, 64, grid=4, num_classes=64, vocab_size=512, condition_dropout=0.0, **STILL

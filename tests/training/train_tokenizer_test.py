@@ -13,14 +13,14 @@ from llamagen_jax import UserError, VQModel
 from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.tokenizer.discriminator import discriminate
 from llamagen_jax.training import train_tokenizer
-from llamagen_jax.training.metrics import read_rows
+from llamagen_jax.training.metrics_log import read_rows
 from llamagen_jax.training.recipe import build
 from llamagen_jax.training.tokenizer_state import InitConfig, load_weights
-from llamagen_jax.training.train_tokenizer import Stage, TokenizerRecipe, train_step
+from llamagen_jax.training.train_tokenizer import GanPhase, TokenizerRecipe, train_step
 from llamagen_jax.weights import bundle
 from tests import tiny
 
-BOTH = Stage(discriminator=True, adversarial=True)
+BOTH = GanPhase(discriminator=True, adversarial=True)
 
 
 def make_recipe(**changes) -> TokenizerRecipe:
@@ -143,18 +143,18 @@ def compiled_cost(recipe, stage):
 def test_before_it_starts_the_discriminator_costs_nothing():
   recipe = make_recipe()
   without = make_recipe(loss=dataclasses.replace(recipe.loss, adversarial_weight=0.0))
-  before, acting = (compiled_cost(recipe, stage) for stage in (Stage(), BOTH))
-  assert before == compiled_cost(without, Stage())
+  before, acting = (compiled_cost(recipe, stage) for stage in (GanPhase(), BOTH))
+  assert before == compiled_cost(without, GanPhase())
   assert before < acting
 
 
 def test_stages_follow_the_config():
-  loss = dataclasses.replace(make_recipe().loss, disc_start=20, disc_lead=5)
-  assert train_tokenizer.stages(loss) == {0: Stage(), 15: Stage(True), 20: BOTH}
-  now = dataclasses.replace(loss, disc_start=0, disc_lead=0)
+  loss = dataclasses.replace(make_recipe().loss, disc_start=20, disc_warmup_steps=5)
+  assert train_tokenizer.stages(loss) == {0: GanPhase(), 15: GanPhase(True), 20: BOTH}
+  now = dataclasses.replace(loss, disc_start=0, disc_warmup_steps=0)
   assert train_tokenizer.stages(now) == {0: BOTH}
   assert train_tokenizer.stages(dataclasses.replace(loss, adversarial_weight=0)) == {
-    0: Stage()
+    0: GanPhase()
   }
 
 
@@ -169,7 +169,7 @@ def test_the_discriminator_waits_then_leads_then_acts(run):
 
 @pytest.mark.slow
 def test_accumulated_parts_equal_the_whole_batch():
-  """Where no term couples the pictures of a batch."""
+  """Where no term couples the images of a batch."""
   recipe = make_recipe()
   loss = dataclasses.replace(recipe.loss, adversarial_weight=0.0)
   whole = dataclasses.replace(recipe, loss=loss)
@@ -177,7 +177,7 @@ def test_accumulated_parts_equal_the_whole_batch():
   parts = dataclasses.replace(whole, data=data)
   state, batch = fresh(whole), a_batch()
   results = [
-    jax.jit(functools.partial(train_step, r, Stage()))(state, batch)
+    jax.jit(functools.partial(train_step, r, GanPhase()))(state, batch)
     for r in (whole, parts)
   ]
   (a, a_metrics), (b, b_metrics) = results
@@ -209,9 +209,9 @@ def test_bfloat16_steps_stay_close_to_float32(stepped):
 def run(tmp_path_factory):
   """The state and the work folder of a run through all stages."""
   folder = tmp_path_factory.mktemp("tokenizer")
-  pictures = tiny.write_pictures(folder / "pictures")
+  images = tiny.write_images(folder / "images")
   return train_tokenizer.train(
-    tiny.tokenizer_config(pictures, 3), folder / "run"
+    tiny.tokenizer_config(images, 3), folder / "run"
   ), folder / "run"
 
 

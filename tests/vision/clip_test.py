@@ -2,7 +2,7 @@
 
 tests/golden/clip.json holds the embeddings that transformers 5.23 gave, for weights
 made by the rule of tests/parity.py from the names and shapes in the file (without
-logit_scale), for the ids in it, and for pictures `randint("clip/images", 256,
+logit_scale), for the ids in it, and for images `randint("clip/images", 256,
 (3, 12, 12, 3))`, normalised as CLIP's are; also the ids that its CLIPTokenizer gave for
 the texts and merges in the file, over OpenAI's vocabulary of bytes.
 """
@@ -187,7 +187,7 @@ def test_tokens_equal_transformers(tmp_path):
     ClipTokens.load(tmp_path / "nowhere")
 
 
-def test_pictures_are_fitted():
+def test_images_are_fitted():
   image = np.zeros((30, 60, 3), np.uint8)
   image[:, 15:45] = 255  # the middle square
   assert (fit(image, 10)[:, 1:-1] == 255).all() and fit(image, 10).shape == (10, 10, 3)
@@ -223,7 +223,7 @@ def test_score_in_the_verb(tmp_path, inception, cheap, capsys):
   assert code == 2 and "captions.txt; --prompts names it" in text
   (folder / "captions.txt").write_text("\n".join(prompts[:-1]) + "\n")
   code, text = evaluate(f"--clip={clip}")
-  assert code == 2 and "4 prompts for 5 pictures" in text
+  assert code == 2 and "4 prompts for 5 images" in text
   (folder / "captions.txt").write_text("\n".join(prompts) + "\n")
   code, result = evaluate(f"--clip={clip}")
   assert code == 0, result

@@ -21,7 +21,7 @@ def distance():
   return jax.jit(lpips, static_argnums=3)
 
 
-def pictures():
+def images():
   return (
     np.tanh(parity.randn(f"disc/{name}", (2, 3, 64, 64))).transpose(0, 2, 3, 1)
     for name in "xy"
@@ -31,7 +31,7 @@ def pictures():
 def test_lpips_equals_the_original(published, distance):
   params = lpips_from_torch(published)
   assert jax.tree.map(np.shape, params) == jax.tree.map(lambda x: x.shape, shapes())
-  x, y = pictures()
+  x, y = images()
   expected = parity.golden()["lpips_value"]
   np.testing.assert_allclose(distance(params, x, y, "float32"), expected, atol=1e-6)
   np.testing.assert_array_equal(distance(params, x, x, "float32"), 0)

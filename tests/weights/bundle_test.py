@@ -12,7 +12,7 @@ from llamagen_jax.weights.bundle import Tokenizer, Transformer
 from tests import tiny
 
 
-def test_bytes_and_floats_of_a_picture_have_the_same_codes():
+def test_bytes_and_floats_of_a_image_have_the_same_codes():
   params = unbox(init_tokenizer(tiny.TOKENIZER, jax.random.key(0)))
   tokenizer = Tokenizer(tiny.TOKENIZER, params, "tiny")
   rng = np.random.default_rng(0)

@@ -62,7 +62,7 @@ def test_import_export_import_is_the_identity(
   )
   code, text = llamagen(capsys, command)
   assert code == 0, text
-  assert "8x8 pictures" in text
+  assert "8x8 images" in text
 
   gpt = lg.load_gpt(out)
   inputs = {
@@ -312,7 +312,7 @@ def test_no_accelerator_is_needed(tmp_path, tokenizer):
   ]
   for command in commands:
     done = subprocess.run(
-      [sys.executable, "-c", "from llamagen_jax import cli; cli.main()",
+      [sys.executable, "-c", "from llamagen_jax.commands import cli; cli.main()",
        *command.split()],
       env=os.environ | {"JAX_PLATFORMS": "tpu"}, capture_output=True, text=True,
       check=False,

@@ -12,9 +12,9 @@ from PIL import Image
 
 from llamagen_jax.data.classes import RANGE, to_labels
 from llamagen_jax.errors import UserError
-from llamagen_jax.sampling.draw import check_pair, render
 from llamagen_jax.sampling.prompts import Prompts
-from llamagen_jax.serving.refusal import Refusal
+from llamagen_jax.sampling.sample import check_pair, render
+from llamagen_jax.serving.api_error import APIError
 from llamagen_jax.serving.request import Request
 from llamagen_jax.serving.schema import ImageRequest, Style, Usage
 from llamagen_jax.text.encoder import TextEncoder
@@ -28,7 +28,7 @@ KEPT_PROMPTS = 256  # whose features are kept
 GREY = 128  # of codes that are not drawn yet
 
 
-class Studio:
+class ImageModel:
   """A transformer, the tokenizer of its codes, and the encoder of its prompts.
 
   Methods block, and may run in several threads at once.
@@ -56,7 +56,7 @@ class Studio:
 
   @property
   def side(self) -> int:
-    """Of the pictures, in pixels."""
+    """Of the images, in pixels."""
     return self.gpt.config.grid * self.tokenizer.config.downsample
 
   @property
@@ -64,13 +64,13 @@ class Studio:
     return f"{self.side}x{self.side}"
 
   def requests(self, body: ImageRequest, seed: int) -> list[Request]:
-    """A request a picture: those of `llamagen sample --count n` with that seed.
+    """A request an image: those of `llamagen sample --count n` with that seed.
 
     Raises:
-      Refusal: for a model, size, prompt or class that is not there.
+      APIError: for a model, size, prompt or class that is not there.
     """
     if body.model not in (None, self.name):
-      raise Refusal(
+      raise APIError(
         404,
         f"The model '{body.model}' does not exist; this server has '{self.name}'.",
         code="model_not_found",
@@ -78,7 +78,7 @@ class Studio:
       )
     if body.size not in (None, "auto", self.size):
       message = f"Invalid size '{body.size[:40]}': expected '{self.size}' or 'auto'."
-      raise Refusal(400, message, code="invalid_value", param="size")
+      raise APIError(400, message, code="invalid_value", param="size")
     given = {field: getattr(body, field) for field in SAMPLING}
     sampling = dataclasses.replace(
       self.gpt.sampling, **{k: v for k, v in given.items() if v is not None}
@@ -97,9 +97,9 @@ class Studio:
     if self.of_captions:
       if labels is not None:
         message = "This model draws prompts, not classes."
-        raise Refusal(400, message, code="invalid_value", param=named)
+        raise APIError(400, message, code="invalid_value", param=named)
       if not (body.prompt or "").strip():
-        raise Refusal(400, "A prompt is required.", code="missing", param="prompt")
+        raise APIError(400, "A prompt is required.", code="missing", param="prompt")
       return [self._features(body.prompt)]
     if labels is None:
       named, labels = "prompt", [(body.prompt or "").strip().removeprefix("class:")]
@@ -113,7 +113,7 @@ class Studio:
         raise UserError(f"{found}: expected one class, an index or a name")
       [found] = to_labels([text], self.gpt.class_names, self.gpt.config.num_classes)
     except UserError as error:
-      raise Refusal(400, f"{error}.", code="invalid_value", param=param) from error
+      raise APIError(400, f"{error}.", code="invalid_value", param=param) from error
     return found
 
   def _encode_prompt(self, prompt: str) -> tuple[np.ndarray, np.ndarray]:
@@ -121,15 +121,15 @@ class Studio:
       features, mask = Prompts.of(self.gpt, self.encoder, [prompt]).take(np.array([0]))
     return features[0], mask[0]
 
-  def usage(self, pictures: int) -> Usage:
+  def usage(self, images: int) -> Usage:
     c = self.gpt.config
-    return Usage.of(c.prefix_tokens * pictures, c.image_tokens * pictures)
+    return Usage.of(c.prefix_tokens * images, c.image_tokens * images)
 
   def style(self, body: ImageRequest) -> dict[str, str]:
     return Style(output_format=body.output_format or "png", size=self.size).model_dump()
 
   def render(self, codes_BT: np.ndarray) -> np.ndarray:
-    """int32 codes [B, T] -> uint8 pictures [B, side, side, 3], one at a time."""
+    """int32 codes [B, T] -> uint8 images [B, side, side, 3], one at a time."""
     shape = (self.gpt.config.grid, self.side, None)
     config, params = self.tokenizer.config, self.tokenizer.params
     return np.concatenate(
@@ -144,18 +144,18 @@ class Studio:
     # Convolutions look beyond the last row: at something that goes on like it.
     for i in range(drawn, c.image_tokens):
       padded[i] = padded[i - c.grid] if i >= c.grid else padded[drawn - 1]
-    picture = self.render(padded[None])[0].copy()
+    image = self.render(padded[None])[0].copy()
     blank = (np.arange(c.image_tokens) >= drawn).reshape(c.grid, c.grid)
-    picture[blank.repeat(self.side // c.grid, 0).repeat(self.side // c.grid, 1)] = GREY
-    return picture
+    image[blank.repeat(self.side // c.grid, 0).repeat(self.side // c.grid, 1)] = GREY
+    return image
 
-  def encode(self, picture: np.ndarray, body: ImageRequest) -> bytes:
+  def encode(self, image: np.ndarray, body: ImageRequest) -> bytes:
     """uint8 [H, W, 3] -> a file in the format that was asked for."""
     kind = body.output_format or "png"
     quality = 100 if body.output_compression is None else body.output_compression
     options = {} if kind == "png" else {"quality": quality}
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, format=kind, **options)
+    Image.fromarray(image).save(file, format=kind, **options)
     return file.getvalue()
 
   def warm_up(self) -> None:

@@ -7,9 +7,9 @@ import pytest
 
 from llamagen_jax.data.images import center_crop
 from llamagen_jax.errors import UserError
-from llamagen_jax.evaluation import features
-from llamagen_jax.evaluation.features import Extractor, PictureValues
-from llamagen_jax.evaluation.sources import open_source
+from llamagen_jax.evaluation import cached_features
+from llamagen_jax.evaluation.cached_features import CachedImageMap, Extractor
+from llamagen_jax.evaluation.image_sets import open_image_set
 from llamagen_jax.images import save_npz
 from llamagen_jax.parallel.mesh import make_mesh
 from llamagen_jax.vision.inception import Features
@@ -20,7 +20,7 @@ PARAMS = {"head": np.ones((2, 3), np.float32)}
 
 
 class Network:
-  """Means of pictures; counts its calls, and is killed at one of them."""
+  """Means of images; counts its calls, and is killed at one of them."""
 
   calls, killed_at = 0, None
 
@@ -35,18 +35,18 @@ class Network:
 @pytest.fixture
 def network(monkeypatch):
   network = Network()
-  monkeypatch.setattr(features, "extract_features", network)
-  monkeypatch.setattr(features, "PIECE", 4)
+  monkeypatch.setattr(cached_features, "extract_features", network)
+  monkeypatch.setattr(cached_features, "PIECE", 4)
   return network
 
 
 def write_npz(path, images):
   save_npz(path, [images], len(images), None)
-  return open_source("--samples", path)
+  return open_image_set("--samples", path)
 
 
 def extractor(folder, params=PARAMS):
-  return Extractor(params, PictureValues(make_mesh(), 3, folder / "cache"))
+  return Extractor(params, CachedImageMap(make_mesh(), 3, folder / "cache"))
 
 
 def test_features_are_kept_by_content(network, tmp_path):
@@ -86,7 +86,7 @@ def test_a_folder_has_the_features_of_its_npz(network, tmp_path):
   (tmp_path / "png").mkdir()
   for i, image in enumerate(IMAGES):
     Image.fromarray(image).save(tmp_path / "png" / f"{i:03d}.png")
-  png = extractor(tmp_path)(open_source("--samples", tmp_path / "png"), "png")
+  png = extractor(tmp_path)(open_image_set("--samples", tmp_path / "png"), "png")
   npz = extractor(tmp_path)(write_npz(tmp_path / "x.npz", IMAGES), "npz")
   np.testing.assert_array_equal(png["pool"], npz["pool"])
 
@@ -96,38 +96,38 @@ def test_files_of_any_size_are_cropped_where_asked(network, tmp_path):
   folder.mkdir()
   rng = np.random.default_rng(0)
   for i, shape in enumerate(((40, 60, 3), (90, 35, 3), (33, 33))):
-    picture = Image.fromarray(rng.integers(0, 256, shape, np.uint8))
-    picture.save(folder / f"{i}.jpg")
+    image = Image.fromarray(rng.integers(0, 256, shape, np.uint8))
+    image.save(folder / f"{i}.jpg")
   with pytest.raises(UserError, match="several sizes"):
-    open_source("--reference", folder)
-  sources = [open_source("--reference", folder, crop) for crop in (16, 32)]
+    open_image_set("--reference", folder)
+  sources = [open_image_set("--reference", folder, crop) for crop in (16, 32)]
   assert [source.size for source in sources] == [(16, 16), (32, 32)]
   assert sources[0].sha256 != sources[1].sha256
   (images,) = sources[1].batches(3)
-  with Image.open(folder / "1.jpg") as picture:
-    np.testing.assert_array_equal(images[1], center_crop(picture, 32))
+  with Image.open(folder / "1.jpg") as image:
+    np.testing.assert_array_equal(images[1], center_crop(image, 32))
   assert len(extractor(tmp_path)(sources[0], "x")["pool"]) == 3
 
 
 def test_broken_folders_are_refused(network, tmp_path):
   folder = tmp_path / "png"
   folder.mkdir()
-  with pytest.raises(UserError, match="no pictures"):
-    open_source("--samples", folder)
+  with pytest.raises(UserError, match="no images"):
+    open_image_set("--samples", folder)
   for side in (8, 9):
     Image.new("RGB", (side, 8)).save(folder / f"{side}.png")
   with pytest.raises(UserError, match=r"8.png is \(8, 8\) and .*9.png \(8, 9\)"):
-    open_source("--samples", folder)
+    open_image_set("--samples", folder)
   for name in ("8.png", "9.png"):
     Image.fromarray(IMAGES[0]).save(folder / name)
   (folder / "9.png").write_bytes((folder / "8.png").read_bytes()[:-40])
-  source = open_source("--samples", folder)
-  with pytest.raises(UserError, match="9.png: no picture that can be read"):
+  source = open_image_set("--samples", folder)
+  with pytest.raises(UserError, match="9.png: no image that can be read"):
     extractor(tmp_path)(source, "x")
 
 
 def test_a_short_npz_is_refused(tmp_path):
   save_npz(tmp_path / "x.npz", [IMAGES[:4]], COUNT, None)  # says 10, has 4
-  source = open_source("--samples", tmp_path / "x.npz")
+  source = open_image_set("--samples", tmp_path / "x.npz")
   with pytest.raises(UserError, match="ends early"):
     list(source.batches(3))

@@ -2,7 +2,7 @@ import json
 
 from PIL import Image
 
-from llamagen_jax.training.metrics import MetricsLog, read_rows
+from llamagen_jax.training.metrics_log import MetricsLog, read_rows
 
 
 def test_a_resumed_log_drops_the_steps_that_are_redone(tmp_path):
@@ -20,6 +20,6 @@ def test_a_resumed_log_drops_the_steps_that_are_redone(tmp_path):
   assert [row["step"] for row in rows] == [1, 2, 3, 4]
   assert rows[-1] == {"step": 4, "loss": 0.5}
   assert all(json.loads(line) for line in path.read_text().splitlines())
-  with Image.open(tmp_path / "loss.png") as picture:
-    assert picture.width > 200
+  with Image.open(tmp_path / "loss.png") as image:
+    assert image.width > 200
   assert list(tmp_path.glob("events.*"))

@@ -1,4 +1,4 @@
-"""A model as the API sees it: prompts, pairs that do not fit, partial pictures."""
+"""A model as the API sees it: prompts, pairs that do not fit, partial images."""
 
 import dataclasses
 
@@ -11,9 +11,9 @@ pytest.importorskip("fastapi")
 from llamagen_jax.errors import UserError  # noqa: E402
 from llamagen_jax.parallel.mesh import unbox  # noqa: E402
 from llamagen_jax.sampling.prompts import Prompts  # noqa: E402
-from llamagen_jax.serving.refusal import Refusal  # noqa: E402
+from llamagen_jax.serving.api_error import APIError  # noqa: E402
+from llamagen_jax.serving.image_model import GREY, ImageModel  # noqa: E402
 from llamagen_jax.serving.schema import ImageRequest  # noqa: E402
-from llamagen_jax.serving.studio import GREY, Studio  # noqa: E402
 from llamagen_jax.text.t5 import T5Config, init_t5  # noqa: E402
 from llamagen_jax.weights import bundle  # noqa: E402
 from llamagen_jax.weights.t5 import load_t5  # noqa: E402
@@ -39,7 +39,7 @@ def of_captions(of_classes, tmp_path_factory):
   gpt = dataclasses.replace(
     of_classes.gpt, config=config, text_encoder=encoder.identity
   )
-  return Studio("text", gpt, of_classes.tokenizer, encoder)
+  return ImageModel("text", gpt, of_classes.tokenizer, encoder)
 
 
 def test_prompts_become_features(of_captions):
@@ -58,25 +58,25 @@ def test_prompts_become_features(of_captions):
   ({"prompt": "a cat", "class_labels": [1]}, "class_labels"),
 ])  # fmt: skip
 def test_a_model_of_captions_wants_a_prompt(of_captions, body, param):
-  with pytest.raises(Refusal) as refusal:
+  with pytest.raises(APIError) as error:
     of_captions.requests(ImageRequest(**body), seed=0)
-  assert (refusal.value.status, refusal.value.param) == (400, param)
+  assert (error.value.status, error.value.param) == (400, param)
 
 
 def test_refuses_models_that_do_not_fit(of_classes, of_captions):
   with pytest.raises(UserError, match="--t5"):
-    Studio("x", of_captions.gpt, of_classes.tokenizer)
+    ImageModel("x", of_captions.gpt, of_classes.tokenizer)
   stranger = dataclasses.replace(of_captions.gpt, text_encoder="another")
   with pytest.raises(UserError, match="text encoder"):
-    Studio("x", stranger, of_classes.tokenizer, of_captions.encoder)
+    ImageModel("x", stranger, of_classes.tokenizer, of_captions.encoder)
   tokenizer = bundle.Tokenizer(tiny.TOKENIZER, None, "another")
   with pytest.raises(UserError, match="tokenizer"):
-    Studio("x", of_classes.gpt, tokenizer)
+    ImageModel("x", of_classes.gpt, tokenizer)
 
 
 @pytest.mark.parametrize("drawn", [1, 6, 15])
-def test_a_partial_picture_is_grey_where_no_code_is(of_classes, drawn):
+def test_a_partial_image_is_grey_where_no_code_is(of_classes, drawn):
   codes = np.random.default_rng(0).integers(0, 16, 16, np.int32)
-  picture = of_classes.render_partly(codes[:drawn])
-  blocks = picture.reshape(4, 2, 4, 2, 3).swapaxes(1, 2).reshape(16, -1)
+  image = of_classes.render_partly(codes[:drawn])
+  blocks = image.reshape(4, 2, 4, 2, 3).swapaxes(1, 2).reshape(16, -1)
   assert (blocks[drawn:] == GREY).all() and (blocks[:drawn] != GREY).any(axis=1).all()

@@ -1,6 +1,6 @@
-"""Features of many pictures: over all devices and hosts, kept on disk.
+"""Features of many images: over all devices and hosts, kept on disk.
 
-They are kept in pieces, in a folder that is named by the content of the pictures and
+They are kept in pieces, in a folder that is named by the content of the images and
 of the weights. A rerun reads them in seconds, and one that was killed goes on with
 the pieces that are missing.
 """
@@ -18,24 +18,24 @@ from jax.sharding import Mesh
 import numpy as np
 import tqdm
 
-from llamagen_jax.evaluation.sources import Source
+from llamagen_jax.evaluation.image_sets import Source
 from llamagen_jax.parallel.mesh import replicated, to_global
 from llamagen_jax.vision.inception import extract_features
 from llamagen_jax.weights import bundle
 
 CACHE = "~/.cache/llamagen_jax/features"
-PIECE = 4096  # pictures whose features are one file
+PIECE = 4096  # images whose features are one file
 
 
-class PictureValues:
-  """Runs a network over pictures, over all devices and hosts, and keeps what it says.
+class CachedImageMap:
+  """Runs a network over images, over all devices and hosts, and keeps what it says.
 
-  All hosts use it together; each reads its share of the pictures. Host 0 alone reads
+  All hosts use it together; each reads its share of the images. Host 0 alone reads
   and writes the cache.
   """
 
   def __init__(self, mesh: Mesh, batch_size: int, cache: str | os.PathLike):
-    """Takes the mesh of all devices, pictures at a time on each, and a folder."""
+    """Takes the mesh of all devices, images at a time on each, and a folder."""
     self.mesh, self._batch_size = mesh, batch_size * mesh.size
     self._cache = epath.Path(os.path.expanduser(cache))
 
@@ -57,15 +57,15 @@ class PictureValues:
     prepare: Callable[[np.ndarray], np.ndarray] = lambda images: images,
     beside: Sequence[np.ndarray] = (),
   ) -> dict[str, np.ndarray]:
-    """Values of all pictures [N, ..] on host 0, and nothing elsewhere.
+    """Values of all images [N, ..] on host 0, and nothing elsewhere.
 
     Args:
-      source: the pictures.
+      source: the images.
       what: they are, for the progress bar.
       identity: of the network and of all else that the values depend on.
-      apply: pictures [B, H, W, 3] and rows of `beside` -> values [B, ..] by name.
-      prepare: uint8 pictures -> what `apply` takes, on the host.
-      beside: arrays [N, ..] of which every picture has a row.
+      apply: images [B, H, W, 3] and rows of `beside` -> values [B, ..] by name.
+      prepare: uint8 images -> what `apply` takes, on the host.
+      beside: arrays [N, ..] of which every image has a row.
     """
     names = f"{source.sha256} {identity}"
     folder = self._cache / hashlib.sha256(names.encode()).hexdigest()[:40]
@@ -82,7 +82,7 @@ class PictureValues:
     images = _ahead(map(prepare, source.read(shares)))
     with tqdm.tqdm(
       total=source.count, initial=source.count - sum(map(len, todo)), desc=what,
-      unit="picture", dynamic_ncols=True, disable=jax.process_index() != 0 or not todo,
+      unit="image", dynamic_ncols=True, disable=jax.process_index() != 0 or not todo,
     ) as bar:  # fmt: skip
       for piece in todo:
         parts = []
@@ -119,16 +119,16 @@ class PictureValues:
 
 
 class Extractor:
-  """Pictures -> Inception's features: float32 pool [N, 2048] and spatial [N, 2023]."""
+  """Images -> Inception's features: float32 pool [N, 2048] and spatial [N, 2023]."""
 
-  def __init__(self, params: Any, values: PictureValues):
+  def __init__(self, params: Any, values: CachedImageMap):
     """Takes what `weights.inception.load_inception` reads, whole on every host."""
     self._values, self._params = values, values.replicate(params)
     self.identity = bundle.fingerprint(self._params)
     self._head = np.asarray(params["head"], np.float64)
 
   def __call__(self, source: Source, what: str) -> dict[str, np.ndarray]:
-    """Features on host 0; `what` names the pictures in the progress bar."""
+    """Features on host 0; `what` names the images in the progress bar."""
 
     def apply(images):
       found = extract_features(self._params, images)

@@ -1,8 +1,8 @@
-"""Drawing many pictures: batches of conditions -> codes -> uint8 pictures.
+"""Drawing many images: batches of conditions -> codes -> uint8 images.
 
-Batch j is made of pictures [j b, (j + 1) b) and runs on one data-parallel slot of the
+Batch j is made of images [j b, (j + 1) b) and runs on one data-parallel slot of the
 mesh. With D slots, D batches run side by side as one program, each of them through
-the same arithmetic as alone: pictures do not depend on the number of devices.
+the same arithmetic as alone: images do not depend on the number of devices.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,16 +32,16 @@ from llamagen_jax.weights import bundle
 
 
 class Conditions(Protocol):
-  """What the pictures are drawn of, in order; read a batch at a time."""
+  """What the images are drawn of, in order; read a batch at a time."""
 
   def __len__(self) -> int:
-    """Pictures to draw."""
+    """Images to draw."""
 
   def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """Condition (labels [B] or features [B, P, C]) and mask [B, P] of some rows."""
 
   def name(self, row: int) -> str:
-    """What to write next to a picture."""
+    """What to write next to an image."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +62,12 @@ class Labels:
 
 
 @dataclasses.dataclass
-class Seconds:
-  """Where the time went; filled while pictures are drawn."""
+class Timings:
+  """Where the time went; filled while images are drawn."""
 
   compile: float = 0.0  # tracing and compiling, of both models
   decode: float = 0.0  # codes, by the transformer
-  tokenizer: float = 0.0  # codes to pictures
+  tokenizer: float = 0.0  # codes to images
 
   def __str__(self) -> str:
     total = self.compile + self.decode + self.tokenizer
@@ -97,21 +97,21 @@ class Seconds:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-  """A set of pictures to draw. Picture i depends on its condition and (seed, i)."""
+class SamplingJob:
+  """A set of images to draw. Image i depends on its condition and (seed, i)."""
 
   conditions: Conditions
   sampling: SamplingConfig
   seed: int
-  batch_size: int  # pictures a batch: what one device, or group of them, draws at once
-  image_size: int  # side of the pictures that come out
+  batch_size: int  # images a batch: what one device, or group of them, draws at once
+  image_size: int  # side of the images that come out
 
   @property
   def batches(self) -> int:
     return math.ceil(len(self.conditions) / self.batch_size)
 
   def rows(self, batch: int) -> range:
-    """The pictures of a batch."""
+    """The images of a batch."""
     start = batch * self.batch_size
     return range(start, min(start + self.batch_size, len(self.conditions)))
 
@@ -128,17 +128,17 @@ def sample(
   batch_size: int = 32,
   **sampling,
 ) -> np.ndarray:
-  """Draws one picture a class or prompt.
+  """Draws one image a class or prompt.
 
   Args:
-    gpt: from `load_gpt`; pictures are spread over its mesh, if it is on one.
+    gpt: from `load_gpt`; images are spread over its mesh, if it is on one.
     tokenizer: from `load_tokenizer`; the one whose codes `gpt` learned.
     classes: labels or names, or both as one text: "207, 360-362, tench".
     prompts: texts, instead of classes, for a transformer of captions.
     text_encoder: from `load_t5`; the one that `gpt` was trained with.
     negative_prompt: what guidance leads away from.
-    seed: picture i depends on (seed, i) alone, not on what is drawn with it.
-    batch_size: pictures at a time on every device.
+    seed: image i depends on (seed, i) alone, not on what is drawn with it.
+    batch_size: images at a time on every device.
     **sampling: fields of `SamplingConfig` that differ from the bundle's.
 
   Returns:
@@ -155,23 +155,23 @@ def sample(
   else:
     labels = to_labels(classes, gpt.class_names, gpt.config.num_classes)
     conditions = Labels(np.array(labels, np.int32), gpt.class_names)
-  job = Job(
+  job = SamplingJob(
     conditions,
     dataclasses.replace(gpt.sampling, **sampling),
     seed,
-    min(batch_size, math.ceil(len(conditions) / slots(mesh_of(gpt)))),
+    min(batch_size, math.ceil(len(conditions) / num_data_shards(mesh_of(gpt)))),
     gpt.config.grid * tokenizer.config.downsample,
   )
-  drawn = dict(draw(gpt, tokenizer, job, range(job.batches), Seconds()))
+  drawn = dict(draw(gpt, tokenizer, job, range(job.batches), Timings()))
   return np.concatenate([drawn[batch] for batch in range(job.batches)])
 
 
 def draw(
   gpt: bundle.Transformer,
   tokenizer: bundle.Tokenizer,
-  job: Job,
+  job: SamplingJob,
   batches: Sequence[int],
-  seconds: Seconds,
+  seconds: Timings,
 ) -> Iterator[tuple[int, np.ndarray]]:
   """Draws some batches of a job.
 
@@ -179,15 +179,15 @@ def draw(
   devices drew.
 
   Yields:
-    The number of a batch and its pictures, uint8 [B, H, W, 3].
+    The number of a batch and its images, uint8 [B, H, W, 3].
   """
   check_pair(gpt, tokenizer)
   mesh, b = mesh_of(gpt), job.batch_size
   params = decoding_params(gpt.config, gpt.params)
-  for start in range(0, len(batches), slots(mesh)):
-    group = batches[start : start + slots(mesh)]
+  for start in range(0, len(batches), num_data_shards(mesh)):
+    group = batches[start : start + num_data_shards(mesh)]
     # A group that is not full draws its last batch again in the empty slots.
-    padded = [*group, *[group[-1]] * (slots(mesh) - len(group))]
+    padded = [*group, *[group[-1]] * (num_data_shards(mesh) - len(group))]
     rows = np.concatenate([_padded(job.rows(batch), b) for batch in padded])
     condition, mask = job.conditions.take(rows)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
@@ -222,7 +222,7 @@ def mesh_of(gpt: bundle.Transformer) -> Mesh | None:
   return sharding.mesh if isinstance(sharding, NamedSharding) else None
 
 
-def slots(mesh: Mesh | None) -> int:
+def num_data_shards(mesh: Mesh | None) -> int:
   """Batches that run side by side."""
   return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
@@ -249,7 +249,7 @@ def _keys(seed: int, rows_B: jax.Array) -> jax.Array:
 def render(
   config: TokenizerConfig, grid: int, side: int, mesh: Mesh | None, params, codes_BT
 ):
-  """Codes [B, T] -> uint8 pictures [B, side, side, 3]."""
+  """Codes [B, T] -> uint8 images [B, side, side, 3]."""
 
   def local_render(params, codes_BT):
     images = model.decode(config, params, codes_BT.reshape(-1, grid, grid))

@@ -1,4 +1,4 @@
-"""Pictures to evaluate, from an npz or a folder, read a batch at a time."""
+"""Images to evaluate, from an npz or a folder, read a batch at a time."""
 
 from collections.abc import Iterable, Iterator
 import concurrent.futures
@@ -27,7 +27,7 @@ READERS = 8  # threads that decode the files of a folder
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A set of pictures on disk."""
+  """A set of images on disk."""
 
   path: epath.Path
   count: int
@@ -66,7 +66,7 @@ class Source:
     return self.read(range(i, min(i + size, self.count)) for i in starts)
 
   def read(self, parts: Iterable[range]) -> Iterator[np.ndarray]:
-    """Pictures uint8 [B, H, W, 3] of ascending ranges of rows; nothing else is read."""
+    """Images uint8 [B, H, W, 3] of ascending ranges of rows; nothing else is read."""
     if self.path.is_dir():
       yield from self._read_files(parts)
       return
@@ -81,19 +81,19 @@ class Source:
     files = _files(self.path)
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
       for part in parts:
-        images = list(pool.map(self._read_picture, files[part.start : part.stop]))
+        images = list(pool.map(self._read_image, files[part.start : part.stop]))
         yield np.array(images, np.uint8).reshape(-1, *self.size, 3)
 
-  def _read_picture(self, file: epath.Path) -> np.ndarray:
-    with _opened(file) as picture:
-      picture = picture.convert("RGB")
-      return np.asarray(
-        picture if self.crop is None else center_crop(picture, self.crop)
-      )
+  def _read_image(self, file: epath.Path) -> np.ndarray:
+    with _opened(file) as image:
+      image = image.convert("RGB")
+      return np.asarray(image if self.crop is None else center_crop(image, self.crop))
 
 
-def open_source(flag: str, path: str | os.PathLike, crop: int | None = None) -> Source:
-  """Looks at an npz or a folder of pictures without reading the pictures.
+def open_image_set(
+  flag: str, path: str | os.PathLike, crop: int | None = None
+) -> Source:
+  """Looks at an npz or a folder of images without reading the images.
 
   Args:
     flag: that named it.
@@ -104,7 +104,7 @@ def open_source(flag: str, path: str | os.PathLike, crop: int | None = None) -> 
   if path.is_dir():
     files = _files(path)
     if not files:
-      raise UserError(f"{flag}={path}: no pictures ({', '.join(LOSSLESS + LOSSY)})")
+      raise UserError(f"{flag}={path}: no images ({', '.join(LOSSLESS + LOSSY)})")
     lossy = any(file.suffix.lower() in LOSSY for file in files)
     size = (crop, crop) if crop else _common_size(flag, files)
     return Source(path, len(files), size, lossy, None, {}, crop)
@@ -160,15 +160,15 @@ def _files(folder: epath.Path) -> list[epath.Path]:
 
 
 def _common_size(flag: str, files: list[epath.Path]) -> tuple[int, int]:
-  """Height and width of all pictures, from their headers."""
+  """Height and width of all images, from their headers."""
   sizes: dict[tuple[int, int], epath.Path] = {}
   for file in files:
-    with _opened(file) as picture:
-      sizes.setdefault((picture.height, picture.width), file)
+    with _opened(file) as image:
+      sizes.setdefault((image.height, image.width), file)
   if len(sizes) > 1:
     (one, first), (other, second), *_ = sizes.items()
     raise UserError(
-      f"{flag}: pictures of several sizes, {first} is {one} and {second} {other}; crop"
+      f"{flag}: images of several sizes, {first} is {one} and {second} {other}; crop"
       " them to one"
     )
   return next(iter(sizes))
@@ -177,7 +177,7 @@ def _common_size(flag: str, files: list[epath.Path]) -> tuple[int, int]:
 @contextlib.contextmanager
 def _opened(file: epath.Path) -> Iterator[Image.Image]:
   try:
-    with file.open("rb") as stream, Image.open(stream) as picture:
-      yield picture
+    with file.open("rb") as stream, Image.open(stream) as image:
+      yield image
   except OSError as error:
-    raise UserError(f"{file}: no picture that can be read: {error}") from error
+    raise UserError(f"{file}: no image that can be read: {error}") from error

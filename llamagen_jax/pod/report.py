@@ -15,7 +15,7 @@ GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
+class CompileReport:
   """What a chip of the pod does in one run of a program."""
 
   chip: Chip
@@ -43,16 +43,16 @@ class Verdict:
     }
 
   @property
-  def binding(self) -> str:
+  def bottleneck(self) -> str:
     return max(self.seconds, key=self.seconds.get)
 
   @property
   def least_seconds(self) -> float:
-    return self.seconds[self.binding]
+    return self.seconds[self.bottleneck]
 
   @property
   def mfu(self) -> float:
-    """Model FLOP/s utilisation if the binding resource were used to the full."""
+    """Model FLOP/s utilisation if the bottleneck resource were used to the full."""
     return self.model_flops / self.chip.peak_flops / self.least_seconds
 
   def lines(self) -> list[str]:
@@ -82,7 +82,7 @@ class Verdict:
   @property
   def times(self) -> str:
     times = ", ".join(f"{name} {1e3 * t:.1f}" for name, t in self.seconds.items())
-    return f"{times}: {self.binding} binds"
+    return f"{times}: {self.bottleneck} binds"
 
   def figures(self) -> dict[str, Any]:
     """The verdict as numbers."""

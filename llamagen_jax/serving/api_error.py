@@ -19,7 +19,7 @@ TYPES = {
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
-class Refusal(Exception):
+class APIError(Exception):
   """A request that is answered with an error."""
 
   def __init__(
@@ -64,9 +64,9 @@ def _encodable(text: str) -> str:
 def add_handlers(app: FastAPI) -> None:
   """Answers every exception, the framework's too, in OpenAI's shape."""
 
-  @app.exception_handler(Refusal)
-  async def refused(request: Request, refusal: Refusal):
-    return refusal.response()
+  @app.exception_handler(APIError)
+  async def refused(request: Request, error: APIError):
+    return error.response()
 
   @app.exception_handler(RequestValidationError)
   async def invalid(request: Request, error: RequestValidationError):
@@ -75,28 +75,28 @@ def add_handlers(app: FastAPI) -> None:
   @app.exception_handler(HTTPException)
   async def http_error(request: Request, error: HTTPException):
     where = f"{request.method} {request.url.path}"
-    response = Refusal(error.status_code, f"{where}: {error.detail}").response()
+    response = APIError(error.status_code, f"{where}: {error.detail}").response()
     response.headers.update(error.headers or {})
     return response
 
   @app.exception_handler(Exception)
   async def crashed(request: Request, error: Exception):
-    return Refusal(500, "the server failed on this request").response()
+    return APIError(500, "the server failed on this request").response()
 
 
-def from_validation(error: dict[str, Any]) -> Refusal:
+def from_validation(error: dict[str, Any]) -> APIError:
   """One of pydantic's errors -> a message that names the field."""
   kind, message = error["type"], error["msg"]
   path = [str(part) for part in error["loc"][1:]]  # without "body"
   field = path[0] if path else None
   if kind == "json_invalid":
-    return Refusal(400, f"the body is not valid JSON: {message}", code="invalid_json")
+    return APIError(400, f"the body is not valid JSON: {message}", code="invalid_json")
   if kind == "extra_forbidden":
-    return Refusal(
+    return APIError(
       400, f"Unknown parameter: '{field}'.", code="unknown_parameter", param=field
     )
   if field is None:
     message = "the body must be a JSON object, sent as Content-Type: application/json"
-    return Refusal(400, message, code="invalid_json")
+    return APIError(400, message, code="invalid_json")
   code = "invalid_type" if kind.endswith("_type") else "invalid_value"
-  return Refusal(400, f"Invalid '{field}': {message}.", code=code, param=field)
+  return APIError(400, f"Invalid '{field}': {message}.", code=code, param=field)

@@ -31,8 +31,8 @@ class MetricsLog:
     for name, value in metrics.items():
       self._events.add_scalar(name, value, step)
 
-  def write_picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-    """Adds a uint8 [H, W, 3] picture to the event files."""
+  def write_image(self, step: int, name: str, pixels: np.ndarray) -> None:
+    """Adds a uint8 [H, W, 3] image to the event files."""
     self._events.add_image(name, pixels, step, dataformats="HWC")
 
   def draw_curve(self, path: pathlib.Path, names: Sequence[str]) -> None:
