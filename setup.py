@@ -49,6 +49,8 @@ TEST = [
   "ruff==0.17.6",
 ]
 EXTRAS = {
+  # Buckets of Google Cloud Storage.
+  "gcs": ["gcsfs>=2026.1"],
   "tpu": ["jax[tpu]>=0.10.2"],
   "quickstart": QUICKSTART,
   "text": TEXT,

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 def on_two_hosts(words: list[str], cwd: pathlib.Path = ROOT) -> list[str]:
   """What each of the hosts printed; both have to succeed."""
   coordinator = f"--coordinator=127.0.0.1:{free_port()}"
-  python = [sys.executable, "-c", "from llamagen_jax import cli; cli.main()"]
+  python = [sys.executable, "-c", "from llamagen_jax.commands import cli; cli.main()"]
   processes = [
     subprocess.Popen(
       [*python, *words, coordinator, "--hosts=2", f"--host={host}"], cwd=cwd,

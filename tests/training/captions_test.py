@@ -46,7 +46,8 @@ def data(tmp_path_factory):
   tiny.write_tar(folder / "0.tar", 0, 5, {"000000002.txt": b"http://a.b/c"})
   tiny.write_tar(folder / "1.tar", 5, 4)
   prepare(
-    f"webdataset:{folder}/*.tar", folder / "captions", keys=FieldNames("", "top_caption"),
+    f"webdataset:{folder}/*.tar", folder / "captions",
+    keys=FieldNames("", "top_caption"),
     images="", min_side=8, shard_count=1, workers=1,
   )  # fmt: skip
   for dtype in ("bfloat16", "float32"):

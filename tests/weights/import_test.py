@@ -154,7 +154,7 @@ def test_a_published_transformer_through_its_file(tmp_path, capsys):
 # Not getrusage, whose peak begins with that of the process that started this one.
 MEASURED = """
 import pathlib, re, sys
-from llamagen_jax import cli
+from llamagen_jax.commands import cli
 assert cli.run(sys.argv[1:]) == 0
 status = pathlib.Path("/proc/self/status").read_text()
 print(int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) * 1024)
