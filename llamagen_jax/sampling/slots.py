@@ -26,7 +26,7 @@ from llamagen_jax.gpt.cached import (
   cached_forward,
   decode_forward,
   init_cache,
-  write,
+  write_cache,
 )
 from llamagen_jax.gpt.conditioning import attention_mask, embed_condition
 from llamagen_jax.gpt.config import GPTConfig
@@ -148,7 +148,7 @@ def _forward(
   written = list(recent)
 
   def attend(layer: int, q_R1KGH, k_R1KH, v_R1KH):
-    new = write(recent[layer], as_cache(k_R1KH, v_R1KH), number)
+    new = write_cache(recent[layer], as_cache(k_R1KH, v_R1KH), number)
     written[layer] = new
     parts = [(state.cache[layer], mask_R1S), (new, recent_R1C)]
     return attend_single_token(q_R1KGH, parts)

@@ -9,8 +9,8 @@ from llamagen_jax.images import save_npz
 from llamagen_jax.parallel.mesh import make_mesh
 from llamagen_jax.weights.inception import inception_from_torch
 from tests import parity
-from tests.vision import clip_test
 from tests.multi_device.sampling_check import one_device
+from tests.vision import clip_test
 
 COUNT = 11  # no multiple of the devices
 
