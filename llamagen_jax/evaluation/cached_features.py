@@ -19,7 +19,7 @@ import numpy as np
 import tqdm
 
 from llamagen_jax.evaluation.image_sets import Source
-from llamagen_jax.parallel.mesh import replicated, to_global
+from llamagen_jax.parallel.mesh import replicated, shard_tree, to_global
 from llamagen_jax.vision.inception import extract_features
 from llamagen_jax.weights import bundle
 
@@ -38,15 +38,6 @@ class CachedImageMap:
     """Takes the mesh of all devices, images at a time on each, and a folder."""
     self.mesh, self._batch_size = mesh, batch_size * mesh.size
     self._cache = epath.Path(os.path.expanduser(cache))
-
-  def replicate(self, params: Any) -> Any:
-    """Parameters that every host has whole -> arrays on all devices."""
-    return jax.tree.map(
-      lambda x: jax.make_array_from_callback(
-        x.shape, replicated(self.mesh), lambda index: x[index]
-      ),
-      params,
-    )
 
   def __call__(
     self,
@@ -123,7 +114,8 @@ class Extractor:
 
   def __init__(self, params: Any, values: CachedImageMap):
     """Takes what `weights.inception.load_inception` reads, whole on every host."""
-    self._values, self._params = values, values.replicate(params)
+    self._values = values
+    self._params = shard_tree(params, replicated(values.mesh))
     self.identity = bundle.fingerprint(self._params)
     self._head = np.asarray(params["head"], np.float64)
 

@@ -15,6 +15,7 @@ from PIL import Image
 from llamagen_jax.errors import UserError
 from llamagen_jax.evaluation.cached_features import CachedImageMap
 from llamagen_jax.evaluation.image_sets import READERS, Source
+from llamagen_jax.parallel.mesh import replicated, shard_tree
 from llamagen_jax.text.clip_tokens import ClipTokens
 from llamagen_jax.vision.clip import similarity
 from llamagen_jax.weights import bundle
@@ -34,7 +35,8 @@ class ClipScorer:
         f"--clip={folder}: the tokenizer has {self._tokens.size} tokens, the model"
         f" {self._config.vocab_size}"
       )
-    self._values, self._params = values, values.replicate(params)
+    self._values = values
+    self._params = shard_tree(params, replicated(values.mesh))
     self.identity = bundle.fingerprint(self._params)
 
   def __call__(self, source: Source, prompts: Sequence[str], prefix: str) -> np.ndarray:

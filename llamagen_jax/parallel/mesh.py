@@ -153,6 +153,31 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def shard_tree(tree: Any, sharding: Any) -> Any:
+  """Puts arrays that every host has whole on the devices; each keeps its shard.
+
+  Args:
+    tree: host arrays; no device takes part but those of `sharding`.
+    sharding: a Sharding, or a tree of them of which `tree` is an extension.
+  """
+  return jax.tree.map(
+    lambda leaf, where: jax.make_array_from_callback(
+      np.shape(leaf), where, lambda index: np.asarray(leaf)[index]
+    ),
+    tree,
+    jax.tree.broadcast(sharding, tree),
+  )
+
+
+def abstract_tree(tree: Any, sharding: Any) -> Any:
+  """Returns the shapes, dtypes and shardings that `shard_tree` would give."""
+  return jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+    tree,
+    jax.tree.broadcast(sharding, tree),
+  )
+
+
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   """Every host's rows -> arrays over all chips, rows in the order of the hosts."""
   sharding = batch_sharding(mesh)

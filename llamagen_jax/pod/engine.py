@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.flops import sampling_flops
 from llamagen_jax.gpt.sampling_config import SamplingConfig
-from llamagen_jax.parallel.mesh import batch_sharding, replicated
+from llamagen_jax.parallel.mesh import abstract_tree, batch_sharding, replicated
 from llamagen_jax.pod import topology
 from llamagen_jax.pod.report import CompileReport, analysed
-from llamagen_jax.pod.sampler import abstract_params, bytes_of, placed, read_bytes
+from llamagen_jax.pod.sampler import abstract_params, bytes_of, read_bytes
 from llamagen_jax.sampling.slots import ChunkInputs, init_state, run_chunk
 from llamagen_jax.serving.engine import state_sharding
 
@@ -80,12 +80,9 @@ def compile_engine(
   with jax.set_mesh(mesh):
     params = abstract_params(c, mesh)
     places = state_sharding(mesh, c, total)
-    state = jax.tree.map(
-      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-      jax.eval_shape(functools.partial(init_state, c, total)),
-      places,
-    )
-    plan = placed(jax.eval_shape(lambda: _plan(total)), batch_sharding(mesh))
+    state = jax.eval_shape(functools.partial(init_state, c, total))
+    state = abstract_tree(state, places)
+    plan = abstract_tree(jax.eval_shape(lambda: _plan(total)), batch_sharding(mesh))
     program = jax.jit(
       functools.partial(run_chunk, c, steps),
       donate_argnums=1,

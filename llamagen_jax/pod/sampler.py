@@ -12,7 +12,13 @@ from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.flops import sampling_flops
 from llamagen_jax.gpt.model import init_gpt
 from llamagen_jax.gpt.sampling_config import SamplingConfig
-from llamagen_jax.parallel.mesh import batch_sharding, replicated, shardings, unbox
+from llamagen_jax.parallel.mesh import (
+  abstract_tree,
+  batch_sharding,
+  replicated,
+  shardings,
+  unbox,
+)
 from llamagen_jax.pod import topology
 from llamagen_jax.pod.report import CompileReport, analysed
 from llamagen_jax.sampling.decode import cache_segment_ends, generate_codes
@@ -75,9 +81,9 @@ def compile_sampler(
       sampling.stages,
       params,
       condition,
-      placed(keys, place),
+      abstract_tree(keys, place),
       mask,
-      placed(rows, every),
+      abstract_tree(rows, every),
     )
     found = analysed(lowered)
   guided = sampling.guidance_scale > 1
@@ -91,19 +97,10 @@ def compile_sampler(
 def abstract_params(config: GPTConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
   """Shapes and places of `decoding_params` on a mesh; run under `jax.set_mesh`."""
   boxed = jax.eval_shape(lambda: init_gpt(config, jax.random.key(0)))
-  trained = jax.tree.map(_shape, unbox(boxed), shardings(mesh, boxed))
+  trained = abstract_tree(unbox(boxed), shardings(mesh, boxed))
   lay_out = jax.jit(functools.partial(decoding_params, config))
   lowered = lay_out.lower(trained)
-  return jax.tree.map(_shape, lowered.out_info, lowered.compile().output_shardings)
-
-
-def _shape(leaf, place):
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
-
-def placed(tree, place):
-  """Shapes of a tree, all of them in one place."""
-  return jax.tree.map(lambda leaf: _shape(leaf, place), tree)
+  return abstract_tree(lowered.out_info, lowered.compile().output_shardings)
 
 
 def _condition(config: GPTConfig, batch: int, place):

@@ -22,7 +22,7 @@ from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.images import resize_bicubic, to_uint8
-from llamagen_jax.parallel.mesh import RULES, batch_sharding
+from llamagen_jax.parallel.mesh import RULES, batch_sharding, shard_tree
 from llamagen_jax.sampling.decode import generate
 from llamagen_jax.sampling.prompts import Prompts
 from llamagen_jax.text.encoder import TextEncoder
@@ -192,8 +192,10 @@ def draw(
     condition, mask = job.conditions.take(rows)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
       with seconds.clock("decode"):
-        keys = _keys(job.seed, _place(mesh, rows))
-        condition, mask = _place(mesh, condition), _place(mesh, mask)
+        if mesh is not None:
+          by_batch = batch_sharding(mesh)
+          rows, condition, mask = shard_tree((rows, condition, mask), by_batch)
+        keys = _keys(job.seed, rows)
         codes = generate(gpt.config, params, condition, keys, mask, job.sampling)
         jax.block_until_ready(codes)
       with seconds.clock("tokenizer"):
@@ -229,15 +231,6 @@ def num_data_shards(mesh: Mesh | None) -> int:
 
 def _padded(rows: range, size: int) -> np.ndarray:
   return np.minimum(np.arange(rows.start, rows.start + size), rows.stop - 1)
-
-
-def _place(mesh: Mesh | None, array: np.ndarray | None):
-  """A host array, the same on all hosts, split along its first axis."""
-  if mesh is None or array is None:
-    return array
-  return jax.make_array_from_callback(
-    array.shape, batch_sharding(mesh), lambda index: array[index]
-  )
 
 
 @functools.partial(jax.jit, static_argnums=0)

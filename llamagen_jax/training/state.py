@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import optax
 
-from llamagen_jax.parallel.mesh import shardings, unbox
+from llamagen_jax.parallel.mesh import abstract_tree, shardings, unbox
 
 Params = Any
 
@@ -57,11 +57,7 @@ class TrainState:
 def abstract_state(init: Callable[[jax.Array], Any], mesh: Mesh) -> Any:
   """Shapes, dtypes and shardings of `init(key)`, whose parameters are boxed."""
   boxed = jax.eval_shape(lambda: init(jax.random.key(0)))
-  return jax.tree.map(
-    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-    unbox(boxed),
-    shardings(mesh, boxed),
-  )
+  return abstract_tree(unbox(boxed), shardings(mesh, boxed))
 
 
 def init_state(init: Callable[[jax.Array], Any], key: jax.Array, abstract: Any) -> Any:

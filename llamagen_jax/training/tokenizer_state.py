@@ -7,10 +7,10 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from llamagen_jax.errors import UserError
+from llamagen_jax.parallel.mesh import shard_tree
 from llamagen_jax.training.checkpoint import restore_part
 from llamagen_jax.training.state import Params, TrainState
 from llamagen_jax.weights import bundle
@@ -51,17 +51,6 @@ class InitConfig:
   optimizers: bool = True  # from a work folder: the optimisers' moments too
 
 
-def place(values: Any, like: Any) -> Any:
-  """Host arrays -> device arrays that lie as the leaves of `like` do."""
-  return jax.tree.map(
-    lambda value, leaf: jax.make_array_from_callback(
-      leaf.shape, leaf.sharding, lambda index: np.asarray(value)[index]
-    ),
-    values,
-    like,
-  )
-
-
 def load_weights(config: InitConfig, state: TokenizerState) -> TokenizerState:
   """The fresh state with weights (and moments) of `config.source`, at step 0.
 
@@ -77,7 +66,7 @@ def load_weights(config: InitConfig, state: TokenizerState) -> TokenizerState:
     )
   params = bundle.load_tokenizer(path).params
   _check_shapes(path, params, state.params)
-  params = place(params, state.params)
+  params = shard_tree(params, jax.tree.map(lambda p: p.sharding, state.params))
   generator = state.generator.replace(params=params, ema=_copy_if(state.ema, params))
   return state.replace(generator=generator)
 

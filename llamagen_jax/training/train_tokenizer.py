@@ -22,7 +22,7 @@ from llamagen_jax.data.sources import open_source
 from llamagen_jax.errors import UserError
 from llamagen_jax.evaluation.reconstruction import reconstruct
 from llamagen_jax.images import from_uint8, grid, save_png
-from llamagen_jax.parallel.mesh import constrain
+from llamagen_jax.parallel.mesh import constrain, shard_tree
 from llamagen_jax.tokenizer import codebook
 from llamagen_jax.tokenizer.codebook import CodebookConfig
 from llamagen_jax.tokenizer.config import TokenizerConfig
@@ -52,7 +52,6 @@ from llamagen_jax.training.tokenizer_state import (
   InitConfig,
   TokenizerState,
   load_weights,
-  place,
 )
 from llamagen_jax.vision.lpips import lpips, shapes
 from llamagen_jax.weights import bundle
@@ -171,7 +170,8 @@ def load_state(
 ) -> TokenizerState:
   """Fills what a fresh state takes from files."""
   if lpips_params is not None:
-    state = state.replace(lpips=place(lpips_params, state.lpips))
+    lpips_sharding = jax.tree.map(lambda p: p.sharding, state.lpips)
+    state = state.replace(lpips=shard_tree(lpips_params, lpips_sharding))
   return load_weights(recipe.init, state) if recipe.init.source else state
 
 

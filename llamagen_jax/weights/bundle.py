@@ -27,7 +27,7 @@ from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.model import init_gpt
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.images import from_uint8
-from llamagen_jax.parallel.mesh import shardings, unbox
+from llamagen_jax.parallel.mesh import abstract_tree, shardings, unbox
 from llamagen_jax.tokenizer import model
 from llamagen_jax.tokenizer.config import TokenizerConfig
 
@@ -299,14 +299,9 @@ def _read_config(path: epath.Path, kind: str | None = None) -> dict[str, Any]:
 
 def _load_params(path: epath.Path, boxed: Any, mesh: Mesh | None) -> Any:
   if mesh is None:
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    places = jax.tree.map(lambda _: device, unbox(boxed))
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   else:
-    places = shardings(mesh, boxed)
-  abstract = jax.tree.map(
-    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-    unbox(boxed),
-    places,
-  )
+    sharding = shardings(mesh, boxed)
+  abstract = abstract_tree(unbox(boxed), sharding)
   with ocp.StandardCheckpointer() as checkpointer:
     return checkpointer.restore(_absolute(path / "params"), abstract)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llamagen_jax.errors import UserError
-from llamagen_jax.parallel.mesh import shardings
+from llamagen_jax.parallel.mesh import shard_tree, shardings
 from llamagen_jax.text.encoder import TextEncoder
 from llamagen_jax.text.t5 import T5Config, init_t5
 from llamagen_jax.text.tokens import CaptionTokens
@@ -67,11 +67,11 @@ def load_t5(
     )
   params = t5_from_torch(config, read_tensors(folder))
   identity = _identity(config, params, tokens)
-  places = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   if mesh is not None:
     boxed = jax.eval_shape(lambda key: init_t5(config, key), jax.random.key(0))
-    places = shardings(mesh, boxed)
-  return TextEncoder(config, _place(params, places), tokens, identity)
+    sharding = shardings(mesh, boxed)
+  return TextEncoder(config, shard_tree(params, sharding), tokens, identity)
 
 
 def read_t5_config(folder: pathlib.Path, dtype: str) -> T5Config:
@@ -230,19 +230,6 @@ def _table(config: T5Config) -> list[Entry]:
     ]
     table += [dataclasses.replace(e, layer=i, layers=c.layers) for e in layer]
   return table
-
-
-def _place(params: Any, places: Any) -> Any:
-  """Host arrays -> device arrays; every host has them whole, and keeps its part."""
-  if isinstance(places, jax.sharding.Sharding):
-    places = jax.tree.map(lambda _: places, params)
-  return jax.tree.map(
-    lambda leaf, place: jax.make_array_from_callback(
-      leaf.shape, place, lambda index: leaf[index]
-    ),
-    params,
-    places,
-  )
 
 
 def _identity(config: T5Config, params: Any, tokens: CaptionTokens) -> str:
