@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
   multihost_utils.sync_global_devices("reconstructed")
   if evaluate is not None:
     made, originals = (
-      image_sets.open_source("--out", out / f"{name}.npz") for name in reversed(SETS)
+      image_sets.open_image_set("--out", out / f"{name}.npz") for name in reversed(SETS)
     )
     result = evaluate(made, originals)
     if result is not None:

@@ -39,10 +39,11 @@ class Engine:
       UserError: the mesh that `gpt` is on cannot share the slots out evenly.
     """
     mesh, c = sample.mesh_of(gpt), gpt.config
-    if slots % sample.slots(mesh):
+    shards = sample.num_data_shards(mesh)
+    if slots % shards:
       raise UserError(
-        f"{slots} slots: expected a multiple of {sample.slots(mesh)}, which the mesh"
-        " shares them among"
+        f"{slots} slots: expected a multiple of {shards}, which the mesh shares them"
+        " among"
       )
     self.config, self.slots, self.codes_drawn = c, slots, 0
     self._chunk, self._mesh = chunk, mesh
