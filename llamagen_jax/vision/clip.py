@@ -198,7 +198,7 @@ def similarity(
 
 
 def abstract_clip(config: ClipConfig) -> Any:
-  """Shapes of the parameters."""
+  """Returns the shapes of the parameters."""
   side = config.image_size
   ids, end, images = (
     jax.ShapeDtypeStruct(shape, dtype)

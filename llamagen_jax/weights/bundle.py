@@ -1,10 +1,9 @@
-"""A model on disk, ready for inference: `config.json` and Orbax `params`.
+"""A model on disk or in a bucket, ready for inference: `config.json`, Orbax `params`.
 
 `config.json` is written last, so a folder without one is not a bundle.
 """
 
-from collections.abc import Callable, Iterator
-import contextlib
+from collections.abc import Callable
 import dataclasses
 import functools
 import hashlib
@@ -12,7 +11,6 @@ import json
 import os
 from typing import Any
 
-from absl import logging
 from etils import epath
 import flax
 import jax
@@ -22,6 +20,7 @@ from jax.sharding import Mesh
 import numpy as np
 import orbax.checkpoint as ocp
 
+from llamagen_jax import storage
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.model import init_gpt
@@ -30,11 +29,10 @@ from llamagen_jax.images import from_uint8
 from llamagen_jax.parallel.mesh import abstract_tree, shardings, unbox
 from llamagen_jax.tokenizer import model
 from llamagen_jax.tokenizer.config import TokenizerConfig
+from llamagen_jax.weights.deferred import Deferred, write_deferred
 
 FORMAT_VERSION = 1
-CONFIG = "config.json"
-# Upper bound of a piece of a parameter that is written as one file.
-CHUNK_BYTES = 64 * 2**20
+CONFIG, PARAMS = "config.json", "params"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,23 +56,14 @@ class Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class Transformer:
-  """A loaded transformer and what its images are best drawn with."""
+  """A loaded transformer and the settings that it samples best with."""
 
   config: GPTConfig
   params: Any  # stacked over layers
   sampling: SamplingConfig
-  tokenizer: str  # identity of the tokenizer whose codes it draws
+  tokenizer: str  # identity of the tokenizer whose codes it samples
   class_names: tuple[str, ...] = ()
   text_encoder: str = ""  # identity of the T5 whose features it was trained on
-
-
-@dataclasses.dataclass(frozen=True)
-class Deferred:
-  """A parameter that is read when it is written, so that no model is held whole."""
-
-  shape: tuple[int, ...]
-  dtype: np.dtype
-  load: Callable[[], np.ndarray]
 
 
 _encode = jax.jit(model.encode, static_argnums=0)
@@ -91,12 +80,12 @@ def save_tokenizer(
     "config": dataclasses.asdict(config),
     "identity": identity,
   }
-  _save(epath.Path(path), fields, params)
+  _save(path, fields, params)
   return identity
 
 
 def save_gpt(path: str | os.PathLike, gpt: Transformer) -> None:
-  """Writes a transformer bundle; parameters may be functions that give arrays."""
+  """Writes a transformer bundle; parameters may be functions that return arrays."""
   fields = {
     "kind": "gpt",
     "config": dataclasses.asdict(gpt.config),
@@ -112,12 +101,12 @@ def save_gpt(path: str | os.PathLike, gpt: Transformer) -> None:
       unbox(abstract_gpt(gpt.config)),
       params,
     )
-  _save(epath.Path(path), fields, params)
+  _save(path, fields, params)
 
 
 def save_judge(path: str | os.PathLike, kind: str, params: Any, **fields) -> None:
-  """Writes a network that evaluates; `fields` is what else its config.json holds."""
-  _save(epath.Path(path), {"kind": kind, **fields}, params)
+  """Writes a network that evaluates; its config.json holds `fields`, too."""
+  _save(path, {"kind": kind, **fields}, params)
 
 
 def load_judge(
@@ -128,7 +117,6 @@ def load_judge(
   Args:
     abstract: config.json -> shapes of the parameters.
   """
-  path = epath.Path(path)
   fields = _read_config(path, kind)
   params = _load_params(path, abstract(fields), None)
   return fields, jax.tree.map(np.asarray, params)
@@ -136,7 +124,6 @@ def load_judge(
 
 def load_tokenizer(path: str | os.PathLike, mesh: Mesh | None = None) -> Tokenizer:
   """Reads a tokenizer bundle, onto the first device or sharded over a mesh."""
-  path = epath.Path(path)
   config, identity = read_tokenizer_config(path)
   boxed = jax.eval_shape(
     functools.partial(model.init_tokenizer, config), jax.random.key(0)
@@ -155,7 +142,6 @@ def load_gpt(
     dtype: of activations, "float32" or "bfloat16", where it is not the bundle's.
       Parameters are read as they are stored, in float32.
   """
-  path = epath.Path(path)
   fields = _read_config(path, "gpt")
   config = GPTConfig(**(fields["config"] | ({"dtype": dtype} if dtype else {})))
   return Transformer(
@@ -169,23 +155,23 @@ def load_gpt(
 
 
 def read_tokenizer_config(path: str | os.PathLike) -> tuple[TokenizerConfig, str]:
-  """Shape and identity of a tokenizer bundle, without its parameters."""
-  fields = _read_config(epath.Path(path), "tokenizer")
+  """Returns the shape and the identity of a tokenizer, without its parameters."""
+  fields = _read_config(path, "tokenizer")
   return TokenizerConfig(**fields["config"]), fields["identity"]
 
 
 def kind_of(path: str | os.PathLike) -> str:
-  """ "gpt", "tokenizer" or a network that evaluates, such as "inception"."""
-  return _read_config(epath.Path(path))["kind"]
+  """Returns "gpt", "tokenizer" or a network that evaluates, such as "inception"."""
+  return _read_config(path)["kind"]
 
 
 def abstract_gpt(config: GPTConfig) -> Any:
-  """Shapes of a transformer's parameters, boxed with the names of their axes."""
+  """Returns the shapes of a transformer's parameters, boxed with their axes' names."""
   return jax.eval_shape(functools.partial(init_gpt, config), jax.random.key(0))
 
 
 def content_hash(config: TokenizerConfig, params: Any) -> str:
-  """sha256 over the config and every parameter, independent of sharding."""
+  """Returns the sha256 of config and parameters, whatever their sharding."""
   digest = hashlib.sha256(
     json.dumps(dataclasses.asdict(config), sort_keys=True).encode()
   )
@@ -198,10 +184,10 @@ def content_hash(config: TokenizerConfig, params: Any) -> str:
 
 
 def fingerprint(params: Any) -> str:
-  """Identity of loaded parameters, from sums over their bits.
+  """Returns the identity of loaded parameters, from sums over their bits.
 
-  Integer sums come out alike in every order, so a model that is sharded has the
-  fingerprint that it has on one device, and no host needs to hold it. Not meant
+  Integer sums do not depend on their order, so a sharded model has the fingerprint
+  that it has on one device, and no host needs to hold it whole. It does not protect
   against forgery.
   """
   digest = hashlib.sha256()
@@ -212,27 +198,26 @@ def fingerprint(params: Any) -> str:
 
 @jax.jit
 def _sum_of_bits(x: jax.Array) -> jax.Array:
-  """sum of bits times an odd number that depends on the place, modulo 2^32."""
+  """Returns the sum of bits times an odd number of the flat index, modulo 2^32."""
   bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-  place = jnp.zeros((), jnp.uint32)
+  index = jnp.zeros((), jnp.uint32)
   for axis, size in enumerate(x.shape):
-    place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(
+    index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(
       jnp.uint32, x.shape, axis
     )
-  return jnp.sum(bits * (place * jnp.uint32(2654435761) * 2 + 1), dtype=jnp.uint32)
+  return jnp.sum(bits * (index * jnp.uint32(2654435761) * 2 + 1), dtype=jnp.uint32)
 
 
-def _save(path: epath.Path, fields: dict[str, Any], params: Any) -> None:
-  config = path / CONFIG
+def _save(path: str | os.PathLike, fields: dict[str, Any], params: Any) -> None:
+  folder = _folder(path)
+  config = folder / CONFIG
   if jax.process_index() == 0:
-    path.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     config.unlink(missing_ok=True)
   deferred = any(isinstance(leaf, Deferred) for leaf in jax.tree.leaves(params))
-  (_write_deferred if deferred else _write)(_absolute(path / "params"), params)
+  (write_deferred if deferred else _write)(folder / PARAMS, params)
   if jax.process_index() == 0:
-    part = config.with_name(f".{CONFIG}.part")
-    part.write_text(json.dumps({"format": FORMAT_VERSION, **fields}, indent=1))
-    part.rename(config)
+    storage.write_json(config, {"format": FORMAT_VERSION, **fields})
 
 
 def _write(path: epath.Path, params: Any) -> None:
@@ -240,68 +225,36 @@ def _write(path: epath.Path, params: Any) -> None:
     checkpointer.save(path, params, force=True)
 
 
-def _write_deferred(path: epath.Path, params: Any) -> None:
-  """Writes one parameter after the other, each in files of a layer or less."""
-  registry = ocp.type_handlers.create_type_handler_registry(
-    (Deferred, _DeferredHandler(deepcopy_host_arrays=False))
-  )
-  save_args = jax.tree.map(
-    lambda leaf: ocp.SaveArgs(
-      chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if len(leaf.shape) > 2 else ()
-    ),
-    params,
-  )
-  with _errors_only():
-    # Without OCDBT, which collects all pieces in memory before it writes them.
-    handler = ocp.PyTreeCheckpointHandler(
-      use_ocdbt=False, type_handler_registry=registry
-    )
-    with ocp.Checkpointer(handler) as checkpointer:
-      checkpointer.save(path, ocp.args.PyTreeSave(params, save_args), force=True)
+def _folder(path: str | os.PathLike) -> epath.Path:
+  """The absolute path of a bundle; Orbax takes no other, and gs:// is one."""
+  path = storage.user_path(path)
+  return path if path.is_absolute() else path.absolute()
 
 
-@contextlib.contextmanager
-def _errors_only() -> Iterator[None]:
-  """Keeps Orbax from warning of what `_write_deferred` does without."""
-  before = logging.get_verbosity()
-  logging.set_verbosity(logging.ERROR)
-  try:
-    yield
-  finally:
-    logging.set_verbosity(before)
-
-
-class _DeferredHandler(ocp.type_handlers.NumpyHandler):
-  """Writes `Deferred` leaves as the arrays they give, one at a time."""
-
-  async def serialize(self, values, infos, args=None):
-    for value, info, arg in zip(values, infos, args, strict=True):
-      for written in await super().serialize([value.load()], [info], [arg]):
-        written.result()
-    return []
-
-
-def _absolute(path: epath.Path) -> epath.Path:
-  return path if path.is_absolute() else path.absolute()  # gs:// is absolute
-
-
-def _read_config(path: epath.Path, kind: str | None = None) -> dict[str, Any]:
-  config = path / CONFIG
+def _read_config(path: str | os.PathLike, kind: str | None = None) -> dict[str, Any]:
+  config = _folder(path) / CONFIG
   if not config.exists():
     raise UserError(f"{path}: no {CONFIG}, so it is not a bundle, or not a whole one")
-  fields = json.loads(config.read_text())
-  wrong_kind = kind is not None and fields.get("kind") != kind
-  if fields.get("format") != FORMAT_VERSION or wrong_kind:
-    found = f"kind {fields.get('kind')!r}, format {fields.get('format')!r}"
-    raise UserError(f"{config}: {found}; expected {kind!r}, format {FORMAT_VERSION}")
+  fields = storage.read_json(config)
+  if not isinstance(fields, dict) or "kind" not in fields:
+    raise UserError(
+      f"{path}: its {CONFIG} is not a bundle's; that of a finished training run is"
+      " WORKDIR/bundle"
+    )
+  if fields.get("format") != FORMAT_VERSION:
+    raise UserError(
+      f"{config}: format {fields.get('format')!r}, expected {FORMAT_VERSION}"
+    )
+  if kind is not None and fields["kind"] != kind:
+    raise UserError(f"{path} is a bundle of kind {fields['kind']!r}, expected {kind!r}")
   return fields
 
 
-def _load_params(path: epath.Path, boxed: Any, mesh: Mesh | None) -> Any:
+def _load_params(path: str | os.PathLike, boxed: Any, mesh: Mesh | None) -> Any:
   if mesh is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   else:
     sharding = shardings(mesh, boxed)
   abstract = abstract_tree(unbox(boxed), sharding)
   with ocp.StandardCheckpointer() as checkpointer:
-    return checkpointer.restore(_absolute(path / "params"), abstract)
+    return checkpointer.restore(_folder(path) / PARAMS, abstract)

@@ -1,16 +1,14 @@
-"""T5 encoders <-> a folder as Hugging Face lays it out.
+"""T5 encoders <-> a folder as Hugging Face lays it out, local or in a bucket.
 
-`config.json`, the weights in `model.safetensors`, in files that
-`model.safetensors.index.json` lists, or in `pytorch_model.bin` (with the extra
-`convert`), and the tokenizer's `spiece.model` or `tokenizer.json`. A decoder in the
-same files is left alone.
+`config.json`, the weights as `files.read_folder` finds them, and the tokenizer's
+`spiece.model` or `tokenizer.json`. A decoder in the same files is not read.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import dataclasses
 import hashlib
 import json
-import pathlib
+import os
 from typing import Any
 
 import flax
@@ -18,11 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llamagen_jax import storage
 from llamagen_jax.errors import UserError
 from llamagen_jax.parallel.mesh import shard_tree, shardings
 from llamagen_jax.text.encoder import TextEncoder
 from llamagen_jax.text.t5 import T5Config, init_t5
 from llamagen_jax.text.tokens import CaptionTokens
+from llamagen_jax.weights.files import read_folder, write_weights
 from llamagen_jax.weights.tables import (
   Array,
   Entry,
@@ -34,7 +34,6 @@ from llamagen_jax.weights.tables import (
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-TORCH_WEIGHTS = "pytorch_model.bin"
 FIELDS = {  # config.json's name -> ours
   "vocab_size": "vocab_size",
   "d_model": "dim",
@@ -51,21 +50,21 @@ DECODER = ("decoder.", "lm_head.")
 
 
 def load_t5(
-  folder: str | pathlib.Path, *, dtype: str, mesh: jax.sharding.Mesh | None = None
+  folder: str | os.PathLike, *, dtype: str, mesh: jax.sharding.Mesh | None = None
 ) -> TextEncoder:
-  """Reads a folder, onto the first device or sharded over a mesh.
+  """Reads an encoder and its tokenizer, onto the first device or sharded over a mesh.
 
   Raises:
     UserError: a file is missing, the model is no T5 v1.1, or tensors do not fit.
   """
-  folder = pathlib.Path(folder)
+  folder = storage.user_path(folder)
   config = read_t5_config(folder, dtype)
   tokens = CaptionTokens.load(folder)
   if tokens.size > config.vocab_size:
     raise UserError(
       f"{folder}: the tokenizer has {tokens.size} tokens, the model {config.vocab_size}"
     )
-  params = t5_from_torch(config, read_tensors(folder))
+  params = t5_from_torch(config, read_folder(folder))
   identity = _identity(config, params, tokens)
   sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   if mesh is not None:
@@ -74,15 +73,14 @@ def load_t5(
   return TextEncoder(config, shard_tree(params, sharding), tokens, identity)
 
 
-def read_t5_config(folder: pathlib.Path, dtype: str) -> T5Config:
-  """The shape of the encoder in a folder, from its config.json."""
-  path = folder / CONFIG
+def read_t5_config(folder: str | os.PathLike, dtype: str) -> T5Config:
+  """Returns the shape of the encoder in a folder, from its config.json."""
+  path = storage.user_path(folder) / CONFIG
   if not path.exists():
     raise UserError(f"{folder}: no {CONFIG}, so it is not a folder of T5")
-  try:
-    fields = json.loads(path.read_text())
-  except ValueError as error:
-    raise UserError(f"{path}: not JSON ({error})") from error
+  fields = storage.read_json(path)
+  if not isinstance(fields, dict):
+    raise UserError(f"{path}: holds a {type(fields).__name__}, expected an object")
   activation = fields.get("feed_forward_proj", "relu")
   if activation not in ("gated-gelu", "gated-gelu_new"):
     raise UserError(
@@ -96,23 +94,17 @@ def read_t5_config(folder: pathlib.Path, dtype: str) -> T5Config:
   return T5Config(**known, dtype=dtype)
 
 
-def save_t5(folder: pathlib.Path, config: T5Config, params: Any) -> None:
-  """Writes config.json and model.safetensors; the tokenizer is the caller's."""
-  from safetensors.numpy import save_file
-
-  folder.mkdir(parents=True, exist_ok=True)
-  part = folder / f".{WEIGHTS}.part"
-  save_file(t5_to_torch(config, params), part, metadata={"format": "pt"})
-  part.rename(folder / WEIGHTS)
+def save_t5(folder: str | os.PathLike, config: T5Config, params: Any) -> None:
+  """Writes config.json and model.safetensors; the caller adds the tokenizer."""
+  folder = storage.user_path(folder)
+  write_weights(folder / WEIGHTS, t5_to_torch(config, params))
   fields = {theirs: getattr(config, ours) for theirs, ours in FIELDS.items()}
   fields |= {"model_type": "t5", "feed_forward_proj": "gated-gelu"}
-  part = folder / f".{CONFIG}.part"
-  part.write_text(json.dumps(fields, indent=1))
-  part.rename(folder / CONFIG)
+  storage.write_json(folder / CONFIG, fields)
 
 
 def t5_from_torch(config: T5Config, state_dict: Mapping[str, Array]) -> dict[str, Any]:
-  """Reads an encoder's tensors into parameters of `config.dtype`, on the host."""
+  """Returns an encoder's parameters, numpy arrays of `config.dtype`."""
   state_dict = {n: v for n, v in state_dict.items() if not n.startswith(DECODER)}
   twin = state_dict.pop("encoder.embed_tokens.weight", None)
   table = state_dict.get("shared.weight", twin)
@@ -127,69 +119,8 @@ def t5_from_torch(config: T5Config, state_dict: Mapping[str, Array]) -> dict[str
 
 
 def t5_to_torch(config: T5Config, params: Any) -> dict[str, Array]:
-  """The inverse of `t5_from_torch`."""
+  """Returns the tensors of an encoder by name, the inverse of `t5_from_torch`."""
   return write_table(_table(config), params)
-
-
-def read_tensors(folder: pathlib.Path) -> dict[str, Array]:
-  """All tensors of a folder's weights, but for a decoder's."""
-  if (folder / f"{WEIGHTS}.index.json").exists():
-    return dict(_indexed(folder, folder / f"{WEIGHTS}.index.json"))
-  if (folder / WEIGHTS).exists():
-    return dict(_safetensors(folder / WEIGHTS))
-  if (folder / f"{TORCH_WEIGHTS}.index.json").exists():
-    return dict(_indexed(folder, folder / f"{TORCH_WEIGHTS}.index.json"))
-  if (folder / TORCH_WEIGHTS).exists():
-    return dict(_pickled(folder / TORCH_WEIGHTS))
-  raise UserError(
-    f"{folder}: no weights; expected {WEIGHTS}, {WEIGHTS}.index.json or {TORCH_WEIGHTS}"
-  )
-
-
-def _indexed(folder: pathlib.Path, index: pathlib.Path) -> Iterator[tuple[str, Array]]:
-  try:
-    places = json.loads(index.read_text())["weight_map"]
-  except (ValueError, KeyError) as error:
-    raise UserError(f"{index}: not an index of weights ({error})") from error
-  wanted = {n: file for n, file in places.items() if not n.startswith(DECODER)}
-  for file in sorted(set(wanted.values())):
-    path = folder / file
-    if not path.exists():
-      raise UserError(f"{index} lists {file}, which is not there")
-    read = _pickled if path.suffix == ".bin" else _safetensors
-    found = dict(read(path))
-    for name in (n for n, place in wanted.items() if place == file):
-      if name not in found:
-        raise UserError(f"{path}: no tensor {name}, which {index.name} places there")
-      yield name, found[name]
-
-
-def _safetensors(path: pathlib.Path) -> Iterator[tuple[str, Array]]:
-  try:
-    from safetensors import SafetensorError, safe_open
-  except ImportError as error:
-    raise UserError(f"{path} needs safetensors: pip install -e '.[text]'") from error
-  try:
-    with safe_open(path, "numpy") as file:
-      for name in file.keys():  # noqa: SIM118 (it is no mapping)
-        if not name.startswith(DECODER):
-          yield name, file.get_tensor(name)
-  except SafetensorError as error:
-    raise UserError(f"{path}: not a whole safetensors file ({error})") from error
-
-
-def _pickled(path: pathlib.Path) -> Iterator[tuple[str, Array]]:
-  try:
-    import torch
-  except ImportError as error:
-    raise UserError(f"{path} needs PyTorch: pip install -e '.[convert]'") from error
-  try:
-    tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-  except Exception as error:
-    raise UserError(f"{path}: not a file of PyTorch weights ({error})") from error
-  for name, tensor in tensors.items():
-    if not name.startswith(DECODER):
-      yield name, tensor.float().numpy()
 
 
 def _table(config: T5Config) -> list[Entry]:
@@ -233,9 +164,9 @@ def _table(config: T5Config) -> list[Entry]:
 
 
 def _identity(config: T5Config, params: Any, tokens: CaptionTokens) -> str:
-  """sha256 over shape, weights rounded to bfloat16, and vocabulary.
+  """Returns the sha256 of the shape, the weights in bfloat16, and the vocabulary.
 
-  It is the same for the float32 and the bfloat16 form of a model.
+  The float32 and the bfloat16 form of a model have the same identity.
   """
   shape = dataclasses.asdict(config)
   del shape["dtype"]

@@ -7,6 +7,7 @@ directions read the same table, and both are strict.
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import flax
@@ -17,8 +18,11 @@ from llamagen_jax.errors import UserError
 
 # Buffers of the original that are recomputed or not used here.
 IGNORED = ("codebook_used", "freqs_cis", "causal_mask", "num_batches_tracked")
+# Kinds of numbers that are weights as they are; fp8 and int8 need scales beside them.
+FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 Array = np.ndarray
+Names = tuple[tuple[str, str], ...]  # patterns and what replaces them, in order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +63,7 @@ def defer_table(table: list[Entry], state_dict: Mapping[str, Array]) -> dict[str
 def _load(entries: list[Entry], state_dict: Mapping[str, Array]) -> Array:
   stacked = None
   for entry in entries:
-    value = entry.pack(*(np.asarray(state_dict[n], np.float32) for n in entry.tensors))
+    value = entry.pack(*(_finite(name, state_dict[name]) for name in entry.tensors))
     if entry.layer is None:
       return np.ascontiguousarray(value)
     if stacked is None:  # filled row by row, so that a layer is held once
@@ -68,12 +72,30 @@ def _load(entries: list[Entry], state_dict: Mapping[str, Array]) -> Array:
   return stacked
 
 
+def _finite(name: str, tensor: Array) -> Array:
+  """A tensor's values, float32.
+
+  Raises:
+    UserError: for NaN and infinity, of which a model makes images of noise.
+  """
+  value = np.asarray(tensor, np.float32)
+  bad = value.size - np.count_nonzero(np.isfinite(value))
+  if bad:
+    raise UserError(
+      f"{name} is broken: {bad} of its {value.size} values are NaN or infinite; the"
+      " training that saved it has diverged, or the file is damaged"
+    )
+  return value
+
+
 def _check(table: list[Entry], state_dict: Mapping[str, Array]) -> None:
   expected = {name: shape for e in table for name, shape in e.tensors.items()}
   problems = [f"missing {n} {s}" for n, s in expected.items() if n not in state_dict]
   for name, value in state_dict.items():
     if name in expected and tuple(value.shape) != expected[name]:
       problems.append(f"{name} is {tuple(value.shape)}, expected {expected[name]}")
+    elif name in expected and str(value.dtype) not in FLOATS:
+      problems.append(f"{name} is {value.dtype}, expected {' or '.join(FLOATS)}")
     elif name not in expected and name.rpartition(".")[2] not in IGNORED:
       problems.append(f"unexpected {name} {tuple(value.shape)}")
   if problems:
@@ -84,6 +106,7 @@ def _check(table: list[Entry], state_dict: Mapping[str, Array]) -> None:
 
 
 def write_table(table: list[Entry], params: dict[str, Any]) -> dict[str, Array]:
+  """Returns the torch tensors by name, the inverse of `read_table`."""
   flat = flax.traverse_util.flatten_dict(params)
   state_dict = {}
   for entry in table:
@@ -95,6 +118,7 @@ def write_table(table: list[Entry], params: dict[str, Any]) -> dict[str, Array]:
 
 
 def shape_of(state_dict, name: str, rank: int) -> tuple[int, ...]:
+  """Returns a tensor's shape; refuses one that is absent or has other axes."""
   if name not in state_dict:
     raise UserError(f"state dict has no {name}: it is not a checkpoint of this model")
   shape = tuple(state_dict[name].shape)
@@ -104,19 +128,37 @@ def shape_of(state_dict, name: str, rank: int) -> tuple[int, ...]:
 
 
 def copy(path, name, shape) -> Entry:
+  """Returns the entry of a tensor that both sides store alike."""
   return Entry(path, {name: shape}, lambda w: w, lambda p: (p,))
 
 
 def linear(path, name, shape, transpose: bool) -> Entry:
+  """Returns the entry of a matrix, [out, in] (its `shape`) <-> [in, out] if asked."""
   if not transpose:
     return copy(path, name, shape)
   return Entry(path, {name: shape}, lambda w: w.T, lambda p: (p.T,))
 
 
+def rename(name: str, names: Names) -> str:
+  """Returns a name after every pattern's replacement."""
+  for pattern, replacement in names:
+    name = re.sub(pattern, replacement, name)
+  return name
+
+
+def kernel(path, name, shape) -> Entry:
+  """Returns the entry of an HWIO kernel (its `shape`) <-> an OIHW weight."""
+  theirs = tuple(shape[i] for i in (3, 2, 0, 1))
+  return Entry(
+    path, {name: theirs}, lambda w: w.transpose(2, 3, 1, 0),
+    lambda p: (p.transpose(3, 2, 0, 1),),
+  )  # fmt: skip
+
+
 def conv(path, name, shape, bias: bool = True) -> list[Entry]:
-  """A convolution: OIHW weight (of this shape) and bias <-> HWIO kernel and bias."""
-  pack, unpack = lambda w: w.transpose(2, 3, 1, 0), lambda p: (p.transpose(3, 2, 0, 1),)
-  entries = [Entry((*path, "kernel"), {f"{name}.weight": shape}, pack, unpack)]
+  """Returns the entries of an OIHW weight (its `shape`) and its bias <-> ours."""
+  ours = tuple(shape[i] for i in (2, 3, 1, 0))
+  entries = [kernel((*path, "kernel"), f"{name}.weight", ours)]
   if bias:
     entries.append(copy((*path, "bias"), f"{name}.bias", shape[:1]))
   return entries

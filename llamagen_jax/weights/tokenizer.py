@@ -15,7 +15,9 @@ from llamagen_jax.weights.tables import (
   Array,
   Entry,
   copy,
+  kernel,
   read_table,
+  rename,
   shape_of,
   write_table,
 )
@@ -76,17 +78,6 @@ def _tokenizer_table(config: TokenizerConfig) -> list[Entry]:
   shapes = jax.eval_shape(init, jax.random.key(0))
   table = []
   for path, leaf in flax.traverse_util.flatten_dict(unbox(shapes)).items():
-    name = ".".join(path)
-    for pattern, replacement in TOKENIZER_NAMES:
-      name = re.sub(pattern, replacement, name)
-    if len(leaf.shape) == 4:  # HWIO -> OIHW
-      shape = tuple(leaf.shape[i] for i in (3, 2, 0, 1))
-      pack, unpack = _hwio, lambda p: (p.transpose(3, 2, 0, 1),)
-      table.append(Entry(path, {name: shape}, pack, unpack))
-    else:
-      table.append(copy(path, name, leaf.shape))
+    entry = kernel if len(leaf.shape) == 4 else copy
+    table.append(entry(path, rename(".".join(path), TOKENIZER_NAMES), leaf.shape))
   return table
-
-
-def _hwio(w):
-  return w.transpose(2, 3, 1, 0)

@@ -11,7 +11,6 @@ from llamagen_jax.text.t5 import T5Config, encode, left_pad, relative_buckets
 from llamagen_jax.weights.t5 import (
   FIELDS,
   load_t5,
-  read_tensors,
   t5_from_torch,
   t5_to_torch,
 )
@@ -148,8 +147,12 @@ def test_torch_pickle_and_bfloat16_files(tmp_path, params, tensors):
   (folder / "x.bin").rename(folder / "pytorch_model.bin")
   assert load_t5(folder, dtype="bfloat16").identity == expected.identity
   (folder / "pytorch_model.bin").write_bytes(b"nothing")
-  with pytest.raises(UserError, match=r"pytorch_model.bin: not a file of PyTorch"):
-    read_tensors(folder)
+  with pytest.raises(UserError, match=r"pytorch_model.bin: no PyTorch checkpoint"):
+    load_t5(folder, dtype="float32")
+  torch.save(
+    as_torch, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False
+  )
+  assert load_t5(folder, dtype="float32").identity == expected.identity
 
 
 @pytest.mark.extra
