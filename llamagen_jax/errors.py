@@ -14,4 +14,4 @@ class RunFailed(Exception):
 
 
 class Stopped(Exception):
-  """A run that was asked to stop and saved what it had. Exit code 75: run it again."""
+  """A run that was asked to stop and saved what it had. Exit code 0."""

@@ -22,15 +22,17 @@ from llamagen_jax.images import grid, save_npz, save_png
 from llamagen_jax.parallel import hosts
 from llamagen_jax.parallel.mesh import make_mesh
 from llamagen_jax.sampling import fid_batch
+from llamagen_jax.sampling.keys import check_seed
 from llamagen_jax.sampling.prompts import Prompts, read_prompts, write_captions
 from llamagen_jax.sampling.sample import (
   Labels,
   SamplingJob,
   Timings,
   check_pair,
-  draw,
   num_data_shards,
+  sample_images,
 )
+from llamagen_jax.storage import user_path, write_json
 from llamagen_jax.weights import bundle
 from llamagen_jax.weights.t5 import load_t5
 
@@ -44,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
   args = _parse(argv)
   steady_reductions()
   hosts.initialize_distributed(args)
-  out = epath.Path(args.out)
+  out = user_path(args.out)
   mesh = make_mesh(tensor=args.tensor)
   dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
   gpt = bundle.load_gpt(args.gpt, mesh, dtype)
@@ -70,18 +72,17 @@ def main(argv: Sequence[str]) -> None:
   gpt = dataclasses.replace(gpt, params=decoding_params(gpt.config, gpt.params))
 
   if args.fid_batch:
-    folder = args.png_folder
     seconds = fid_batch.run(
-      gpt, tokenizer, job, out, settings, conditions.labels, folder
+      gpt, tokenizer, job, out, settings, conditions.labels, folder=args.png_folder
     )
     if seconds is None:
       print(f"{out} is finished already")
       return
   else:
     seconds = Timings()
-    drawn = dict(draw(gpt, tokenizer, job, range(job.batches), seconds))
-    images = np.concatenate([drawn[batch] for batch in range(job.batches)])
-    _write(out, images, job, args.count, settings)
+    images = sample_images(gpt, tokenizer, job, seconds)
+    if jax.process_index() == 0:
+      _write(out, images, job, args.count, settings)
   if jax.process_index() == 0:
     print(f"{len(job.conditions)} images in {out}, {seconds}")
 
@@ -131,6 +132,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   sampling_flags.add_sampling_flags(parser, "the bundle's")
   hosts.add_flags(parser)
   args = parser.parse_args(argv)
+  check_seed(args.seed, "--seed")
   sources = ("classes", "classes_file", "prompts", "prompt_file", "fid_batch")
   if sum(bool(getattr(args, name)) for name in sources) != 1:
     raise UserError(
@@ -229,7 +231,7 @@ def _write(
     return
   out.parent.mkdir(parents=True, exist_ok=True)
   if out.suffix == ".npz":
-    fid_batch.write_settings(out, settings)
+    write_json(fid_batch.settings_path(out), settings)
     save_npz(out, [images], len(images), getattr(job.conditions, "labels", None))
     return
   columns = count if count > 1 else min(len(images), 8)

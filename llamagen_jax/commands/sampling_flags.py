@@ -10,10 +10,11 @@ HELP = {
   "guidance_scale": "strength of classifier-free guidance; 1 = off",
   "guidance_schedule": f"its course over an image: {', '.join(SCHEDULES)}",
   "guidance_power": "of the power-cosine schedule",
+  "guidance_start": "no guidance for that many codes at the start of an image",
   "guidance_stop": "no guidance after this decode step; -1 = never stop",
   "temperature": "logits are divided by it",
-  "top_k": "draw from the k most probable codes; 0 = off",
-  "top_p": "draw from the nucleus of this mass; 1 = off",
+  "top_k": "sample from the k most probable codes; 0 = off",
+  "top_p": "sample from the nucleus of this mass; 1 = off",
   "greedy": "the most probable code, always",
 }
 

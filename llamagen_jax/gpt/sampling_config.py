@@ -1,7 +1,8 @@
-"""How codes are drawn from logits: one frozen dataclass, stored in bundles."""
+"""How codes are sampled from logits: one frozen dataclass, stored in bundles."""
 
 import dataclasses
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from llamagen_jax.errors import UserError
 
 SCHEDULES = ("constant", "linear", "power-cosine")
+LARGEST = 2**31 - 1  # of integer settings, which devices keep as int32
 
 
 class BatchSampling(NamedTuple):
@@ -17,6 +19,7 @@ class BatchSampling(NamedTuple):
   guidance_scale: jax.Array
   guidance_schedule: jax.Array  # index into SCHEDULES
   guidance_power: jax.Array
+  guidance_start: jax.Array
   guidance_stop: jax.Array
   temperature: jax.Array
   top_k: jax.Array
@@ -30,16 +33,17 @@ class ActiveFilters(NamedTuple):
   guidance: bool
   top_k: bool
   top_p: bool
-  draw: bool
+  random: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-  """Settings of one image; the order of the stages is that of the fields."""
+  """Settings of one image; the stages of sampling follow the order of the fields."""
 
   guidance_scale: float = 1.0  # 1 = no guidance
   guidance_schedule: str = "constant"  # constant | linear | power-cosine
   guidance_power: float = 2.75  # of the power-cosine schedule
+  guidance_start: int = 0  # no guidance for that many codes at the start
   guidance_stop: int = -1  # >= 0: no guidance after this decode step
   temperature: float = 1.0
   top_k: int = 0  # 0 = off
@@ -47,32 +51,32 @@ class SamplingConfig:
   greedy: bool = False  # the most probable code, whatever the settings above
 
   def __post_init__(self):
-    _check("guidance_scale", self.guidance_scale, self.guidance_scale >= 1, ">= 1")
-    _check("guidance_power", self.guidance_power, self.guidance_power > 0, "> 0")
-    _check("guidance_stop", self.guidance_stop, self.guidance_stop >= -1, ">= -1")
-    _check("temperature", self.temperature, self.temperature > 0, "> 0")
-    _check("top_k", self.top_k, self.top_k >= 0, ">= 0")
+    scale, power = self.guidance_scale, self.guidance_power
+    _check("guidance_scale", scale, 1 <= scale < math.inf, "a number >= 1")
+    _check("guidance_power", power, 0 < power < math.inf, "a number > 0")
+    start, stop = self.guidance_start, self.guidance_stop
+    _check("guidance_start", start, 0 <= start <= LARGEST, f"0 .. {LARGEST}")
+    _check("guidance_stop", stop, -1 <= stop <= LARGEST, f"-1 .. {LARGEST}")
+    warm = 0 < self.temperature < math.inf
+    _check("temperature", self.temperature, warm, "a number > 0")
+    _check("top_k", self.top_k, 0 <= self.top_k <= LARGEST, f"0 .. {LARGEST}")
     _check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
-    _check(
-      "guidance_schedule",
-      self.guidance_schedule,
-      self.guidance_schedule in SCHEDULES,
-      f"one of {', '.join(SCHEDULES)}",
-    )
+    schedule, known = self.guidance_schedule, ", ".join(SCHEDULES)
+    _check("guidance_schedule", schedule, schedule in SCHEDULES, f"one of {known}")
 
   def rows(self, batch: int) -> BatchSampling:
-    """These settings for every image of a batch, as host arrays."""
-    values = dataclasses.asdict(self)
+    """Returns these settings for every image of a batch, as host arrays [B]."""
+    values = {name: getattr(self, name) for name in BatchSampling._fields}
     values["guidance_schedule"] = SCHEDULES.index(self.guidance_schedule)
     return BatchSampling(**{k: np.full(batch, v, DTYPES[k]) for k, v in values.items()})
 
   @property
-  def stages(self) -> ActiveFilters:
+  def active_filters(self) -> ActiveFilters:
     return ActiveFilters(
       guidance=self.guidance_scale > 1,
       top_k=self.top_k > 0,
       top_p=self.top_p < 1,
-      draw=not self.greedy,
+      random=not self.greedy,
     )
 
 
@@ -84,6 +88,6 @@ DTYPES = {
 }
 
 
-def _check(name: str, value, ok: bool, expected: str) -> None:
+def _check(name: str, value: Any, ok: bool, expected: str) -> None:
   if not ok:
     raise UserError(f"{name}={value}: expected {expected}")

@@ -1,17 +1,14 @@
-"""Many hosts: joining them, ending them together, and being told to stop.
+"""Many hosts, and being told to stop: what a run needs to know of its cluster.
 
 All hosts of a TPU slice run the same command. On a TPU VM they find each other;
 elsewhere three flags name the coordinator, the number of hosts and this one.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import signal
-import sys
 import threading
-import time
 
 from absl import flags, logging
 import jax
@@ -24,21 +21,16 @@ FLAGS = {
   "hosts": (int, "How many hosts run."),
   "host": (int, "Which one this is, from 0."),
 }
-# A host that gives no sign of life for so long is dead, and ends the others.
-HEARTBEAT_SECONDS = 40
-FAILURE_KEY = "llamagen/failure"  # in the coordinator's store: {host, code, reason}
-NOTICE_SECONDS = 3  # that a failed coordinator stays, so that the others hear of it
 
 
 def define_flags(values: flags.FlagValues) -> None:
-  """Defines the three flags for a verb with a config."""
   for name, (kind, text) in FLAGS.items():
     define = flags.DEFINE_string if kind is str else flags.DEFINE_integer
     define(name, None, text, flag_values=values)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-  """Adds the three flags for a verb without a config."""
+  """The same, for a verb without a config."""
   group = parser.add_argument_group("several hosts")
   for name, (kind, text) in FLAGS.items():
     group.add_argument(f"--{name}", type=kind, help=text)
@@ -53,23 +45,21 @@ def initialize_distributed(values: flags.FlagValues | argparse.Namespace) -> Non
   else:
     named = {name: getattr(values, name) for name in FLAGS}
   missing = [name for name, value in named.items() if value is None]
-  options = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
   if not missing:
     try:
-      jax.distributed.initialize(*named.values(), **options)
+      jax.distributed.initialize(*named.values())
     except ValueError as error:
       raise UserError(f"--coordinator, --hosts, --host: {error}") from error
   elif len(missing) < len(named):
     raise UserError(f"--coordinator, --hosts and --host go together: no --{missing[0]}")
   elif on_tpu_vm() and not is_single_host():
-    jax.distributed.initialize(**options)
+    jax.distributed.initialize()
   if jax.distributed.is_initialized():
     logging.info("host %d of %d", jax.process_index(), jax.process_count())
-    threading.Thread(target=_end_with_others, daemon=True).start()
 
 
 def on_tpu_vm() -> bool:
-  """Returns whether this machine has TPU chips, without starting them."""
+  """Whether this machine has TPU chips, found out without starting them."""
   accelerators = [*pathlib.Path("/dev").glob("accel[0-9]*")]
   vfio = [p for p in pathlib.Path("/dev/vfio").glob("*") if p.name.isdigit()]
   google = pathlib.Path("/sys/class/dmi/id/product_name")
@@ -78,9 +68,9 @@ def on_tpu_vm() -> bool:
 
 
 def is_single_host() -> bool:
-  """Returns whether a TPU's environment names no host but this one.
+  """Whether a TPU's environment names no host but this one, as a notebook's does.
 
-  A notebook's does so: it has no metadata server, and `TPU_SKIP_MDS_QUERY` is set.
+  There is no metadata server to ask there, and `TPU_SKIP_MDS_QUERY` says so.
   """
   if "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:  # of several slices
     return False
@@ -91,81 +81,32 @@ def is_single_host() -> bool:
   return "," not in workers
 
 
-def end_all_hosts(reason: str, code: int, details: str = "") -> None:
-  """Ends this process and all other hosts, which print `reason` in one line.
-
-  To be called when a verb has failed; does nothing on a single host. Without it the
-  others would wait for this one in a barrier, five minutes long. `details` are printed
-  by this host.
-  """
-  if not jax.distributed.is_initialized() or jax.process_count() == 1:
-    return
-  print(details, end="", file=sys.stderr)
-  failure = {"host": jax.process_index(), "code": code, "reason": reason}
-  try:
-    _store().key_value_set(FAILURE_KEY, json.dumps(failure))
-    time.sleep(NOTICE_SECONDS)
-  except (RuntimeError, ValueError):
-    pass  # another host failed first, or the coordinator is gone
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(code)
-
-
-def _end_with_others() -> None:
-  """Runs in a thread: waits until another host fails, and ends this process then."""
-  while jax.distributed.is_initialized():
-    try:
-      failure = json.loads(_store().blocking_key_value_get(FAILURE_KEY, 10_000))
-    except (RuntimeError, ValueError, AttributeError):
-      time.sleep(0.5)  # nothing yet, or the run is over
-      continue
-    if failure["host"] != jax.process_index():
-      message = f"llamagen: host {failure['host']} failed: {failure['reason']}"
-      print(message, file=sys.stderr, flush=True)
-      os._exit(failure["code"])
-    return
-
-
-def _store():
-  """Returns the client of the coordinator's key-value store; not public in JAX 0.10."""
-  return jax._src.distributed.global_state.client
-
-
 class StopSignal:
-  """Notes SIGTERM, as of a TPU VM's preemption or maintenance, and Ctrl-C.
+  """SIGTERM, which also announces the preemption or maintenance of a TPU VM.
 
   With several hosts JAX passes the notice on, and all of them learn of it at one
-  and the same step; `should_stop` is therefore called once at every step. A second
-  Ctrl-C ends the process at once.
+  and the same step; `asked` is therefore called once at every step.
   """
 
   def __init__(self):
     self._caught = False
-    self._before = {}
-    # JAX's preemption service has a handler of its own for SIGTERM.
-    self._single = not jax.distributed.is_initialized()
+    self._before = None
+    # JAX's preemption service has a handler of its own.
+    self._alone = not jax.distributed.is_initialized()
 
   def should_stop(self, step: int) -> bool:
-    """Returns whether the run ends before this step, alike on all hosts."""
-    if self._single:
+    if self._alone:
       return self._caught
     return multihost_utils.reached_preemption_sync_point(step)
 
   def __enter__(self) -> "StopSignal":
-    if threading.current_thread() is threading.main_thread():
-      caught = [signal.SIGINT, *([signal.SIGTERM] if self._single else [])]
-      self._before = {number: signal.signal(number, self._catch) for number in caught}
+    if self._alone and threading.current_thread() is threading.main_thread():
+      self._before = signal.signal(signal.SIGTERM, self._catch)
     return self
 
   def __exit__(self, *error) -> None:
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
+    if self._before is not None:
+      signal.signal(signal.SIGTERM, self._before)
 
   def _catch(self, number, frame) -> None:
-    if number == signal.SIGINT:
-      signal.signal(signal.SIGINT, signal.default_int_handler)
-      print("stopping; Ctrl-C again ends at once", file=sys.stderr)
-      if not self._single:
-        os.kill(os.getpid(), signal.SIGTERM)
     self._caught = True

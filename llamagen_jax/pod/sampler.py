@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llamagen_jax.gpt.cached import Cache, decoding_params, init_cache
+from llamagen_jax.gpt.cache import Cache, init_cache
+from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.flops import sampling_flops
 from llamagen_jax.gpt.model import init_gpt
@@ -21,7 +22,11 @@ from llamagen_jax.parallel.mesh import (
 )
 from llamagen_jax.pod import topology
 from llamagen_jax.pod.report import CompileReport, analysed
-from llamagen_jax.sampling.decode import cache_segment_ends, generate_codes
+from llamagen_jax.sampling.decode import (
+  DecodeInputs,
+  cache_segment_ends,
+  generate_codes,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +81,10 @@ def compile_sampler(
     rows = jax.eval_shape(lambda: sampling.rows(batch))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     condition, mask = _condition(config, batch, place)
-    lowered = generate_codes.lower(
-      config,
-      sampling.stages,
-      params,
-      condition,
-      abstract_tree(keys, place),
-      mask,
-      abstract_tree(rows, every),
+    inputs = DecodeInputs(
+      params, abstract_tree(keys, place), mask, abstract_tree(rows, every)
     )
+    lowered = generate_codes.lower(config, sampling.active_filters, inputs, condition)
     found = analysed(lowered)
   guided = sampling.guidance_scale > 1
   flops = sampling_flops(config, batch, guided) / mesh.size

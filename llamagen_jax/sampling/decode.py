@@ -6,22 +6,19 @@ sharding the batch never separates the two.
 
 The loop is cut into a few scans over a growing cache, because a step reads the
 whole cache, and on average half of it is still empty.
+
+Axes: B images, R rows (2 B with guidance, else B), P condition tokens, T codes,
+D model, V vocabulary.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from llamagen_jax.gpt.cached import (
-  Cache,
-  cache_length,
-  cached_forward,
-  decoding_params,
-  grow_cache,
-  init_cache,
-)
+from llamagen_jax.gpt.cache import Cache, cache_length, grow_cache, init_cache
+from llamagen_jax.gpt.cached import decoding_params, prefill_forward, step_forward
 from llamagen_jax.gpt.conditioning import attention_mask, embed_condition
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.model import embed_codes
@@ -38,6 +35,23 @@ MOST_SEGMENTS = 8
 SHORTEST_SEGMENT = 32
 
 
+class DecodeInputs(NamedTuple):
+  """Arrays that a decode loop reads and never changes."""
+
+  params: dict[str, Any]  # from `decoding_params`
+  keys: jax.Array  # one an image, [B]
+  condition_mask: jax.Array | None  # [B, P] or [B, 2, P], 0 on padding of captions
+  settings: BatchSampling  # of every image
+
+
+class DecodeState(NamedTuple):
+  """Arrays that a decode loop carries from step to step."""
+
+  code: jax.Array  # the last one of every image, int32 [B]
+  index: jax.Array  # number of the next code, int32
+  cache: Cache  # of R rows, holds what comes before `code`
+
+
 def generate(
   config: GPTConfig,
   params: dict[str, Any],
@@ -46,7 +60,7 @@ def generate(
   condition_mask: jax.Array | None = None,
   sampling: SamplingConfig = SamplingConfig(),
 ) -> jax.Array:
-  """Draws the codes of a batch of images.
+  """Samples the codes of a batch of images.
 
   Args:
     config: shape of the model.
@@ -62,167 +76,135 @@ def generate(
     int32 codes [B, T] in raster order.
   """
   batch = condition.shape[0]
+  if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    key = jax.random.wrap_key_data(key)  # from `jax.random.PRNGKey`
   if key.ndim == 0:
     key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-  params = decoding_params(config, params)
-  rows = sampling.rows(batch)
-  return generate_codes(
-    config, sampling.stages, params, condition, key, condition_mask, rows
+  inputs = DecodeInputs(
+    decoding_params(config, params), key, condition_mask, sampling.rows(batch)
   )
+  return generate_codes(config, sampling.active_filters, inputs, condition)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "stages"))
+@functools.partial(jax.jit, static_argnames=("config", "filters"))
 def generate_codes(
-  config: GPTConfig,
-  stages: ActiveFilters,
-  params: dict[str, Any],
-  condition: jax.Array,
-  keys_B: jax.Array,
-  condition_mask: jax.Array | None,
-  rows: BatchSampling,
+  config: GPTConfig, filters: ActiveFilters, inputs: DecodeInputs, condition: jax.Array
 ) -> jax.Array:
-  """`generate`, compiled: `params` from `decoding_params`, `rows` of settings."""
-  c = config
-  ends = cache_segment_ends(c)
-  logits, cache = prefill(
-    c, params, condition, condition_mask, stages.guidance, c.prefix_tokens + ends[0] - 1
-  )
-  code_B = sample_next_codes(c, stages, logits, jnp.int32(0), keys_B, rows)
-  drawn, start = [code_B[None]], 1
+  """Runs `generate` as one program; returns int32 codes [B, T]."""
+  ends = cache_segment_ends(config)
+  logits_RV, cache = prefill(config, filters, inputs, condition, ends[0])
+  index = jnp.int32(0)
+  code_B = sample_next_codes(config, filters, inputs, logits_RV, index)
+  state, codes = DecodeState(code_B, index + 1, cache), [code_B[None]]
   for end in ends:
-    cache = grow_cache(cache, c.prefix_tokens + end - 1)
-    codes_TB, cache = decode_segment(
-      c, stages, params, code_B, start, end, cache, keys_B, condition_mask, rows
-    )
-    drawn.append(codes_TB)
-    code_B, start = codes_TB[-1], end
-  return jnp.concatenate(drawn).T
+    length = config.prefix_tokens + end - 1
+    state = state._replace(cache=grow_cache(state.cache, length))
+    steps = end - sum(len(segment) for segment in codes)
+    state, codes_TB = decode_segment(config, filters, inputs, state, steps)
+    codes.append(codes_TB)
+  return jnp.concatenate(codes).T
 
 
 def decode_segment(
   config: GPTConfig,
-  stages: ActiveFilters,
-  params: dict[str, Any],
-  code_B: jax.Array,
-  start: int,
-  end: int,
-  cache: Cache,
-  keys_B: jax.Array,
-  condition_mask: jax.Array | None,
-  rows: BatchSampling,
-) -> tuple[jax.Array, Cache]:
-  """Draws codes number `start` .. `end` - 1 after `code_B`; int32 [end - start, B]."""
+  filters: ActiveFilters,
+  inputs: DecodeInputs,
+  state: DecodeState,
+  steps: int,
+) -> tuple[DecodeState, jax.Array]:
+  """Samples the next `steps` codes; returns the new state and int32 [steps, B]."""
 
-  def step(carry, index):
-    code_B, cache = carry
-    logits, cache = decode_step(
-      config, params, code_B, index, cache, condition_mask, stages.guidance
-    )
-    code_B = sample_next_codes(config, stages, logits, index, keys_B, rows)
-    return (code_B, cache), code_B
+  def step(state, _):
+    logits_RV, cache = decode_step(config, filters, inputs, state)
+    code_B = sample_next_codes(config, filters, inputs, logits_RV, state.index)
+    return DecodeState(code_B, state.index + 1, cache), code_B
 
-  indices = jnp.arange(start, end)
-  (_, cache), codes_TB = jax.lax.scan(step, (code_B, cache), indices)
-  return codes_TB, cache
+  return jax.lax.scan(step, state, length=steps)
 
 
 def cache_segment_ends(config: GPTConfig) -> list[int]:
-  """The numbers of codes at which the cache is as long as what was written."""
+  """Returns the numbers of codes at which the cache is as long as what is written."""
   count = min(MOST_SEGMENTS, max(1, config.image_tokens // SHORTEST_SEGMENT))
   return [config.image_tokens * (i + 1) // count for i in range(count)]
 
 
 def prefill(
   config: GPTConfig,
-  params: dict[str, Any],
+  filters: ActiveFilters,
+  inputs: DecodeInputs,
   condition: jax.Array,
-  condition_mask: jax.Array | None,
-  guidance: bool,
-  length: int,
+  codes: int,
 ) -> tuple[jax.Array, Cache]:
   """Runs the condition tokens of B images.
 
   Args:
     config: shape of the model.
-    params: from `decoding_params`.
+    filters: with guidance, every image gets an unconditional row beside its own.
+    inputs: of the loop.
     condition: labels [B], caption features [B, P, C] or pairs of them.
-    condition_mask: [B, P] or [B, 2, P], 0 on the padding of captions.
-    guidance: whether every image gets an unconditional row beside its own.
-    length: of the cache to make.
+    codes: how many the cache is to have room for, the last of them not counted,
+      which is sampled and not read.
 
   Returns:
-    float32 logits [R, V] of the first codes and the cache, R = 2B or B rows.
+    float32 logits [R, V] of the first codes, and the cache.
   """
-  has_negative_prompt = condition.ndim == 4  # with negative captions of their own
-  condition = expand_for_guidance(condition, guidance, has_negative_prompt)
-  mask = expand_for_guidance(condition_mask, guidance, has_negative_prompt)
-  drop = (jnp.arange(len(condition)) % 2 == 1) & (guidance and not has_negative_prompt)
+  length = config.prefix_tokens + codes - 1
+  x_RPD, mask_RP = embed_rows(config, filters.guidance, inputs, condition)
+  mask = attention_mask(config, mask_RP, jnp.arange(config.prefix_tokens), length)
+  cache = init_cache(config, len(x_RPD), length)
+  return prefill_forward(config, inputs.params, x_RPD, cache, mask)
+
+
+def embed_rows(
+  config: GPTConfig, guidance: bool, inputs: DecodeInputs, condition: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+  """Returns embedded condition tokens [R, P, D] and their mask [R, P]."""
+  negative = condition.ndim == 4  # with captions to lead away from
+  condition = expand_for_guidance(condition, guidance, negative)
+  drop_R = (jnp.arange(len(condition)) % 2 == 1) & (guidance and not negative)
   embedder = embed_condition(config)
-  x = embedder.apply({"params": params["condition"]}, condition, drop)
-  mask = attention_mask(config, mask, jnp.arange(config.prefix_tokens), length)
-  cache = init_cache(config, len(condition), length)
-  return cached_forward(config, params, x, cache, 0, mask)
+  params = {"params": inputs.params["condition"]}
+  return embedder.apply(params, condition, drop_R), row_mask(inputs, guidance)
+
+
+def row_mask(inputs: DecodeInputs, guidance: bool) -> jax.Array | None:
+  """Returns the condition mask of every row, [R, P]."""
+  mask = inputs.condition_mask
+  return expand_for_guidance(mask, guidance, mask is not None and mask.ndim == 3)
 
 
 def decode_step(
-  config: GPTConfig,
-  params: dict[str, Any],
-  code_B: jax.Array,
-  index: jax.Array,
-  cache: Cache,
-  condition_mask: jax.Array | None,
-  guidance: bool,
+  config: GPTConfig, filters: ActiveFilters, inputs: DecodeInputs, state: DecodeState
 ) -> tuple[jax.Array, Cache]:
-  """Reads the codes drawn last and gives the logits of the next.
-
-  Args:
-    config: shape of the model.
-    params: from `decoding_params`.
-    code_B: codes number `index` - 1 of B images.
-    index: number of the code to draw.
-    cache: of R rows, from `prefill` or the step before.
-    condition_mask: [B, P] or [B, 2, P], 0 on the padding of captions.
-    guidance: whether every image has two rows.
-
-  Returns:
-    float32 logits [R, V], and the new cache.
-  """
-  code_R, position = (
-    expand_for_guidance(code_B, guidance),
-    config.prefix_tokens + index - 1,
-  )
-  has_negative_prompt = condition_mask is not None and condition_mask.ndim == 3
-  x = embed_codes(params["code_embedding"], code_R[:, None], config.dtype)
-  mask = attention_mask(
-    config,
-    expand_for_guidance(condition_mask, guidance, has_negative_prompt),
-    position[None],
-    cache_length(cache),
-  )
-  return cached_forward(config, params, x, cache, position, mask)
+  """Reads the last codes; returns float32 logits [R, V] of the next, and the cache."""
+  code_R = expand_for_guidance(state.code, filters.guidance)
+  position = config.prefix_tokens + state.index - 1
+  x_R1D = embed_codes(inputs.params["code_embedding"], code_R[:, None], config.dtype)
+  mask_RP, length = row_mask(inputs, filters.guidance), cache_length(state.cache)
+  mask = attention_mask(config, mask_RP, position[None], length)
+  return step_forward(config, inputs.params, x_R1D, state.cache, position, mask)
 
 
 def sample_next_codes(
   config: GPTConfig,
-  stages: ActiveFilters,
+  filters: ActiveFilters,
+  inputs: DecodeInputs,
   logits_RV: jax.Array,
   index: jax.Array,
-  keys_B: jax.Array,
-  rows: BatchSampling,
 ) -> jax.Array:
-  """Logits of code number `index` -> the codes, int32 [B]."""
-  if stages.guidance:
+  """Samples code number `index` of every image from its logits; int32 [B]."""
+  if filters.guidance:
     pairs = logits_RV.reshape(-1, 2, config.vocab_size)
-    scale_B = scale_at(rows, index, config.image_tokens)
+    scale_B = scale_at(inputs.settings, index, config.image_tokens)
     logits_RV = guide(pairs[:, 0], pairs[:, 1], scale_B)
-  fold = jax.vmap(jax.random.fold_in, (0, None))
-  return sample_codes(logits_RV, fold(keys_B, index), rows, stages)
+  keys_B = jax.vmap(jax.random.fold_in, (0, None))(inputs.keys, index)
+  return sample_codes(logits_RV, keys_B, inputs.settings, filters)
 
 
 def expand_for_guidance(
-  x_B, guidance: bool, has_negative_prompt: bool = False
+  x_B: jax.Array | None, guidance: bool, has_negative_prompt: bool = False
 ) -> jax.Array | None:
-  """What belongs to images [B, ..] or pairs of rows [B, 2, ..] -> rows [R, ..]."""
+  """Expands arrays of images [B, ..], or pairs of rows [B, 2, ..], to rows [R, ..]."""
   if x_B is None:
     return None
   if has_negative_prompt:

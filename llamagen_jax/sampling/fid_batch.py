@@ -1,7 +1,7 @@
 """Tens of thousands of images for an evaluator: resumable, over all hosts.
 
 Every finished batch is a file in a folder next to the output, so that a run that was
-killed goes on with what is missing. At the end they become one npz in ADM's format,
+killed continues with the missing ones. At the end they become one npz in ADM's format,
 with a JSON file of the settings by its side.
 """
 
@@ -19,7 +19,8 @@ import tqdm
 
 from llamagen_jax.errors import UserError
 from llamagen_jax.images import save_npz, save_png
-from llamagen_jax.sampling.sample import SamplingJob, Timings, draw
+from llamagen_jax.sampling.sample import SamplingJob, Timings, sample_batches
+from llamagen_jax.storage import atomic_write, read_json, user_path, write_json
 from llamagen_jax.weights import bundle
 
 LABELS = ("uniform", "balanced")
@@ -27,19 +28,15 @@ PLAN = "plan.json"
 
 
 def choose_labels(mode: str, count: int, num_classes: int, seed: int) -> np.ndarray:
-  """Labels int32 [count]: drawn uniformly, or every class as often as the others."""
+  """Returns labels int32 [count]: "uniform" at random, or "balanced", in turn."""
   if mode == "balanced":
     return (np.arange(count) % num_classes).astype(np.int32)
   return np.random.default_rng(seed).integers(num_classes, size=count, dtype=np.int32)
 
 
-def settings_path(out: str | os.PathLike) -> epath.Path:
-  """The JSON file next to an npz."""
-  return epath.Path(out).with_suffix(".json")
-
-
-def write_settings(out: str | os.PathLike, settings: dict[str, Any]) -> None:
-  _write_json(settings_path(out), settings)
+def settings_path(out: epath.Path) -> epath.Path:
+  """Returns the JSON file next to an npz."""
+  return out.with_suffix(".json")
 
 
 def run(
@@ -49,27 +46,28 @@ def run(
   out: str | os.PathLike,
   settings: dict[str, Any],
   labels: np.ndarray | None,
+  *,
   folder: str | os.PathLike | None = None,
 ) -> Timings | None:
-  """Draws a job into an npz; all hosts call this, and see the same file system.
+  """Samples a job into an npz; all hosts call this, and see the same file system.
 
   Args:
     gpt: on a mesh over all devices.
-    tokenizer: the one whose codes it draws, on the same mesh.
-    job: what to draw.
+    tokenizer: the one whose codes it learned, on the same mesh.
+    job: the images to sample.
     out: the npz.
     settings: everything that decides the images, written next to the npz; a run
-      that goes on must have the same ones.
-    labels: what `arr_1` of the npz holds, if anything.
+      that continues must have the same ones.
+    labels: int32 [N], `arr_1` of the npz, if it is to have one.
     folder: also write every image there, as PNG.
 
   Returns:
-    Where the time went; None if the npz was finished already.
+    The seconds of every stage; None if the npz was finished already.
 
   Raises:
-    UserError: if another run's images are in the way.
+    UserError: images of another run are there, or the hosts see different folders.
   """
-  out = epath.Path(out)
+  out, folder = user_path(out), None if folder is None else user_path(folder)
   shards = out.with_name(f"{out.name}.shards")
   settings = json.loads(json.dumps(settings))  # as it will be read back
   if out.exists():
@@ -79,37 +77,50 @@ def run(
     _compare(shards / PLAN, settings)
   if jax.process_index() == 0:
     shards.mkdir(parents=True, exist_ok=True)
-    _write_json(shards / PLAN, settings)
+    write_json(shards / PLAN, settings)
     if folder is not None:
-      epath.Path(folder).mkdir(parents=True, exist_ok=True)
+      folder.mkdir(parents=True, exist_ok=True)
+  _check_shared(shards / PLAN)
 
-  batches = _missing(shards, job, folder)
+  batches, timings = _missing(shards, job, folder), Timings()
   done = len(job.conditions) - sum(len(job.rows(batch)) for batch in batches)
-  seconds = Timings()
   with tqdm.tqdm(
-    total=len(job.conditions), initial=done, desc="draw", unit="image",
+    total=len(job.conditions), initial=done, desc="sample", unit="image",
     dynamic_ncols=True, disable=jax.process_index() != 0,
   ) as bar:  # fmt: skip
-    for batch, images in draw(gpt, tokenizer, job, batches, seconds):
+    for batch, images in sample_batches(gpt, tokenizer, job, batches, timings):
       if folder is not None:
         for row, image in zip(job.rows(batch), images, strict=True):
           save_png(_png(folder, row), Image.fromarray(image))
-      _write_shard(_shard(shards, batch), images)
-      # The other hosts draw at the same pace.
+      with atomic_write(_shard(shards, batch)) as file:
+        np.save(file, images)
+      # The other hosts sample at the same pace.
       bar.update(min(len(images) * jax.process_count(), bar.total - bar.n))
 
-  multihost_utils.sync_global_devices("drawn")
+  multihost_utils.sync_global_devices("sampled")
   if jax.process_index() == 0:
-    write_settings(out, settings)
-    parts = _read_shards(shards, job)
-    save_npz(out, parts, len(job.conditions), labels)
+    write_json(settings_path(out), settings)
+    save_npz(out, _read_shards(shards, job), len(job.conditions), labels)
     shards.rmtree()
   multihost_utils.sync_global_devices("assembled")
-  return seconds
+  return timings
 
 
-def _missing(shards: epath.Path, job: SamplingJob, folder) -> list[int]:
-  """The batches that are not done. One host decides, so that all agree."""
+def _check_shared(path: epath.Path) -> None:
+  """Refuses, on all hosts, a folder in which some do not see the file of host 0."""
+  multihost_utils.sync_global_devices("planned")
+  seen = multihost_utils.process_allgather(np.array(path.exists()))
+  if not seen.all():
+    raise UserError(
+      f"--out: host {int(np.argmin(seen))} does not see {path}, which host 0 wrote;"
+      " --fid-batch on several hosts needs a folder that all share, or gs://"
+    )
+
+
+def _missing(
+  shards: epath.Path, job: SamplingJob, folder: epath.Path | None
+) -> list[int]:
+  """Returns the batches that are not done. One host decides, so that all agree."""
 
   def is_done(batch: int) -> bool:
     last_png = None if folder is None else _png(folder, job.rows(batch)[-1])
@@ -118,24 +129,16 @@ def _missing(shards: epath.Path, job: SamplingJob, folder) -> list[int]:
   missing = np.zeros(job.batches, np.int32)
   if jax.process_index() == 0:
     missing = np.array([not is_done(b) for b in range(job.batches)], np.int32)
-  # Makes the others wait for the folders, too.
   missing = multihost_utils.broadcast_one_to_all(missing)
   return [int(batch) for batch in np.flatnonzero(missing)]
 
 
-def _png(folder: str | os.PathLike, row: int) -> epath.Path:
-  return epath.Path(folder) / f"{row:06d}.png"
+def _png(folder: epath.Path, row: int) -> epath.Path:
+  return folder / f"{row:06d}.png"
 
 
 def _shard(shards: epath.Path, batch: int) -> epath.Path:
   return shards / f"batch-{batch:06d}.npy"
-
-
-def _write_shard(path: epath.Path, images: np.ndarray) -> None:
-  part = path.with_name(f".{path.name}.part")
-  with part.open("wb") as file:
-    np.save(file, images)
-  part.replace(path)
 
 
 def _read_shards(shards: epath.Path, job: SamplingJob) -> Iterator[np.ndarray]:
@@ -147,16 +150,12 @@ def _read_shards(shards: epath.Path, job: SamplingJob) -> Iterator[np.ndarray]:
 def _compare(path: epath.Path, settings: dict[str, Any]) -> None:
   if not path.exists():
     raise UserError(f"{path.parent}: images without {path.name}: choose another --out")
-  found = json.loads(path.read_text())
-  for name in sorted(found.keys() | settings.keys()):
-    if found.get(name) != settings.get(name):
+  there = read_json(path)
+  if not isinstance(there, dict):
+    raise UserError(f"{path}: expected an object of settings; choose another --out")
+  for name in sorted(there.keys() | settings.keys()):
+    if there.get(name) != settings.get(name):
       raise UserError(
-        f"{path}: images of other settings, {name} is {found.get(name)!r} there,"
+        f"{path}: images of other settings, {name} is {there.get(name)!r} there,"
         f" {settings.get(name)!r} here; choose another --out"
       )
-
-
-def _write_json(path: epath.Path, value: Any) -> None:
-  part = path.with_name(f".{path.name}.part")
-  part.write_text(json.dumps(value, indent=1))
-  part.replace(path)

@@ -1,4 +1,4 @@
-"""From logits to codes: temperature, top-k, top-p, draw. Every row on its own.
+"""From logits to codes: temperature, top-k, top-p, sample. Every row on its own.
 
 Both filters keep what lies at or above a threshold, and find the threshold by
 bisection on the bits of a float32: 32 passes that compare and sum. No sort, k
@@ -15,26 +15,26 @@ from llamagen_jax.gpt.sampling_config import ActiveFilters, BatchSampling
 
 
 def sample_codes(
-  logits_BV: jax.Array, keys_B: jax.Array, rows: BatchSampling, stages: ActiveFilters
+  logits_BV: jax.Array, keys_B: jax.Array, rows: BatchSampling, filters: ActiveFilters
 ) -> jax.Array:
-  """Draws one code a row from float32 logits; int32 [B]."""
+  """Samples one code a row from float32 logits; int32 [B]."""
   best_B = _argmax(logits_BV)
-  if not stages.draw:
+  if not filters.random:
     return best_B
   logits_BV = logits_BV / rows.temperature[:, None]
-  if stages.top_k:
+  if filters.top_k:
     logits_BV = _if_any(rows.top_k > 0, keep_top_k, logits_BV, rows.top_k)
-  if stages.top_p:
+  if filters.top_p:
     logits_BV = _if_any(rows.top_p < 1, keep_top_p, logits_BV, rows.top_p)
   noise_BV = jax.vmap(lambda key, row: jax.random.gumbel(key, row.shape))(
     keys_B, logits_BV
   )
-  drawn_B = _argmax(logits_BV + noise_BV)
-  return jnp.where(rows.greedy, best_B, drawn_B)
+  sampled_B = _argmax(logits_BV + noise_BV)
+  return jnp.where(rows.greedy, best_B, sampled_B)
 
 
 def _argmax(x_BV: jax.Array) -> jax.Array:
-  """The first place of the maximum, int32 [B].
+  """Returns the index of the first maximum, int32 [B].
 
   Two plain reductions, which a CPU does in vectors, where `jnp.argmax` goes number by
   number, and makes the noise on the way as slowly.
@@ -45,7 +45,7 @@ def _argmax(x_BV: jax.Array) -> jax.Array:
 
 
 def _if_any(asked_B, keep, logits_BV, setting_B) -> jax.Array:
-  """Filters, unless no row asks for it: mixed batches pay for what they use."""
+  """Filters, unless no row asks for it: mixed batches pay for the filters they use."""
   return jax.lax.cond(
     jnp.any(asked_B), keep, lambda logits_BV, _: logits_BV, logits_BV, setting_B
   )
@@ -83,14 +83,14 @@ def keep_top_p(logits_BV: jax.Array, p_B: jax.Array) -> jax.Array:
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
-  """float32 -> uint32 with the same order."""
+  """Maps float32 to uint32 with the same order."""
   bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
   sign = jnp.uint32(1 << 31)
   return jnp.where(bits >= sign, ~bits, bits | sign)
 
 
 def _largest(holds: Callable[[jax.Array], jax.Array], shape) -> jax.Array:
-  """The largest uint32 [B] for which a monotone predicate still holds, else 0."""
+  """Returns the largest uint32 [B] for which a monotone predicate holds, else 0."""
 
   def try_bit(i, threshold_B):
     candidate_B = threshold_B | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from llamagen_jax.errors import UserError
+from llamagen_jax.storage import write_text
 from llamagen_jax.text.encoder import TextEncoder
 from llamagen_jax.text.t5 import padded_features
 from llamagen_jax.weights.bundle import Transformer
@@ -126,6 +127,4 @@ def _column(path: pathlib.Path, column: str) -> Iterator[str]:
 def write_captions(folder: pathlib.Path, prompts: Sequence[str]) -> None:
   """captions.txt: line n is the prompt of the n-th image by name."""
   lines = [" ".join(prompt.split()) for prompt in prompts]
-  part = folder / f".{CAPTIONS}.part"
-  part.write_text("\n".join(lines) + "\n")
-  part.replace(folder / CAPTIONS)
+  write_text(folder / CAPTIONS, "\n".join(lines) + "\n")

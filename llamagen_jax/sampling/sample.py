@@ -1,8 +1,10 @@
-"""Drawing many images: batches of conditions -> codes -> uint8 images.
+"""Sampling many images: batches of conditions -> codes -> uint8 images.
 
-Batch j is made of images [j b, (j + 1) b) and runs on one data-parallel slot of the
-mesh. With D slots, D batches run side by side as one program, each of them through
-the same arithmetic as alone: images do not depend on the number of devices.
+Batch j is made of images [j b, (j + 1) b) and runs on one data shard of the mesh. With
+D of them, D batches run side by side as one program, each of them through the same
+arithmetic as alone: images do not depend on the number of devices.
+
+Axes: N images of a job, B images of a batch, P condition tokens, C features, T codes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +15,9 @@ import math
 import time
 from typing import Protocol
 
+from absl import logging
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -24,6 +28,7 @@ from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.images import resize_bicubic, to_uint8
 from llamagen_jax.parallel.mesh import RULES, batch_sharding, shard_tree
 from llamagen_jax.sampling.decode import generate
+from llamagen_jax.sampling.keys import as_keys, check_seed, image_keys
 from llamagen_jax.sampling.prompts import Prompts
 from llamagen_jax.text.encoder import TextEncoder
 from llamagen_jax.tokenizer import model
@@ -32,16 +37,16 @@ from llamagen_jax.weights import bundle
 
 
 class Conditions(Protocol):
-  """What the images are drawn of, in order; read a batch at a time."""
+  """The conditions of images, in order; read a batch at a time."""
 
   def __len__(self) -> int:
-    """Images to draw."""
+    """Returns the number of images."""
 
   def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """Condition (labels [B] or features [B, P, C]) and mask [B, P] of some rows."""
+    """Returns conditions (labels [B] or features [B, P, C]) and their mask [B, P]."""
 
   def name(self, row: int) -> str:
-    """What to write next to an image."""
+    """Returns the text to write next to an image."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Labels:
 
 @dataclasses.dataclass
 class Timings:
-  """Where the time went; filled while images are drawn."""
+  """Seconds of every stage of sampling; filled while images are sampled."""
 
   compile: float = 0.0  # tracing and compiling, of both models
   decode: float = 0.0  # codes, by the transformer
@@ -78,40 +83,53 @@ class Timings:
 
   @contextlib.contextmanager
   def clock(self, field: str) -> Iterator[None]:
-    """Adds the time of its body to a field, less what went into compiling."""
-    started, compiled = time.perf_counter(), 0.0
+    """Adds the time of its body to a field, less the time spent compiling in it."""
+    started, spans = time.perf_counter(), []
 
     def listen(event: str, seconds: float, **_):
-      nonlocal compiled
       if event.startswith("/jax/core/compile/"):
-        compiled += seconds
+        now = time.perf_counter()
+        spans.append((now - seconds, now))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
       yield
     finally:
       jax.monitoring.unregister_event_duration_listener(listen)
+      compiled = covered(spans)
       elapsed = time.perf_counter() - started
       self.compile += compiled
       setattr(self, field, getattr(self, field) + elapsed - compiled)
 
 
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+  """Returns the length that spans of time cover together: traces are nested."""
+  total, end = 0.0, -math.inf
+  for first, last in sorted(spans):
+    total += max(0.0, last - max(first, end))
+    end = max(end, last)
+  return total
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingJob:
-  """A set of images to draw. Image i depends on its condition and (seed, i)."""
+  """A set of images to sample. Image i depends on its condition and (seed, i)."""
 
   conditions: Conditions
   sampling: SamplingConfig
-  seed: int
-  batch_size: int  # images a batch: what one device, or group of them, draws at once
+  seed: int  # 0 .. 2^64 - 1
+  batch_size: int  # images of a batch, sampled at once by a device or group of them
   image_size: int  # side of the images that come out
+
+  def __post_init__(self):
+    check_seed(self.seed)
 
   @property
   def batches(self) -> int:
     return math.ceil(len(self.conditions) / self.batch_size)
 
   def rows(self, batch: int) -> range:
-    """The images of a batch."""
+    """Returns the numbers of the images of a batch."""
     start = batch * self.batch_size
     return range(start, min(start + self.batch_size, len(self.conditions)))
 
@@ -128,7 +146,7 @@ def sample(
   batch_size: int = 32,
   **sampling,
 ) -> np.ndarray:
-  """Draws one image a class or prompt.
+  """Samples one image a class or prompt.
 
   Args:
     gpt: from `load_gpt`; images are spread over its mesh, if it is on one.
@@ -136,13 +154,14 @@ def sample(
     classes: labels or names, or both as one text: "207, 360-362, tench".
     prompts: texts, instead of classes, for a transformer of captions.
     text_encoder: from `load_t5`; the one that `gpt` was trained with.
-    negative_prompt: what guidance leads away from.
-    seed: image i depends on (seed, i) alone, not on what is drawn with it.
+    negative_prompt: text that guidance leads away from.
+    seed: 0 .. 2^64 - 1; image i depends on (seed, i) alone, not on what is sampled
+      with it.
     batch_size: images at a time on every device.
     **sampling: fields of `SamplingConfig` that differ from the bundle's.
 
   Returns:
-    uint8 [B, H, W, 3].
+    uint8 [N, H, W, 3].
 
   Raises:
     UserError: for a class that is not known or a tokenizer of other codes.
@@ -150,7 +169,7 @@ def sample(
   conditions: Conditions
   if gpt.config.condition == "caption":
     if text_encoder is None or not prompts:
-      raise UserError("a transformer of captions draws prompts, with a text_encoder")
+      raise UserError("a transformer of captions takes prompts and a text_encoder")
     conditions = Prompts.of(gpt, text_encoder, prompts, negative_prompt)
   else:
     labels = to_labels(classes, gpt.class_names, gpt.config.num_classes)
@@ -162,51 +181,84 @@ def sample(
     min(batch_size, math.ceil(len(conditions) / num_data_shards(mesh_of(gpt)))),
     gpt.config.grid * tokenizer.config.downsample,
   )
-  drawn = dict(draw(gpt, tokenizer, job, range(job.batches), Timings()))
-  return np.concatenate([drawn[batch] for batch in range(job.batches)])
+  return sample_images(gpt, tokenizer, job, Timings())
 
 
-def draw(
+def sample_images(
+  gpt: bundle.Transformer,
+  tokenizer: bundle.Tokenizer,
+  job: SamplingJob,
+  timings: Timings,
+) -> np.ndarray:
+  """Samples a whole job; every host gets all images, uint8 [N, H, W, 3]."""
+  images = []
+  for group, images_group in _sample_groups(
+    gpt, tokenizer, job, range(job.batches), timings
+  ):
+    if jax.process_count() > 1:
+      images_group = multihost_utils.process_allgather(images_group, tiled=True)
+    count = sum(len(job.rows(batch)) for batch in group)
+    images.append(np.asarray(images_group)[:count])
+  return np.concatenate(images)
+
+
+def sample_batches(
   gpt: bundle.Transformer,
   tokenizer: bundle.Tokenizer,
   job: SamplingJob,
   batches: Sequence[int],
-  seconds: Timings,
+  timings: Timings,
 ) -> Iterator[tuple[int, np.ndarray]]:
-  """Draws some batches of a job.
+  """Samples some batches of a job.
 
   All hosts call this with the same arguments; each gets the batches that its own
-  devices drew.
+  devices sampled.
 
   Yields:
     The number of a batch and its images, uint8 [B, H, W, 3].
   """
+  for group, images in _sample_groups(gpt, tokenizer, job, batches, timings):
+    for shard in images.addressable_shards:
+      number = (shard.index[0].start or 0) // job.batch_size
+      if shard.replica_id == 0 and number < len(group):
+        count = len(job.rows(group[number]))
+        yield group[number], np.asarray(shard.data)[:count]
+
+
+def _sample_groups(
+  gpt: bundle.Transformer,
+  tokenizer: bundle.Tokenizer,
+  job: SamplingJob,
+  batches: Sequence[int],
+  timings: Timings,
+) -> Iterator[tuple[Sequence[int], jax.Array]]:
+  """Yields the batches that ran side by side, and images [D B, H, W, 3] of all hosts.
+
+  A group that is not full repeats its last batch.
+  """
   check_pair(gpt, tokenizer)
-  mesh, b = mesh_of(gpt), job.batch_size
+  mesh, shards = mesh_of(gpt), num_data_shards(mesh_of(gpt))
+  gpt = restrict_to_codebook(gpt, tokenizer)
   params = decoding_params(gpt.config, gpt.params)
-  for start in range(0, len(batches), num_data_shards(mesh)):
-    group = batches[start : start + num_data_shards(mesh)]
-    # A group that is not full draws its last batch again in the empty slots.
-    padded = [*group, *[group[-1]] * (num_data_shards(mesh) - len(group))]
-    rows = np.concatenate([_padded(job.rows(batch), b) for batch in padded])
+  for start in range(0, len(batches), shards):
+    group = batches[start : start + shards]
+    padded = [*group, *[group[-1]] * (shards - len(group))]
+    rows = np.concatenate([_padded(job.rows(b), job.batch_size) for b in padded])
     condition, mask = job.conditions.take(rows)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-      with seconds.clock("decode"):
+      with timings.clock("decode"):
+        keys = image_keys(job.seed, rows)
         if mesh is not None:
           by_batch = batch_sharding(mesh)
-          rows, condition, mask = shard_tree((rows, condition, mask), by_batch)
-        keys = _keys(job.seed, rows)
-        codes = generate(gpt.config, params, condition, keys, mask, job.sampling)
+          keys, condition, mask = shard_tree((keys, condition, mask), by_batch)
+        sampling = job.sampling
+        codes = generate(gpt.config, params, condition, as_keys(keys), mask, sampling)
         jax.block_until_ready(codes)
-      with seconds.clock("tokenizer"):
+      with timings.clock("tokenizer"):
         shape = (gpt.config.grid, job.image_size)
         images = render(tokenizer.config, *shape, mesh, tokenizer.params, codes)
         jax.block_until_ready(images)
-    for shard in images.addressable_shards:
-      slot = (shard.index[0].start or 0) // b
-      if shard.replica_id == 0 and slot < len(group):
-        count = len(job.rows(group[slot]))
-        yield group[slot], np.asarray(shard.data)[:count]
+    yield group, images
 
 
 def check_pair(gpt: bundle.Transformer, tokenizer: bundle.Tokenizer) -> None:
@@ -218,14 +270,39 @@ def check_pair(gpt: bundle.Transformer, tokenizer: bundle.Tokenizer) -> None:
     )
 
 
+def restrict_to_codebook(
+  gpt: bundle.Transformer, tokenizer: bundle.Tokenizer
+) -> bundle.Transformer:
+  """Returns a transformer that samples no codes beyond the codebook.
+
+  A vocabulary may be larger than the codebook it was trained with; the logits of the
+  codes beyond were never a target.
+  """
+  size, vocabulary = tokenizer.config.codebook_size, gpt.config.vocab_size
+  if vocabulary <= size:
+    return gpt
+  logging.warning(
+    "the transformer has %d codes, the codebook %d: codes beyond it are never sampled",
+    vocabulary, size,
+  )  # fmt: skip
+  decoding = isinstance(gpt.params["layers"], tuple)  # [V, D], else [D, V]
+  head = gpt.params["head"][:size] if decoding else gpt.params["head"][:, :size]
+  table = gpt.params["code_embedding"][:size]
+  return dataclasses.replace(
+    gpt,
+    config=dataclasses.replace(gpt.config, vocab_size=size),
+    params=gpt.params | {"head": head, "code_embedding": table},
+  )
+
+
 def mesh_of(gpt: bundle.Transformer) -> Mesh | None:
-  """The mesh that a transformer was loaded on, if any."""
-  sharding = getattr(gpt.params["head"], "sharding", None)
+  """Returns the mesh that a transformer was loaded on, if any."""
+  sharding = getattr(gpt.params["norm"], "sharding", None)
   return sharding.mesh if isinstance(sharding, NamedSharding) else None
 
 
 def num_data_shards(mesh: Mesh | None) -> int:
-  """Batches that run side by side."""
+  """Returns the number of batches that run side by side."""
   return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
@@ -233,16 +310,11 @@ def _padded(rows: range, size: int) -> np.ndarray:
   return np.minimum(np.arange(rows.start, rows.start + size), rows.stop - 1)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _keys(seed: int, rows_B: jax.Array) -> jax.Array:
-  return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows_B)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def render(
   config: TokenizerConfig, grid: int, side: int, mesh: Mesh | None, params, codes_BT
 ):
-  """Codes [B, T] -> uint8 images [B, side, side, 3]."""
+  """Decodes codes [B, T] to uint8 images [B, side, side, 3]."""
 
   def local_render(params, codes_BT):
     images = model.decode(config, params, codes_BT.reshape(-1, grid, grid))
@@ -252,7 +324,7 @@ def render(
 
   if mesh is None:
     return local_render(params, codes_BT)
-  # Left to the compiler, devices that share a batch would round otherwise than one.
+  # Left to the compiler, devices that share a batch round otherwise than one device.
   rows = PartitionSpec(RULES["batch"])
   local = jax.shard_map(
     local_render,

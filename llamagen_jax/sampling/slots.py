@@ -18,16 +18,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llamagen_jax.gpt.cached import (
+from llamagen_jax.gpt.cache import (
   Cache,
   as_cache,
-  attend_single_token,
   cache_length,
-  cached_forward,
-  decode_forward,
   init_cache,
   write_cache,
 )
+from llamagen_jax.gpt.cached import prefill_forward, run_layers, to_logits
+from llamagen_jax.gpt.cached_attention import attend_parts
 from llamagen_jax.gpt.conditioning import attention_mask, embed_condition
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.model import embed_codes
@@ -35,7 +34,7 @@ from llamagen_jax.gpt.sampling_config import ActiveFilters, BatchSampling
 from llamagen_jax.sampling.guidance import guide, scale_at
 from llamagen_jax.sampling.logits import sample_codes
 
-ACTIVE_FILTERS = ActiveFilters(guidance=True, top_k=True, top_p=True, draw=True)
+ACTIVE_FILTERS = ActiveFilters(guidance=True, top_k=True, top_p=True, random=True)
 
 
 class State(NamedTuple):
@@ -95,7 +94,7 @@ def prefill_rows(
   if before:
     mask = attention_mask(c, mask_2P, jnp.arange(before), c.prefix_tokens)
     fresh = init_cache(c, 2, c.prefix_tokens)
-    _, prefix = cached_forward(c, params, x_2PD[:, :-1], fresh, 0, mask)
+    _, prefix = prefill_forward(c, params, x_2PD[:, :-1], fresh, mask)
     cache = jax.tree.map(lambda old, new: _put(old, new, row_2), cache, prefix)
   if mask_RP is not None:
     mask_RP = _put(mask_RP, mask_2P.astype(bool), row_2)
@@ -145,16 +144,17 @@ def _forward(
   recent_R1C = jnp.take_along_axis(mask_R1S, at_RC[:, None], axis=2)
   recent_R1C &= jnp.arange(steps) <= number
   mask_R1S &= (jnp.arange(c.length) < start_R[:, None])[:, None]
-  written = list(recent)
 
-  def attend(layer: int, q_R1KGH, k_R1KH, v_R1KH):
-    new = write_cache(recent[layer], as_cache(k_R1KH, v_R1KH), number)
-    written[layer] = new
-    parts = [(state.cache[layer], mask_R1S), (new, recent_R1C)]
-    return attend_single_token(q_R1KGH, parts)
+  def attend(q_R1KGH, k_R1KH, v_R1KH, caches):
+    before, old = caches
+    new = write_cache(old, as_cache(k_R1KH, v_R1KH), number)
+    parts = [(before, mask_R1S), (new, recent_R1C)]
+    return attend_parts(q_R1KGH, parts), new
 
-  logits_RV = decode_forward(c, params, x_RD[:, None], position_R1, attend)
-  return logits_RV, tuple(written)
+  caches = tuple(zip(state.cache, recent, strict=True))
+  x_R1D = x_RD[:, None]
+  x_R1D, recent = run_layers(c, params, x_R1D, position_R1, caches, attend)
+  return to_logits(c, params, x_R1D[:, 0]), recent
 
 
 def sample_rows(config: GPTConfig, logits_RV, index_R, plan: ChunkInputs) -> jax.Array:

@@ -8,7 +8,8 @@ from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
 from llamagen_jax.errors import UserError
-from llamagen_jax.gpt.cached import LayerCache, decoding_params
+from llamagen_jax.gpt.cache import LayerCache
+from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.parallel.mesh import batch_sharding, replicated, spec

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from llamagen_jax import GPT, GPTConfig, weights
-from llamagen_jax.gpt.cached import cached_forward, decoding_params, init_cache
+from llamagen_jax.gpt.cache import LayerCache, init_cache, write_cache
+from llamagen_jax.gpt.cached import decoding_params, prefill_forward, step_forward
+from llamagen_jax.gpt.cached_attention import attend_before_write, attend_parts
 from llamagen_jax.gpt.conditioning import attention_mask, embed_condition
 from llamagen_jax.gpt.model import embed_codes, init_gpt
 from llamagen_jax.gpt.objective import cross_entropy
@@ -120,30 +122,34 @@ def test_cached_decoding_equals_the_full_forward(config, kv_heads):
   )
   cache = init_cache(config, batch, config.length)
   mask = attention_mask(config, condition_mask, jnp.arange(config.prefix_tokens))
-  logits, cache = cached_forward(config, flat, prefix, cache, 0, mask)
+  logits, cache = prefill_forward(config, flat, prefix, cache, mask)
   np.testing.assert_allclose(logits, full[:, 0], atol=1e-5)
   for t in range(1, config.image_tokens):
     position = config.prefix_tokens + t - 1
     x = embed_codes(params["code_embedding"], codes[:, t - 1 : t], config.dtype)
     mask = attention_mask(config, condition_mask, jnp.array([position]))
-    logits, cache = cached_forward(config, flat, x, cache, position, mask)
+    logits, cache = step_forward(config, flat, x, cache, position, mask)
     np.testing.assert_allclose(logits, full[:, t], atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_CAPTION], ids=["class", "caption"])
-def test_the_order_of_a_tpu_equals_too(config, monkeypatch):
-  """There a token attends to the cache as it was before, and to itself."""
-  reads = []
+def test_attention_before_the_write_equals_attention_after_it():
+  """The order of a TPU against the order of other machines."""
+  rng = np.random.default_rng(0)
+  B, K, G, H, S, position = 3, 2, 2, 8, 7, 4
 
-  def on_a_tpu(*args, tpu, default):
-    if args:  # a layout, which changes no number
-      return default(*args)
-    reads.append(tpu)
-    return tpu()
+  def normal(*shape):
+    return jnp.asarray(rng.standard_normal(shape, np.float32))
 
-  monkeypatch.setattr(jax.lax, "platform_dependent", on_a_tpu)
-  test_cached_decoding_equals_the_full_forward(config, 2)
-  assert len(reads) >= (config.image_tokens - 1) * config.layers
+  q_B1KGH = normal(B, 1, K, G, H)
+  cache = LayerCache(normal(B, K, H, S), normal(B, K, H, S))
+  token = LayerCache(normal(B, K, H, 1), normal(B, K, H, 1))
+  mask_B1S = (np.arange(S) <= position) & (np.arange(S) != [[[0]], [[1]], [[6]]])
+  written = write_cache(cache, token, position)
+  after = attend_parts(q_B1KGH, [(written, mask_B1S)])
+  before = attend_before_write(q_B1KGH, cache, token, position, mask_B1S)
+  np.testing.assert_allclose(before, after, atol=1e-6)
+  stale = attend_parts(q_B1KGH, [(cache, mask_B1S)])
+  assert np.abs(stale - after).max() > 1e-2
 
 
 def test_padding_of_captions_changes_nothing():

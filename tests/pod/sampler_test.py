@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import pytest
 
 from llamagen_jax.commands import cli
-from llamagen_jax.gpt.cached import init_cache
+from llamagen_jax.gpt.cache import init_cache
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.pod import hlo, topology
 from llamagen_jax.pod.sampler import abstract_params
-from llamagen_jax.sampling.decode import decode_segment
+from llamagen_jax.sampling.decode import DecodeInputs, DecodeState, decode_segment
 
 pytestmark = pytest.mark.extra
 
@@ -50,10 +50,9 @@ def test_a_decode_step_reads_weights_and_cache_once(capsys):
 
       @functools.partial(jax.jit, donate_argnums=2)
       def segment(params, codes, cache, keys, rows):
-        return decode_segment(
-          c, sampling.stages, params, codes, start, start + steps, cache, keys, None,
-          rows,
-        )  # fmt: skip
+        inputs = DecodeInputs(params, keys, None, rows)
+        state = DecodeState(codes, jnp.int32(start), cache)
+        return decode_segment(c, sampling.active_filters, inputs, state, steps)
 
       found = hlo.analyse(segment.lower(params, codes, cache, keys, rows).compile())
   m = found.memory

@@ -15,7 +15,7 @@ from llamagen_jax.images import resize_bicubic, to_uint8
 from llamagen_jax.parallel.mesh import make_mesh, unbox
 from llamagen_jax.sampling import fid_batch
 from llamagen_jax.sampling.decode import generate
-from llamagen_jax.sampling.sample import Labels, SamplingJob, Timings, draw
+from llamagen_jax.sampling.sample import Labels, SamplingJob, Timings, sample_batches
 from llamagen_jax.tokenizer.model import init_tokenizer
 from llamagen_jax.weights import bundle
 from tests import tiny
@@ -51,7 +51,7 @@ def models(saved):
 
 
 def run(models, out, job=JOB, settings=(("seed", 1),), folder=None):
-  return fid_batch.run(*models, job, out, dict(settings), LABELS, folder)
+  return fid_batch.run(*models, job, out, dict(settings), LABELS, folder=folder)
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +76,11 @@ def test_killed_and_resumed(models, whole, tmp_path, monkeypatch):
   out = tmp_path / "x.npz"
 
   def killed(*args):
-    yield from itertools.islice(draw(*args), 3)
+    yield from itertools.islice(sample_batches(*args), 3)
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(fid_batch, "draw", killed)
+    patch.setattr(fid_batch, "sample_batches", killed)
     run(models, out)
   assert not out.exists()
   shards = tmp_path / "x.npz.shards"
@@ -91,9 +91,9 @@ def test_killed_and_resumed(models, whole, tmp_path, monkeypatch):
 
   def watched(gpt, tokenizer, job, batches, seconds):
     drawn.extend(batches)
-    return draw(gpt, tokenizer, job, batches, seconds)
+    return sample_batches(gpt, tokenizer, job, batches, seconds)
 
-  monkeypatch.setattr(fid_batch, "draw", watched)
+  monkeypatch.setattr(fid_batch, "sample_batches", watched)
   with pytest.raises(UserError, match="other settings, seed is 1 there, 2 here"):
     run(models, out, settings={"seed": 2})
   assert run(models, out, folder=tmp_path / "png") is not None
@@ -111,7 +111,7 @@ def test_killed_and_resumed(models, whole, tmp_path, monkeypatch):
 
 
 def test_only_what_is_missing_is_drawn(models, whole, tmp_path, monkeypatch):
-  parts = list(draw(*models, JOB, [0, 2, 5], Timings()))
+  parts = list(sample_batches(*models, JOB, [0, 2, 5], Timings()))
   assert [batch for batch, _ in parts] == [0, 2, 5]
   images = np.load(whole)["arr_0"]
   for batch, part in parts:
@@ -122,9 +122,9 @@ def test_only_what_is_missing_is_drawn(models, whole, tmp_path, monkeypatch):
 def test_time_is_split(models):
   seconds = Timings()
   job = dataclasses.replace(JOB, batch_size=3)  # a shape of its own
-  list(draw(*models, job, [0], seconds))
+  list(sample_batches(*models, job, [0], seconds))
   first = dataclasses.replace(seconds)
-  list(draw(*models, job, [1], seconds))
+  list(sample_batches(*models, job, [1], seconds))
   assert first.compile > 5 * (seconds.compile - first.compile)
   assert seconds.decode > first.decode > 0
   assert seconds.tokenizer > first.tokenizer > 0
@@ -134,7 +134,7 @@ def test_images_are_resized_before_they_are_rounded(models):
   """And image i is drawn with the key of (seed, i), whatever is drawn with it."""
   gpt, tokenizer = models
   job = dataclasses.replace(JOB, image_size=SIDE - 2)
-  ((_, images),) = draw(gpt, tokenizer, job, [1], Timings())
+  ((_, images),) = sample_batches(gpt, tokenizer, job, [1], Timings())
   keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(1), np.arange(4, 8))
   codes = generate(gpt.config, gpt.params, LABELS[4:8], keys, sampling=JOB.sampling)
   floats = tokenizer.decode(codes.reshape(4, 3, 3))

@@ -16,14 +16,7 @@ from llamagen_jax.training import train_tokenizer
 from llamagen_jax.training.metrics_log import read_rows
 from llamagen_jax.training.recipe import build
 from llamagen_jax.training.tokenizer_state import InitConfig, load_weights
-from llamagen_jax.training.tokenizer_step import (
-  GanPhase,
-  TokenizerRecipe,
-  gan_phases,
-  init_state,
-  train_step,
-)
-from llamagen_jax.vision.lpips import lpips, shapes
+from llamagen_jax.training.train_tokenizer import GanPhase, TokenizerRecipe, train_step
 from llamagen_jax.weights import bundle
 from tests import tiny
 
@@ -37,7 +30,7 @@ def make_recipe(**changes) -> TokenizerRecipe:
 
 
 def fresh(recipe, seed=0):
-  return unbox(init_state(recipe, jax.random.key(seed)))
+  return unbox(train_tokenizer.init_state(recipe, jax.random.key(seed)))
 
 
 def a_batch(size=4):
@@ -157,10 +150,12 @@ def test_before_it_starts_the_discriminator_costs_nothing():
 
 def test_stages_follow_the_config():
   loss = dataclasses.replace(make_recipe().loss, disc_start=20, disc_warmup_steps=5)
-  assert gan_phases(loss) == {0: GanPhase(), 15: GanPhase(True), 20: BOTH}
+  assert train_tokenizer.stages(loss) == {0: GanPhase(), 15: GanPhase(True), 20: BOTH}
   now = dataclasses.replace(loss, disc_start=0, disc_warmup_steps=0)
-  assert gan_phases(now) == {0: BOTH}
-  assert gan_phases(dataclasses.replace(loss, adversarial_weight=0)) == {0: GanPhase()}
+  assert train_tokenizer.stages(now) == {0: BOTH}
+  assert train_tokenizer.stages(dataclasses.replace(loss, adversarial_weight=0)) == {
+    0: GanPhase()
+  }
 
 
 def test_the_discriminator_waits_then_leads_then_acts(run):
@@ -256,58 +251,5 @@ def test_weights_of_another_shape_are_refused(tmp_path):
   other = fresh(dataclasses.replace(recipe, model=model))
   with pytest.raises(UserError, match=r"codebook is \(16, 4\).*expects \(32, 4\)"):
     load_weights(InitConfig(str(tmp_path)), other)
-  with pytest.raises(UserError, match="--init-from=.*none: expected a workdir"):
+  with pytest.raises(UserError, match="--init-from=.*none: expected a work folder"):
     load_weights(InitConfig(str(tmp_path / "none")), other)
-
-
-@pytest.fixture(scope="module")
-def lpips_params():
-  """Random convolutions of the true shapes; the real ones are not at hand."""
-  key = jax.random.key(3)
-  return jax.tree.map(
-    lambda s: (
-      jax.random.normal(key, s.shape) * np.prod(s.shape[:-1]) ** -0.5
-      if len(s.shape) > 1
-      else jnp.full(s.shape, 0.1)
-    ),
-    shapes(),
-  )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["patchgan", "stylegan"])
-@pytest.mark.parametrize("game", ["hinge", "non-saturating", "vanilla"])
-def test_a_full_step_with_every_discriminator_and_lpips(lpips_params, kind, game):
-  """The perceptual term adds itself to the loss and its gradient to the generator's."""
-  recipe = make_recipe()
-  loss = dataclasses.replace(
-    recipe.loss, perceptual_weight=0.5, discriminator=game,
-    generator="hinge" if game == "hinge" else "non-saturating",
-  )  # fmt: skip
-  discriminator = dataclasses.replace(recipe.discriminator, kind=kind)
-  recipe = dataclasses.replace(recipe, loss=loss, discriminator=discriminator)
-  plain = dataclasses.replace(
-    recipe, loss=dataclasses.replace(loss, perceptual_weight=0.0)
-  )
-  state, batch = fresh(recipe), a_batch(2)
-  state = state.replace(lpips=lpips_params)
-  (after, metrics), (_, without) = (
-    jax.jit(functools.partial(train_step, r, BOTH))(
-      state if r is recipe else state.replace(lpips=None), batch
-    )
-    for r in (recipe, plain)
-  )
-  images = batch["image"] / 127.5 - 1.0
-  shown = VQModel(recipe.model).apply({"params": state.params}, images)[0]
-  distance = jnp.mean(lpips(lpips_params, images, shown, "float32"))
-  assert metrics["perceptual"] == pytest.approx(0.5 * float(distance), rel=1e-4)
-  assert metrics["grad_norm"] != pytest.approx(float(without["grad_norm"]), rel=1e-3)
-  critic, x = state.discriminator.params, (images, shown)
-  real, fake = (discriminate(discriminator, critic, image) for image in x)
-  if game == "hinge":
-    expected = jnp.mean(jnp.maximum(0, 1 - real)) + jnp.mean(jnp.maximum(0, 1 + fake))
-  else:
-    expected = -jnp.mean(jax.nn.log_sigmoid(real)) - jnp.mean(jax.nn.log_sigmoid(-fake))
-  assert metrics["discriminator_loss"] == pytest.approx(float(expected) / 2, rel=1e-4)
-  assert all(np.isfinite(float(value)) for value in metrics.values())
-  assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(after))

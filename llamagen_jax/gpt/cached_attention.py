@@ -1,0 +1,138 @@
+"""Attention of a few tokens over cached keys and values.
+
+A cache may come in parts, each with a mask of its own: the softmax runs over every
+part alone, and the partial results are merged.
+
+Axes: B batch, T tokens, S cache length, K kv heads, G query heads per kv head,
+H head dim, R = G T rows of a kv head.
+"""
+
+from collections.abc import Sequence
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llamagen_jax.gpt.cache import LayerCache, pin_layout, write_cache
+
+
+class SoftmaxPartial(NamedTuple):
+  """Attention over a part of the keys, before it is normalised."""
+
+  max: jax.Array  # of the scores, float32 [B, K, .., 1]
+  denominator: jax.Array  # sum of exp(score - max), [B, K, .., 1]
+  numerator: jax.Array  # values weighted by exp(score - max), [B, K, .., H]
+
+
+Part = tuple[LayerCache, jax.Array]  # and its mask, bool [B or 1, T or 1, S]
+
+
+def attend_prefill(
+  q_BTKGH: jax.Array, cache: LayerCache, mask_BTS: jax.Array
+) -> jax.Array:
+  """Attends from several tokens to one cache by two matmuls.
+
+  Returns:
+    [B, T, K, G, H] in the dtype of the queries.
+  """
+  scores_BKGTS = jnp.einsum(
+    "BTKGH,BKHS->BKGTS", q_BTKGH, cache.keys, preferred_element_type=jnp.float32
+  )
+  scores_BKGTS = scores_BKGTS * q_BTKGH.shape[-1] ** -0.5
+  hidden = jnp.finfo(jnp.float32).min
+  scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, hidden)
+  weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(q_BTKGH.dtype)
+  return jnp.einsum("BKGTS,BKHS->BTKGH", weights_BKGTS, cache.values)
+
+
+def write_and_attend(
+  q_B1KGH: jax.Array,
+  token: LayerCache,
+  cache: LayerCache,
+  position: jax.Array,
+  mask_B1S: jax.Array,
+) -> tuple[jax.Array, LayerCache]:
+  """Writes one token at `position` into a cache and attends from it.
+
+  Returns:
+    The mixed values [B, 1, K, G, H] and the new cache.
+  """
+  old = pin_layout(cache)
+  new = write_cache(old, token, position)
+  # A TPU would fetch all of a cache to write to it, and take it back, were it read
+  # after that; a CPU would copy it, were it read before.
+  mixed_B1KGH = jax.lax.platform_dependent(
+    tpu=lambda: attend_before_write(q_B1KGH, old, token, position, mask_B1S),
+    default=lambda: attend_parts(q_B1KGH, [(new, mask_B1S)]),
+  )
+  return mixed_B1KGH, pin_layout(new)
+
+
+def attend_before_write(
+  q_B1KGH: jax.Array,
+  cache: LayerCache,
+  token: LayerCache,
+  position: jax.Array,
+  mask_B1S: jax.Array,
+) -> jax.Array:
+  """Attends to a cache that does not hold the token yet, and to the token itself."""
+  before_B1S = mask_B1S & (jnp.arange(mask_B1S.shape[-1]) != position)
+  itself_111 = jnp.ones((1, 1, 1), bool)
+  return attend_parts(q_B1KGH, [(cache, before_B1S), (token, itself_111)])
+
+
+def attend_parts(q_BTKGH: jax.Array, parts: Sequence[Part]) -> jax.Array:
+  """Attends from T tokens to the parts of a cache.
+
+  Query heads of a single token go one by one, because a row axis of size 1 in the
+  product costs a CPU a factor of 20.
+
+  Returns:
+    [B, T, K, G, H] in the dtype of the queries.
+  """
+  B, T, K, G, H = q_BTKGH.shape
+  scaled_BTKGH = q_BTKGH * H**-0.5
+  if T == 1:
+    heads = [
+      _merge([_attend_part(scaled_BTKGH[:, 0, :, g], *part) for part in parts])
+      for g in range(G)
+    ]
+    return jnp.stack(heads, axis=2)[:, None].astype(q_BTKGH.dtype)
+  q_BKRH = scaled_BTKGH.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+
+  def rows(mask_BTS):
+    mask_B1GTS = jnp.broadcast_to(
+      mask_BTS[:, None, None], (mask_BTS.shape[0], 1, G, T, mask_BTS.shape[-1])
+    )
+    return mask_B1GTS.reshape(-1, 1, G * T, mask_BTS.shape[-1])
+
+  merged_BKRH = _merge(
+    [_attend_part(q_BKRH, cache, rows(mask_BTS)) for cache, mask_BTS in parts]
+  )
+  mixed_BTKGH = merged_BKRH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
+  return mixed_BTKGH.astype(q_BTKGH.dtype)
+
+
+def _attend_part(q: jax.Array, cache: LayerCache, mask: jax.Array) -> SoftmaxPartial:
+  """Attends from scaled queries [B, K, .., H]; the mask is [B or 1, 1, .., S]."""
+  f32 = {"preferred_element_type": jnp.float32}
+  scores = jnp.einsum("BK...H,BKHS->BK...S", q, cache.keys, **f32)
+  scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+  highest = jnp.max(scores, axis=-1, keepdims=True)
+  weights = jnp.where(mask, jnp.exp(scores - highest), 0.0)
+  denominator = jnp.sum(weights, axis=-1, keepdims=True)
+  weights = weights.astype(cache.values.dtype)
+  numerator = jnp.einsum("BK...S,BKHS->BK...H", weights, cache.values, **f32)
+  return SoftmaxPartial(highest, denominator, numerator)
+
+
+def _merge(parts: Sequence[SoftmaxPartial]) -> jax.Array:
+  """Merges parts into mixed values [B, K, .., H] (arXiv 2205.14135, section 3.1)."""
+  if len(parts) == 1:
+    return parts[0].numerator / parts[0].denominator
+  highest = functools.reduce(jnp.maximum, [part.max for part in parts])
+  scales = [jnp.exp(part.max - highest) for part in parts]
+  total = sum(k * part.denominator for k, part in zip(scales, parts, strict=True))
+  mixed = sum(k * part.numerator for k, part in zip(scales, parts, strict=True))
+  return mixed / total
