@@ -43,14 +43,14 @@ def write_codes(folder: pathlib.Path, records: int = 20, config: GPTConfig = GPT
   return folder
 
 
-def write_images(folder: pathlib.Path, count: int = 12):
-  """Images of blobs in two classes."""
+def write_images(folder: pathlib.Path, count: int = 12, side: int = 20):
+  """Images of blobs in two classes, a little higher than wide."""
   rng = np.random.default_rng(0)
   for i in range(count):
     coarse = rng.integers(0, 256, (3, 3, 3), np.uint8)
     path = folder / f"class{i % 2}" / f"{i:02d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(coarse).resize((20, 24), Image.Resampling.BICUBIC)
+    image = Image.fromarray(coarse).resize((side, side + 4), Image.Resampling.BICUBIC)
     image.save(path)
   return folder
 
