@@ -15,7 +15,7 @@ import time
 import numpy as np
 from PIL import Image
 
-from llamagen_jax.data.images import TrainingImage
+from llamagen_jax.data.images import ImageDecoder, TrainingImage
 from llamagen_jax.data.loader import READ_THREADS, Stream
 from llamagen_jax.data.sources import open_source
 
@@ -33,7 +33,7 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as folder:
     spec = args.source or f"folder:{make_images(pathlib.Path(folder), 64)}"
     source = open_source(spec)
-    transform = TrainingImage(source, args.image_size, 1.25, True, 16)
+    transform = TrainingImage(source, args.image_size, 1.25, True, ImageDecoder(16))
     print(f"{spec}, crops of {args.image_size}, {os.cpu_count()} cores")
     best, found = 0.0, {}
     for workers in (int(w) for w in args.workers.split(",")):

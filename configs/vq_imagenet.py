@@ -81,6 +81,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "max_resize": 1.25,  # random crops from shorter sides of 256 .. 320
     "random_flip": True,
     "min_side": 16,  # smaller images are bad ones
+    "ignore_exif": True,  # the published tokenizers saw ImageNet's images as stored
     "max_bad_share": 0.001,  # bad images that are replaced before the run fails
     "workers": 0 if local else 16,  # decoding processes on every host
   }

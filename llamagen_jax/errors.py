@@ -15,3 +15,8 @@ class RunFailed(Exception):
 
 class Stopped(Exception):
   """A run that was asked to stop and saved what it had. Exit code 0."""
+
+
+def first_line(error: BaseException) -> str:
+  """Returns an error's first line, or its type where it says nothing."""
+  return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

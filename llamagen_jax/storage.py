@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 from typing import IO, Any
 import uuid
 
@@ -69,7 +70,7 @@ def atomic_write(
   tag = f".{uuid.uuid4().hex}" if shared else ""
   part = path.with_name(f".{path.name}{tag}.part")
   try:
-    with part.open(mode) as file:
+    with part.open(mode, encoding=None if "b" in mode else "utf-8") as file:
       yield file
     part.replace(path)
   except BaseException:
@@ -98,5 +99,36 @@ def read_json(path: str | os.PathLike) -> Any:
   text = epath.Path(path).read_bytes()
   try:
     return json.loads(text)
-  except ValueError as error:  # a decoding error of UTF-8 is one, too
+  except (ValueError, RecursionError) as error:  # ValueError: UTF-8's errors, too
     raise UserError(f"{path}: not JSON ({error})") from error
+
+
+def read_text(path: str | os.PathLike) -> str:
+  """Reads a text file in UTF-8, with or without a byte-order mark.
+
+  Raises:
+    UserError: another encoding; names the file and the first wrong byte.
+    FileNotFoundError: there is no such file.
+  """
+  return decode_text(epath.Path(path).read_bytes(), os.fspath(path))
+
+
+def decode_text(data: bytes, name: str) -> str:
+  """Decodes UTF-8, with or without a byte-order mark; `name` stands in the error."""
+  try:
+    text = data.decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    at = error.start + len(data) - len(error.object)  # which begins after the mark
+    utf16 = ", found UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+    raise UserError(
+      f"{name}: byte {at} is 0x{data[at]:02x}, expected text in UTF-8{utf16}"
+    ) from error
+  if "\0" in text:
+    at = data.index(b"\0")
+    raise UserError(f"{name}: byte {at} is 0x00, expected text in UTF-8")
+  return text
+
+
+def text_lines(text: str) -> list[str]:
+  """Splits a text at \\n, \\r\\n and \\r; at no other character, as splitlines does."""
+  return re.split("\r\n|\n|\r", text)

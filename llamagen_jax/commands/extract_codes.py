@@ -23,7 +23,7 @@ import tqdm
 
 from llamagen_jax.data.classes import shown_name
 from llamagen_jax.data.codes import CodeRecord, CodeShardSpec, CodeSource, CodeWriter
-from llamagen_jax.data.images import BadImage, CropSet, decode
+from llamagen_jax.data.images import BadImage, CropSet, ImageDecoder
 from llamagen_jax.data.sources import NO_LABEL, ImageRecord, Source, open_source
 from llamagen_jax.data.workers import in_processes
 from llamagen_jax.errors import UserError
@@ -43,12 +43,12 @@ class _Crops:
   """Grain transform: sample -> its crops, or why it has none."""
 
   crop_set: CropSet
-  min_side: int
+  decoder: ImageDecoder
 
   def __call__(self, sample: ImageRecord) -> dict[str, Any]:
     found = {"key": sample.key, "label": sample.label, "problem": "", "crops": None}
     try:
-      return found | {"crops": self.crop_set(decode(sample, self.min_side))}
+      return found | {"crops": self.crop_set(self.decoder(sample))}
     except BadImage as problem:
       return found | {"problem": str(problem)}
 
@@ -109,6 +109,9 @@ def main(argv: Sequence[str]) -> None:
   add("--shards", type=int, default=64, help="files to write (default 64)")
   add("--batch-size", type=int, default=16, help="images a step on every chip")
   add("--min-side", type=int, default=16, help="smaller images are bad ones")
+  add("--background", default="white", help="colour behind transparent pixels")
+  add("--ignore-exif", action="store_true", help="leave turned photographs as stored,"
+      " as the published ImageNet models did")  # fmt: skip
   add("--max-bad-share", type=float, default=0.01, help="bad images that are let by")
   add("--workers", type=int, default=0, help="processes that decode; 0 = threads")
   add("--check", type=int, default=0, help="random codes to draw in OUT/check.png")
@@ -121,6 +124,7 @@ def main(argv: Sequence[str]) -> None:
     raise UserError(
       f"--ranges={args.ranges}: expected numbers, such as 1.1,1.05"
     ) from error
+  decoder = ImageDecoder(args.min_side, args.background, args.ignore_exif)
   crop_set = CropSet(args.image_size, args.crops, ranges, not args.no_mirror)
   started = time.perf_counter()
   encoder, source = Encoder(args.tokenizer), open_source(args.source)
@@ -132,7 +136,7 @@ def main(argv: Sequence[str]) -> None:
     crop_set,
     shards=args.shards,
     batch_size=args.batch_size,
-    min_side=args.min_side,
+    decoder=decoder,
     max_bad_share=args.max_bad_share,
     workers=args.workers,
   )
@@ -140,7 +144,7 @@ def main(argv: Sequence[str]) -> None:
   if jax.process_index() == 0:
     print(report(manifest, args.out, encoded / seconds))
     if args.check:
-      print(check(encoder, source, args.out, crop_set, args.check, args.min_side))
+      print(check(encoder, source, args.out, crop_set, args.check, decoder))
 
 
 def extract(
@@ -152,7 +156,7 @@ def extract(
   *,
   shards: int,
   batch_size: int,
-  min_side: int,
+  decoder: ImageDecoder,
   max_bad_share: float,
   workers: int,
 ) -> tuple[dict[str, Any], int]:
@@ -178,6 +182,8 @@ def extract(
     codebook_size=config.codebook_size,
     crops=crop_set.names,
     class_names=source.class_names,
+    background=decoder.background,
+    ignore_exif=decoder.ignore_exif,
     source=source_spec,
     samples=len(source),
     shards=min(shards, len(source)),
@@ -195,7 +201,7 @@ def extract(
     return manifest, 0
 
   mine = range(host, plan.shards, hosts)
-  transform = _Crops(crop_set, min_side)
+  transform = _Crops(crop_set, decoder)
   bad = encoded = 0
   with tqdm.tqdm(
     total=sum(len(plan.shard_range(i)) for i in mine),
@@ -320,7 +326,7 @@ def check(
   out: str | pathlib.Path,
   crop_set: CropSet,
   count: int,
-  min_side: int,
+  decoder: ImageDecoder,
 ) -> str:
   """Draws random records beside the crops of the source they should be of.
 
@@ -335,7 +341,7 @@ def check(
     record = codes[int(index)]
     sample = _source_of(codes.manifest, source, int(index), record.key)
     picked = int(rng.integers(len(record.codes)))
-    crops.append(crop_set(decode(sample, min_side))[picked])
+    crops.append(crop_set(decoder(sample))[picked])
     rows.append(record.codes[picked].astype(np.int32))
     labels.append(shown_name(codes.manifest["class_names"], record.label))
     same_label += sample.label == record.label

@@ -11,21 +11,21 @@ import os
 import pathlib
 from typing import Any
 
+from absl import logging
 from array_record.python import array_record_module
 import tqdm
 
 from llamagen_jax.data import shards
-from llamagen_jax.data.caption_files import (
-  CaptionFiles,
-  FieldNames,
-  RawSample,
-  open_files,
-)
+from llamagen_jax.data.caption_files import CaptionFiles, open_files
+from llamagen_jax.data.caption_records import CaptionedImage, FieldNames
 from llamagen_jax.data.captions import KIND, WRITER_OPTIONS, Caption
-from llamagen_jax.data.images import BadImage, decode
+from llamagen_jax.data.images import BadImage, ImageDecoder, SmallImage
 from llamagen_jax.data.sources import ImageRecord
 from llamagen_jax.data.workers import end_with_parent
 from llamagen_jax.errors import UserError
+from llamagen_jax.storage import write_text
+
+MAX_EXAMPLE = 300  # characters of a rejected record in the last message
 
 
 def main(argv: Sequence[str]) -> None:
@@ -35,14 +35,20 @@ def main(argv: Sequence[str]) -> None:
     "--source",
     required=True,
     help="webdataset:TARS, parquet:FILES, jsonl:FILES, coco:ANNOTATIONS.json or"
-    " folder:PATH; * and ? stand for several files",
+    " folder:PATH; *, ? and {00..99} stand for several files",
   )
   add("--out", required=True, help="folder of caption shards to write")
-  add("--images", default="", help="folder that paths of jsonl and coco start in")
+  add(
+    "--images",
+    default="",
+    help="folder that paths of images start in; default: the list's",
+  )
   add("--caption-key", default="", help="field of the caption, where there are several")
   add("--short-key", default="", help="field of a short caption; none if not given")
-  add("--image-key", default="", help="parquet: column of the image's bytes")
-  add("--min-side", type=int, default=256, help="smaller images are left out")
+  add("--image-key", default="", help="field or column of the image, or of its path")
+  add(
+    "--min-side", type=int, default=256, help="images with a smaller side are left out"
+  )
   add("--shards", type=int, default=64, help="files to write of jsonl, coco, folder")
   add("--workers", type=int, default=os.cpu_count() or 1, help="processes")
   add("--hosts", type=int, default=1, help="machines that share the work")
@@ -82,8 +88,8 @@ def prepare(
 ) -> dict[str, Any] | None:
   """Writes caption shards; returns the manifest, or None while others still write.
 
-  Shard i holds what piece i of the source holds, so the result does not depend on
-  the number of processes and hosts, and finished shards are not done again.
+  Shard i holds the records of shard i of the source, so the result does not depend on
+  the number of processes and hosts, and finished shards are not written again.
   """
   files = open_files(source, keys, images, shard_count)
   plan = {
@@ -92,26 +98,48 @@ def prepare(
     "images": images,
     "min_side": min_side,
     **dataclasses.asdict(keys),
-    "pieces": files.pieces,
+    "shard_count": files.shards,
   }
-  folder = shards.ShardWriter(out, plan, files.pieces)
-  mine = [i for i in range(host, files.pieces, hosts) if not folder.is_done(i)]
-  work = functools.partial(_write_shard, folder, files, min_side)
+  folder = shards.ShardWriter(out, plan, files.shards)
+  mine = [i for i in range(host, files.shards, hosts) if not folder.is_done(i)]
+  work = functools.partial(_write_shard, folder, files, ImageDecoder(min_side))
   with tqdm.tqdm(total=len(mine), desc="captions", unit="shard") as bar:
     for _ in _parallel(work, mine, workers):
       bar.update()
-  return folder.finish(functools.partial(_totals, source))
+  manifest = folder.finish(functools.partial(_totals, source, folder.folder))
+  if manifest and keys.short_key and not manifest["short_captions"]:
+    logging.warning("--short-key=%s: no record has that field", keys.short_key)
+  return manifest
 
 
-def _totals(source: str, infos: list[dict[str, Any]]) -> dict[str, Any]:
+def _totals(
+  source: str, folder: pathlib.Path, infos: list[dict[str, Any]]
+) -> dict[str, Any]:
+  """Returns what the manifest says of all shards; refuses to finish without records."""
   rejected = collections.Counter()
   for info in infos:
     rejected.update(info["rejected"])
-  records = sum(info["records"] for info in infos)
+  records, shorts = (sum(i[name] for i in infos) for name in ("records", "shorts"))
   if not records:
     listed = ", ".join(f"{n} {reason}" for reason, n in rejected.items()) or "empty"
-    raise UserError(f"{source}: not one usable sample ({listed})")
-  return {"records": records, "rejected": dict(rejected)}
+    raise UserError(
+      f"{source}: not one usable record ({listed}){_examples(folder, {*rejected})}"
+    )
+  return {"records": records, "short_captions": shorts, "rejected": dict(rejected)}
+
+
+def _examples(folder: pathlib.Path, reasons: set[str]) -> str:
+  """Returns the first record that was rejected for each reason, and why."""
+  found = []
+  for path in sorted(folder.glob("rejected-*.txt")):
+    for line in path.read_text("utf-8").splitlines():
+      key, reason, detail = line.split("\t")
+      if reason in reasons:
+        found.append(f"; {key}: {reason}: {detail}".rstrip(": ")[:MAX_EXAMPLE])
+        reasons = reasons - {reason}
+    if not reasons:
+      break
+  return "".join(found)
 
 
 def _parallel(work, indices: list[int], workers: int) -> Iterator[Any]:
@@ -126,7 +154,7 @@ def _parallel(work, indices: list[int], workers: int) -> Iterator[Any]:
 
 
 def _write_shard(
-  folder: shards.ShardWriter, files: CaptionFiles, min_side: int, index: int
+  folder: shards.ShardWriter, files: CaptionFiles, decoder: ImageDecoder, index: int
 ) -> None:
   names = {kind: folder.file_name(kind, index) for kind in ("text", "images")}
   writers = {
@@ -134,36 +162,36 @@ def _write_shard(
     for kind, n in names.items()
   }
   rejected: list[str] = []
-  reasons, records = collections.Counter(), 0
-  for sample in files.read(index):
-    problem = sample.problem or _problem(sample, min_side)
+  reasons, records, shorts = collections.Counter(), 0, 0
+  for record in files.read(index):
+    problem = record.problem or _problem(record, decoder)
     if problem:
       reason, _, detail = problem.partition(": ")
       reasons[reason] += 1
-      rejected.append(f"{sample.key}\t{reason}\t{detail}".replace("\n", " "))
+      fields = record.key, reason, detail
+      rejected.append("\t".join(" ".join(field.split()) for field in fields))
       continue
-    caption = Caption(sample.key, sample.caption, sample.short, sample.source)
+    caption = Caption(record.key, record.caption, record.short, record.source)
     writers["text"].write(caption.pack())
-    writers["images"].write(sample.image)
+    writers["images"].write(record.image)
     records += 1
+    shorts += bool(record.short)
   for writer in writers.values():
     writer.close()
   if rejected:
-    part = folder.part(f"rejected-{index:05d}.txt")
-    part.write_text("\n".join(rejected) + "\n")
-    part.rename(folder.folder / f"rejected-{index:05d}-of-{files.pieces:05d}.txt")
-  counts = {"records": records, "rejected": dict(sorted(reasons.items()))}
+    name = f"rejected-{index:05d}-of-{files.shards:05d}.txt"
+    write_text(folder.folder / name, "\n".join(rejected) + "\n")
+  counts = {
+    "records": records, "shorts": shorts, "rejected": dict(sorted(reasons.items())),
+  }  # fmt: skip
   folder.commit(index, names, counts)
 
 
-def _problem(sample: RawSample, min_side: int) -> str:
-  """Why a sample cannot be used, as "reason: detail", or ""."""
-  if not sample.caption.strip():
-    return "empty captions"
+def _problem(record: CaptionedImage, decoder: ImageDecoder) -> str:
+  """Returns why a record cannot be used, as "reason: detail", or ""."""
   try:
-    decode(ImageRecord(sample.key, sample.image), min_side)
+    decoder(ImageRecord(record.key, record.image))
   except BadImage as problem:
-    detail = str(problem).removeprefix(f"{sample.key}: ")
-    small = detail.endswith(f"smaller than {min_side}")
-    return f"{'small' if small else 'broken'} images: {detail}"
+    kind = "small" if isinstance(problem, SmallImage) else "broken"
+    return f"{kind} images: {str(problem).removeprefix(f'{record.key}: ')}"
   return ""

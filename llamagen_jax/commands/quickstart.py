@@ -21,7 +21,7 @@ from PIL import Image
 
 from llamagen_jax.commands.classifier import classify, fit_classifier
 from llamagen_jax.commands.extract_codes import Encoder, extract
-from llamagen_jax.data.images import CenterImage, CropSet, decode
+from llamagen_jax.data.images import CenterImage, CropSet, ImageDecoder
 from llamagen_jax.data.loader import epoch_batches
 from llamagen_jax.data.sources import open_source
 from llamagen_jax.errors import UserError
@@ -136,7 +136,7 @@ def judge(workdir: pathlib.Path, size: Size) -> dict[str, float]:
   tokenizer = bundle.load_tokenizer(workdir / "tokenizer" / "bundle")
   mesh = make_mesh()
   test = open_source(f"folder:{workdir}/digits/test")
-  center = CenterImage(SIDE, SIDE)
+  center = CenterImage(SIDE, ImageDecoder(SIDE))
   batches = epoch_batches(test, center, 50 * mesh.size, mesh, shuffle=True)
   kept = reconstruct(tokenizer.config, tokenizer.params, batches, shown=20)
   pairs = np.concatenate([kept.originals, kept.reconstructions])
@@ -220,7 +220,7 @@ def _extract(workdir: pathlib.Path, split: str, size: Size) -> None:
     CropSet(SIDE, "five", size.ranges, mirror=False),
     shards=2,
     batch_size=40,
-    min_side=16,
+    decoder=ImageDecoder(16),
     max_bad_share=0.0,
     workers=0,
   )
@@ -229,7 +229,8 @@ def _extract(workdir: pathlib.Path, split: str, size: Size) -> None:
 def _load(workdir: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray]:
   source = open_source(f"folder:{workdir}/digits/{split}")
   samples = [source[i] for i in range(len(source))]
-  images = np.stack([np.asarray(decode(sample, SIDE)) for sample in samples])
+  decode = ImageDecoder(SIDE)
+  images = np.stack([np.asarray(decode(sample)) for sample in samples])
   return images, np.array([sample.label for sample in samples])
 
 

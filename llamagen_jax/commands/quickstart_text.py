@@ -21,8 +21,8 @@ from llamagen_jax.commands.classifier import classify, fit_classifier
 from llamagen_jax.commands.extract_codes import Encoder, extract
 from llamagen_jax.commands.extract_text import extract_text
 from llamagen_jax.commands.prepare_captions import prepare
-from llamagen_jax.data.caption_files import FieldNames
-from llamagen_jax.data.images import CropSet
+from llamagen_jax.data.caption_records import FieldNames
+from llamagen_jax.data.images import CropSet, ImageDecoder
 from llamagen_jax.data.sources import open_source
 from llamagen_jax.images import grid, save_npz, save_png
 from llamagen_jax.parallel.mesh import unbox
@@ -214,7 +214,7 @@ def _extract(workdir: pathlib.Path, split: str) -> None:
     extract(
       Encoder(workdir / "tokenizer" / "bundle"), open_source(spec), spec, codes,
       CropSet(SIDE, "center", (1.0,), mirror=False), shards=2, batch_size=200,
-      min_side=SIDE, max_bad_share=0.0, workers=0,
+      decoder=ImageDecoder(SIDE), max_bad_share=0.0, workers=0,
     )  # fmt: skip
   extract_text(
     workdir / "t5", captions, workdir / "features" / split, tokens=TOKENS,

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 import tqdm
 
-from llamagen_jax.data.images import CenterImage
+from llamagen_jax.data.images import CenterImage, ImageDecoder
 from llamagen_jax.data.loader import epoch_batches
 from llamagen_jax.data.sources import open_source
 from llamagen_jax.errors import UserError
@@ -54,7 +54,10 @@ def main(argv: Sequence[str]) -> None:
   lpips_params = None
   if args.lpips:
     lpips_params = jax.device_put(load_lpips(args.lpips), replicated(mesh))
-  transform = CenterImage(side, args.min_side)
+  # Published scores are of images as stored.
+  ignore_exif = args.ignore_exif or args.protocol not in (None, "", "custom")
+  decoder = ImageDecoder(args.min_side, args.background, ignore_exif)
+  transform = CenterImage(side, decoder)
   batches = epoch_batches(source, transform, args.batch_size * mesh.size, mesh)
   out, main_host = pathlib.Path(args.out), jax.process_index() == 0
   if main_host:
@@ -110,6 +113,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   add("--lpips", default="", help="LPIPS's and VGG16's weights, to measure LPIPS too")
   add("--shown", type=int, default=8, help="images in the grid")
   add("--min-side", type=int, default=16, help="smaller images are bad ones")
+  add("--background", default="white", help="colour behind transparent pixels")
+  add("--ignore-exif", action="store_true", help="leave turned photographs as stored,"
+      " as the published ImageNet models did; a protocol does so anyway")  # fmt: skip
   score.add_flags(parser, required=False)
   hosts.add_flags(parser)
   args = parser.parse_args(argv)

@@ -1,13 +1,14 @@
 """Caption shards: images with their captions.
 
-A sample is a key, the bytes of an image file, a caption, a short caption or "",
-and where it came from. A folder holds, for every shard, two ArrayRecord files with
-the same samples in the same order, so that captions can be read without images:
+A record is a key, an image file, a caption, a short caption or "", and the file that it
+came from. A folder holds, for every shard, two ArrayRecord files with the same records
+in the same order, so that captions can be read without images:
 
-  text-*      JSON {"key", "caption", "short", "source"}, UTF-8
-  images-*  the file of the image as it was found: JPEG, PNG, WebP ..
+  text-*    JSON {"key", "caption", "short", "source"}, UTF-8
+  images-*  the image's file, unchanged: JPEG, PNG, WebP ..
 
-`rejected-*.txt` lists what could not be used and why. The manifest counts all.
+`rejected-*.txt` lists the records that cannot be used: key, reason and detail, a tab
+between them. The manifest counts both.
 """
 
 import dataclasses
@@ -26,12 +27,12 @@ WRITER_OPTIONS = "group_size:1,uncompressed"
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
-  """A sample without its image."""
+  """A record without its image."""
 
   key: str
   caption: str
   short: str = ""  # a shorter caption of the same image, if there is one
-  source: str = ""  # where the sample came from
+  source: str = ""  # the file that the record came from
 
   def pack(self) -> bytes:
     return json.dumps(dataclasses.asdict(self), ensure_ascii=False).encode()
@@ -63,7 +64,7 @@ class CaptionSource:
     return captions_identity(self.manifest)
 
   def shard_ranges(self) -> list[range]:
-    """The samples that every shard holds."""
+    """Returns the records that every shard holds."""
     ranges, start = [], 0
     for shard in self.manifest["shards"]:
       ranges.append(range(start, start + shard["records"]))

@@ -42,6 +42,8 @@ class CodeShardSpec:
   source: str
   samples: int  # of the source; skipped ones included
   shards: int
+  background: str = "white"  # as the images were decoded
+  ignore_exif: bool = False
 
   def shard_name(self, index: int) -> str:
     return f"codes-{index:05d}-of-{self.shards:05d}.array_record"

@@ -1,43 +1,159 @@
-"""Images decoded and cut to size: Grain transforms of a source's samples."""
+"""Images decoded and cut to size: Grain transforms of a source's records."""
 
 import dataclasses
 import io
 import math
+from typing import IO
 
 from absl import logging
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from llamagen_jax.data.sources import ImageRecord, Source
 from llamagen_jax.errors import UserError
 
 MOST_REPLACEMENTS = 20  # bad images in a row that end a run
+MAX_PIXELS = 2**27  # 0.4 GB as RGB, in every thread that decodes
+MAX_ASPECT = 20  # 256 pixels high, a wider image is no longer one of anything
+# Others that Pillow opens run programs (EPS) or have no mark to know them by (TGA).
+FORMATS = (
+  "JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM",
+)  # fmt: skip
+BITS_PER_SAMPLE = 258  # tag of TIFF
+EXIF_FIELDS = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
 
 
 class BadImage(Exception):
   """An image that cannot be used; the message says why."""
 
 
-def decode(sample: ImageRecord, min_side: int) -> Image.Image:
-  """Decodes a sample to RGB; raises BadImage for a broken or tiny one."""
-  if not sample.image:
-    raise BadImage(f"{sample.key}: no such file, or an empty one")
-  try:
-    with Image.open(io.BytesIO(sample.image)) as image:
-      image = image.convert("RGB")
-  except UnidentifiedImageError as error:  # its text names a place in memory
-    raise BadImage(f"{sample.key}: cannot be decoded (no known format)") from error
-  except Exception as error:  # Pillow's decoders raise nearly anything
-    reason = str(error).partition(" <_io.BytesIO")[0]  # not the address in memory
-    raise BadImage(f"{sample.key}: cannot be decoded ({reason})") from error
-  if min(image.size) < min_side:
+class SmallImage(BadImage):
+  """An image with a side below `min_side`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageDecoder:
+  """Decodes image files to RGB, alike wherever images are read.
+
+  Transparent pixels show the background, 16-bit grey keeps its high byte, and a camera
+  that was turned (EXIF orientation) gives an upright image. Published ImageNet results
+  are of images as stored: `ignore_exif`.
+  """
+
+  min_side: int = 1  # images with a smaller side are bad ones
+  background: str = "white"  # a name, #rrggbb or rgb(r, g, b)
+  ignore_exif: bool = False
+
+  def __post_init__(self):
+    try:
+      ImageColor.getrgb(self.background)
+    except (ValueError, AttributeError) as error:
+      raise UserError(
+        f"background={self.background!r}: expected a colour, such as white or #808080"
+      ) from error
+
+  def __call__(self, record: ImageRecord) -> Image.Image:
+    """Decodes a record to RGB.
+
+    Raises:
+      BadImage: the record is broken, of an unfit kind or size, or not there;
+        the message begins with its key.
+    """
+    if record.problem:
+      raise BadImage(f"{record.key}: {record.problem}")
+    return self.decode(io.BytesIO(record.image), record.key)
+
+  def decode(self, file: IO[bytes], key: str) -> Image.Image:
+    """Decodes an open file to RGB; raises BadImage, whose message begins with `key`."""
+    try:
+      with Image.open(file, formats=FORMATS) as image:
+        self._check_size(image, key)
+        return _to_rgb(_upright(image, self.ignore_exif), self.background)
+    except BadImage:
+      raise
+    except Image.DecompressionBombError as error:
+      raise BadImage(f"{key}: more than {MAX_PIXELS} pixels") from error
+    except UnidentifiedImageError as error:  # its text names an address in memory
+      raise BadImage(f"{key}: cannot be decoded (no known format)") from error
+    except Exception as error:  # Pillow's decoders raise nearly anything
+      reason = str(error).partition(" <_io.BytesIO")[0] or type(error).__name__
+      raise BadImage(f"{key}: cannot be decoded ({reason})") from error
+
+  def size(self, file: IO[bytes], key: str) -> tuple[int, int]:
+    """Returns (width, height) of an upright image, from its header alone."""
+    try:
+      with Image.open(file, formats=FORMATS) as image:
+        self._check_size(image, key)
+        width, height = image.size
+        turned = not self.ignore_exif and _orientation(image) > 4
+        return (height, width) if turned else (width, height)
+    except BadImage:
+      raise
+    except Exception as error:
+      raise BadImage(f"{key}: cannot be decoded (no known format)") from error
+
+  def _check_size(self, image: Image.Image, key: str) -> None:
+    """Bounds the work that an image makes, before its pixels are read."""
     width, height = image.size
-    raise BadImage(f"{sample.key}: {width}x{height}, smaller than {min_side}")
-  return image
+    if min(image.size) < self.min_side:
+      raise SmallImage(
+        f"{key}: {width}x{height}, smaller than min_side={self.min_side}"
+      )
+    if width * height > MAX_PIXELS:
+      raise BadImage(f"{key}: {width}x{height}, more than {MAX_PIXELS} pixels")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+      raise BadImage(f"{key}: {width}x{height}, longer than {MAX_ASPECT}:1")
+
+
+def _orientation(image: Image.Image) -> int:
+  """EXIF's orientation, 1 (upright) to 8; 1 where EXIF is broken.
+
+  TIFF's own is applied by Pillow as it reads, and asking a PNG that has none would
+  decode it.
+  """
+  if image.format == "TIFF" or not image.info.keys() & EXIF_FIELDS:
+    return 1
+  try:
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+  except Exception:  # a broken EXIF block does not spoil the image
+    return 1
+  return orientation if orientation in range(1, 9) else 1
+
+
+def _upright(image: Image.Image, ignore_exif: bool) -> Image.Image:
+  image.load()
+  if ignore_exif or _orientation(image) == 1:
+    return image
+  return ImageOps.exif_transpose(image)
+
+
+def _to_rgb(image: Image.Image, background: str) -> Image.Image:
+  if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+    raise ValueError(f"pixels of mode {image.mode}, expected 8 or 16 bits")
+  if image.mode.startswith("I"):
+    image = _high_byte(image)
+  if not image.has_transparency_data:
+    return image.convert("RGB")
+  image = image.convert("RGBA")
+  ground = Image.new("RGBA", image.size, ImageColor.getrgb(background)[:3])
+  return Image.alpha_composite(ground, image).convert("RGB")
+
+
+def _high_byte(image: Image.Image) -> Image.Image:
+  """Grey of 16 bits (12 in some TIFF) -> L, or LA where one value is transparent."""
+  values = np.asarray(image)
+  bits = 16
+  if image.format == "TIFF":
+    bits = image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0]
+  grey = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
+  hidden = image.info.get("transparency")
+  if isinstance(hidden, int):
+    grey.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
+  return grey
 
 
 def resize_shorter_side(image: Image.Image, side: int) -> Image.Image:
-  """ADM's resize: box-halved while at least twice too large, then bicubic."""
+  """Resizes as ADM does: box-halved while at least twice too large, then bicubic."""
   while min(image.size) >= 2 * side:
     half = tuple(s // 2 for s in image.size)
     image = image.resize(half, Image.Resampling.BOX)
@@ -47,21 +163,21 @@ def resize_shorter_side(image: Image.Image, side: int) -> Image.Image:
 
 
 def center_crop(image: Image.Image, side: int) -> np.ndarray:
-  """ADM's centre crop: uint8 [side, side, 3]."""
+  """Crops the centre as ADM does: uint8 [side, side, 3]."""
   pixels = np.asarray(resize_shorter_side(image, side))
   y, x = ((size - side) // 2 for size in pixels.shape[:2])
   return pixels[y : y + side, x : x + side]
 
 
 def random_crop(
-  image: Image.Image, side: int, largest: float, rng: np.random.Generator
+  image: Image.Image, side: int, max_resize: float, rng: np.random.Generator
 ) -> np.ndarray:
-  """A random square of `side` pixels, uint8 [side, side, 3].
+  """Crops a random square of `side` pixels, uint8 [side, side, 3].
 
   The image's shorter side is first resized to a uniform integer in
-  [side, ceil(side * largest)]; the published recipe has largest = 1 / 0.8.
+  [side, ceil(side * max_resize)]; the published recipe has max_resize = 1 / 0.8.
   """
-  resized = int(rng.integers(side, math.ceil(side * largest) + 1))
+  resized = int(rng.integers(side, math.ceil(side * max_resize) + 1))
   pixels = np.asarray(resize_shorter_side(image, resized))
   y, x = (int(rng.integers(0, size - side + 1)) for size in pixels.shape[:2])
   return pixels[y : y + side, x : x + side]
@@ -71,9 +187,9 @@ def random_crop(
 class CropSet:
   """The crops that code extraction takes of every image, in order.
 
-  For every range r the image is centre-cropped to int(side * r), and of that
-  `kind` takes: "center" the centre; "five" top-left, top-right, bottom-left,
-  bottom-right and centre. With `mirror` the same follow of the mirrored image.
+  For every range r the image is centre-cropped to int(side * r). Of that square `kind`
+  takes crops: "center" the centre; "five" top-left, top-right, bottom-left,
+  bottom-right and centre. With `mirror` the same follow of the mirrored square.
   """
 
   side: int
@@ -89,19 +205,23 @@ class CropSet:
 
   @property
   def names(self) -> tuple[str, ...]:
+    """Names of the crops, such as 1.1/top-left/mirrored."""
     corners = ("top-left", "top-right", "bottom-left", "bottom-right")
-    places = (*corners, "center") if self.kind == "five" else ("center",)
+    positions = (*corners, "center") if self.kind == "five" else ("center",)
     sides = ("", "/mirrored") if self.mirror else ("",)
     return tuple(
-      f"{r:g}/{place}{side}" for r in self.ranges for side in sides for place in places
+      f"{r:g}/{position}{side}"
+      for r in self.ranges
+      for side in sides
+      for position in positions
     )
 
   def __call__(self, image: Image.Image) -> np.ndarray:
-    """uint8 [crops, side, side, 3], in the order of `names`."""
+    """Crops an image: uint8 [crops, side, side, 3], in the order of `names`."""
     crops = []
     for r in self.ranges:
-      whole = center_crop(image, int(self.side * r))
-      for pixels in (whole, whole[:, ::-1]) if self.mirror else (whole,):
+      square = center_crop(image, int(self.side * r))
+      for pixels in (square, square[:, ::-1]) if self.mirror else (square,):
         end = len(pixels) - self.side
         middle = round(end / 2)  # halves to even, as the original's
         corners = [(0, 0), (0, end), (end, 0), (end, end)]
@@ -114,32 +234,33 @@ class CropSet:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingImage:
-  """Grain transform: sample -> a random crop for training the tokenizer.
+  """Grain transform: record -> a random crop for training the tokenizer.
 
-  The place of a bad image is taken by another one, drawn by the same random
-  numbers; `replaced` counts how often, and the log names the image.
+  A bad image is replaced by another one, chosen by the same random numbers;
+  `replaced` counts how often, and the log names the image.
   """
 
   source: Source
   side: int
-  largest: float  # of the resized shorter side, relative to `side`
-  mirror: bool
-  min_side: int
+  max_resize: float  # of the resized shorter side, relative to `side`
+  random_flip: bool
+  decoder: ImageDecoder
 
-  def __call__(self, sample: ImageRecord, rng: np.random.Generator) -> dict:
+  def __call__(self, record: ImageRecord, rng: np.random.Generator) -> dict:
+    """Returns image uint8 [side, side, 3] and replaced int32."""
     replaced = 0
     while True:
       try:
-        image = decode(sample, self.min_side)
+        image = self.decoder(record)
         break
       except BadImage as problem:
         logging.warning("bad image %s", problem)
         replaced += 1
         if replaced == MOST_REPLACEMENTS:
           raise UserError(f"{replaced} bad images in a row, last {problem}") from None
-        sample = self.source[int(rng.integers(len(self.source)))]
-    pixels = random_crop(image, self.side, self.largest, rng)
-    if self.mirror and rng.integers(2):
+        record = self.source[int(rng.integers(len(self.source)))]
+    pixels = random_crop(image, self.side, self.max_resize, rng)
+    if self.random_flip and rng.integers(2):
       pixels = pixels[:, ::-1]
     return {"image": np.ascontiguousarray(pixels), "replaced": np.int32(replaced)}
 
@@ -149,11 +270,12 @@ class CenterImage:
   """Grain transform: record -> its centre crop; a bad one is grey, with weight 0."""
 
   side: int
-  min_side: int
+  decoder: ImageDecoder
 
-  def __call__(self, sample: ImageRecord) -> dict:
+  def __call__(self, record: ImageRecord) -> dict:
+    """Returns image uint8 [side, side, 3] and weight float32."""
     try:
-      pixels = center_crop(decode(sample, self.min_side), self.side)
+      pixels = center_crop(self.decoder(record), self.side)
       return {"image": pixels, "weight": np.float32(1)}
     except BadImage as problem:
       logging.warning("bad image %s", problem)

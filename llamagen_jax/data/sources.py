@@ -1,41 +1,60 @@
 """Sources of images: folders, lists of files, ArrayRecord, caption shards, TFDS.
 
-A source is a random-access sequence of samples, read by Grain's workers.
+A source is a random-access sequence of records, read by Grain's workers. A record that
+cannot be read has a `problem`; only a source that cannot be opened ends a run.
 """
 
+import array
 import dataclasses
-import glob
+import io
 import json
 import os
 import pathlib
+import stat
 import struct
-from typing import Protocol
+from typing import Any, Protocol
 
 from absl import logging
+from etils import epath
 import grain
 import numpy as np
 
 from llamagen_jax.data import shards
 from llamagen_jax.data.captions import CaptionSource
-from llamagen_jax.errors import UserError
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-
+from llamagen_jax.data.file_names import (
+  IMAGE_SUFFIXES,
+  escape,
+  expand_files,
+  is_junk,
+  list_images,
+  natural_order,
+)
+from llamagen_jax.errors import UserError, first_line
+from llamagen_jax.storage import in_bucket, user_path
 
 NO_LABEL = -1
+MAX_LABEL = 2**31 - 1  # records store labels in 32 bits
+MAX_FILE_BYTES = 2**28  # of an image's file
+MAX_LINE_BYTES = 2**24  # of a line of a list
+PATH_KEYS = ("image_path", "file_name", "path", "image", "filename", "filepath")
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageRecord:
-  """An encoded image as it lies in its source."""
+  """An image file as its source holds it, or the reason why there is none."""
 
-  key: str  # names the sample in logs and in code shards
+  key: str  # names the record in logs and in code shards
   image: bytes
   label: int = NO_LABEL
+  problem: str = ""  # why the image cannot be read
+
+  def __post_init__(self):
+    object.__setattr__(self, "key", escape(self.key))
 
 
 class Source(Protocol):
-  """What Grain reads; `class_names` is empty for unlabelled images."""
+  """Random access to records; `class_names` is empty for unlabelled images."""
 
   class_names: tuple[str, ...]
 
@@ -45,7 +64,7 @@ class Source(Protocol):
 
 
 def open_source(spec: str) -> Source:
-  """Opens `kind:place`: folder:, jsonl:, arrayrecord:, captions: or tfds:NAME/SPLIT."""
+  """Opens `kind:path`: folder:, jsonl:, arrayrecord:, captions: or tfds:NAME/SPLIT."""
   kinds = {
     "folder": FolderSource,
     "jsonl": JsonlSource,
@@ -53,82 +72,117 @@ def open_source(spec: str) -> Source:
     "captions": CaptionImageSource,
     "tfds": TfdsSource,
   }
-  kind, _, place = spec.partition(":")
-  if kind not in kinds or not place:
+  kind, _, path = spec.partition(":")
+  if kind not in kinds or not path:
     raise UserError(
       f"data source {spec!r}: expected folder:PATH, jsonl:FILE, arrayrecord:FILES,"
       " captions:PATH or tfds:NAME[/SPLIT]"
     )
-  return kinds[kind](place)
+  return kinds[kind](path)
 
 
 class FolderSource:
-  """A folder of folders of images; a class is a folder, in sorted order.
+  """A folder of folders of images; a class is a folder, in natural order.
 
-  A folder that holds images itself is a source without labels.
+  The images of a class may lie in folders of its own. Images that lie beside the
+  classes have no label; without classes all images are unlabelled.
   """
 
-  def __init__(self, root: str):
-    self.root = root
-    if not os.path.isdir(root):
-      raise UserError(f"data source folder:{root}: no such folder")
-    folders = sorted(e.name for e in os.scandir(root) if e.is_dir())
-    self.class_names = tuple(folders)
-    self._files: list[tuple[str, int]] = [
-      (f"{folder}/{name}", label)
-      for label, folder in enumerate(folders)
-      for name in _images_in(os.path.join(root, folder))
-    ]
-    if not folders:
-      self._files = [(name, NO_LABEL) for name in _images_in(root)]
-    if not self._files:
+  def __init__(self, path: str):
+    self._root = user_path(path)
+    name = f"data source folder:{path}"
+    if not self._root.is_dir():
+      raise UserError(f"{name}: no such folder")
+    files = list_images(self._root)
+    if not files:
+      suffixes = ", ".join(IMAGE_SUFFIXES)
+      raise UserError(f"{name}: no images ({suffixes}) in it or in its folders")
+    folders = natural_order(
+      entry.name
+      for entry in self._root.iterdir()
+      if not is_junk(entry.name) and entry.is_dir()
+    )
+    unlabelled = [file for file in files if "/" not in file]
+    if len(unlabelled) == len(files):
+      folders = []
+    labels = {folder: label for label, folder in enumerate(folders)}
+    self.class_names = tuple(map(escape, folders))
+    self._files = [(f, labels.get(f.partition("/")[0], NO_LABEL)) for f in files]
+    self._files.sort(key=lambda file: file[1])  # stable: class by class
+    self._check_layout(name, folders, len(unlabelled))
+
+  def _check_layout(self, name: str, folders: list[str], unlabelled: int) -> None:
+    """Refuses folders of splits taken for classes; names what has no class or image."""
+    depths = {(f.partition("/")[0], f.count("/")) for f, _ in self._files}
+    splits = [f for f in folders if f.lower() in SPLITS]
+    if splits and splits == folders and all(depth > 1 for _, depth in depths):
       raise UserError(
-        f"data source folder:{root}: no images ({', '.join(SUFFIXES)}) in it or"
-        " in its folders"
+        f"{name}: holds {', '.join(splits)}; give one of them, such as"
+        f" folder:{self._root / splits[0]}"
       )
+    if folders and unlabelled:
+      logging.warning(
+        "%s: %d images beside its folders have no class", name, unlabelled
+      )
+    if empty := sorted(set(folders) - {folder for folder, _ in depths}):
+      shown = escape(", ".join(empty[:8]))
+      logging.warning("%s: %d classes without images: %s", name, len(empty), shown)
 
   def __len__(self) -> int:
     return len(self._files)
 
   def __getitem__(self, index: int) -> ImageRecord:
-    key, label = self._files[index]
-    return ImageRecord(key, read_image(pathlib.Path(self.root, key)), label)
+    file, label = self._files[index]
+    image, problem = read_image(self._root / file)
+    return ImageRecord(file, image, label, problem)
 
 
-def read_image(path: pathlib.Path) -> bytes:
-  """An image's file; nothing where it cannot be read, which `decode` reports."""
+def read_image(path: epath.Path) -> tuple[bytes, str]:
+  """Reads an image's file; returns (bytes, "") or (b"", why it cannot be read)."""
   try:
-    return path.read_bytes()
-  except OSError as error:
-    logging.warning("image %s: %s", path, error.strerror)
-    return b""
+    if not in_bucket(path):
+      status = os.stat(path)
+      if not stat.S_ISREG(status.st_mode):  # a device might never end
+        return b"", "not a file"
+      if status.st_size > MAX_FILE_BYTES:
+        return b"", f"{status.st_size} bytes, expected at most {MAX_FILE_BYTES}"
+    image = path.read_bytes()
+  except FileNotFoundError:
+    return b"", "no such file"
+  except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+    return b"", getattr(error, "strerror", None) or str(error)
+  return image, "" if image else "an empty file"
 
 
-def _images_in(folder: str) -> list[str]:
-  return sorted(
-    entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(SUFFIXES)
-  )
+def image_path(root: epath.Path, name: Any) -> epath.Path:
+  """Returns the path that a list gives an image; raises ValueError for another type."""
+  if not isinstance(name, str) or not name:
+    raise ValueError(f"the image's path is {name!r:.80}, expected text")
+  try:
+    return user_path(name) if "://" in name else root / name
+  except UserError as error:
+    raise ValueError(str(error)) from error
 
 
 HEADER = struct.Struct("<iH")  # label, length of the key
 
 
 class JsonlSource:
-  """Lines of JSON with `image_path`, and `label` (an integer) where there are any.
+  """Lines of JSON with an image's path, and `label` (an integer) where there are any.
 
-  Paths are relative to the file. Only the offsets of the lines are kept in memory,
-  so a list of fifty million images opens as well.
+  The path is the field image_path, file_name or path, relative to the file. Only the
+  offsets of the lines are kept in memory, 8 bytes each: 0.4 GB for fifty million.
   """
 
   class_names: tuple[str, ...] = ()
 
-  def __init__(self, place: str):
-    self._path = pathlib.Path(place)
+  def __init__(self, path: str):
+    self._path = user_path(path)
     if not self._path.is_file():
-      raise UserError(f"data source jsonl:{place}: no such file")
+      raise UserError(f"data source jsonl:{path}: no such file")
     self._offsets = _line_offsets(self._path)
     if len(self) == 0:
-      raise UserError(f"data source jsonl:{place}: no lines in it")
+      raise UserError(f"data source jsonl:{path}: no lines in it")
 
   def __len__(self) -> int:
     return len(self._offsets) - 1
@@ -139,29 +193,48 @@ class JsonlSource:
     start, stop = (int(x) for x in self._offsets[index : index + 2])
     with self._path.open("rb") as file:
       file.seek(start)
-      line = file.read(stop - start)
+      line = file.read(min(stop - start, MAX_LINE_BYTES))
     try:
-      fields = json.loads(line)
-      name, label = fields["image_path"], fields.get("label", NO_LABEL)
-      if not isinstance(name, str) or not isinstance(label, int):
-        raise TypeError("image_path must be text and label an integer")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-      raise UserError(
-        f"{self._path}: line at byte {start}: expected an object with image_path and"
-        f" perhaps label, found {line[:80]!r} ({error})"
-      ) from error
-    return ImageRecord(name, read_image(self._path.parent / name), label)
+      fields = json_object(line)
+      name = next((fields[key] for key in PATH_KEYS if key in fields), None)
+      path = image_path(self._path.parent, name)
+      label = fields.get("label", NO_LABEL)
+      if type(label) is not int or not NO_LABEL <= label <= MAX_LABEL:
+        raise ValueError(f"label is {label!r:.80}, expected 0 .. {MAX_LABEL}")
+    except ValueError as error:
+      key = f"{self._path.name}, line at byte {start}"
+      return ImageRecord(key, b"", problem=f"{error}, found {line[:80]!r}")
+    image, problem = read_image(path)
+    return ImageRecord(name, image, label, problem)
 
 
-def _line_offsets(path: pathlib.Path) -> np.ndarray:
-  """Where every line that is not blank starts, and the end of the file."""
-  offsets, position = [], 0
-  with path.open("rb") as file:
-    for line in file:
-      if line.strip():
+def json_object(text: bytes) -> dict[str, Any]:
+  """Parses an object of JSON; raises ValueError for anything else."""
+  try:
+    fields = json.loads(text.removeprefix(b"\xef\xbb\xbf"))
+  except RecursionError as error:
+    raise ValueError("JSON too deep") from error
+  if not isinstance(fields, dict):
+    raise ValueError(f"JSON is {json.dumps(fields)[:40]}, expected an object")
+  return fields
+
+
+def open_lines(path: epath.Path) -> io.BufferedReader:
+  """Opens a file whose `readline` takes a limit, as a bucket's (fsspec) does not."""
+  return io.BufferedReader(path.open("rb"))
+
+
+def _line_offsets(path: epath.Path) -> np.ndarray:
+  """Returns int64 [lines + 1]: where lines that are not blank start, and the end."""
+  offsets, position, starts = array.array("q"), 0, True
+  with open_lines(path) as file:
+    while part := file.readline(MAX_LINE_BYTES):
+      if starts and part.strip():
         offsets.append(position)
-      position += len(line)
-  return np.array([*offsets, position], np.int64)
+      position += len(part)
+      starts = part.endswith(b"\n")
+  offsets.append(position)
+  return np.frombuffer(offsets, np.int64)
 
 
 class ArrayRecordSource:
@@ -169,17 +242,14 @@ class ArrayRecordSource:
 
   class_names: tuple[str, ...] = ()
 
-  def __init__(self, place: str):
-    paths = sorted(glob.glob(place))
-    if not paths:
-      raise UserError(f"data source arrayrecord:{place}: no such file")
+  def __init__(self, pattern: str):
+    self._name = f"data source arrayrecord:{pattern}"
+    paths = expand_files(self._name, pattern)
     try:
-      self._records = grain.sources.ArrayRecordDataSource(paths)
-      self._place, self._length = place, len(self._records)
+      self._records = grain.sources.ArrayRecordDataSource(list(paths))
+      self._length = len(self._records)
     except Exception as error:  # the reader raises its own kinds
-      raise UserError(
-        f"data source arrayrecord:{place}: not ArrayRecord ({error})"
-      ) from error
+      raise UserError(f"{self._name}: not ArrayRecord ({first_line(error)})") from error
 
   def __len__(self) -> int:
     return self._length
@@ -189,23 +259,26 @@ class ArrayRecordSource:
       raise IndexError(index)
     try:
       return unpack_image(self._records[index])
-    except (struct.error, UnicodeDecodeError) as error:
-      raise UserError(
-        f"data source arrayrecord:{self._place}: record {index} is no image: expected"
-        " int32 label, uint16 length of the key, key, image file"
-      ) from error
+    except Exception as error:  # of the reader or of the record; both are one image's
+      problem = (
+        f"no int32 label, uint16 length of the key, key, image ({first_line(error)})"
+      )
+      return ImageRecord(f"{self._name}, record {index}", b"", problem=problem)
 
 
-def pack_image(sample: ImageRecord) -> bytes:
+def pack_image(record: ImageRecord) -> bytes:
   """Label int32, length of the key uint16, key (UTF-8), image file; little-endian."""
-  key = sample.key.encode()
-  return HEADER.pack(sample.label, len(key)) + key + sample.image
+  key = record.key.encode()
+  return HEADER.pack(record.label, len(key)) + key + record.image
 
 
-def unpack_image(record: bytes) -> ImageRecord:
-  label, length = HEADER.unpack_from(record)
+def unpack_image(packed: bytes) -> ImageRecord:
+  """Reads `pack_image`'s bytes; raises struct.error or ValueError for others."""
+  label, length = HEADER.unpack_from(packed)
   end = HEADER.size + length
-  return ImageRecord(record[HEADER.size : end].decode(), record[end:], label)
+  if label < NO_LABEL or end > len(packed):
+    raise ValueError(f"label {label}, key of {length} bytes")
+  return ImageRecord(packed[HEADER.size : end].decode(), packed[end:], label)
 
 
 class TfdsSource:
@@ -218,42 +291,27 @@ class TfdsSource:
   def __init__(self, place: str):
     import tensorflow_datasets as tfds
 
-    data_dir = os.environ.get("TFDS_DATA_DIR")
-    name, _, split = place.rpartition("/")
-    try:
-      try:
-        builder = tfds.builder(place, data_dir=data_dir)
-        split = "train"
-      except Exception:
-        if not name:
-          raise
-        builder = tfds.builder(name, data_dir=data_dir)
-    except Exception as error:
+    builder, self._split = _tfds_builder(place)
+    splits, features = builder.info.splits, builder.info.features
+    if self._split.partition("[")[0] not in splits:
+      known = ", ".join(splits) or "none, it is not prepared"
       raise UserError(
-        f"data source tfds:{place}: not found ({_first_line(error)}); prepare it with"
-        " `tfds build NAME --file_format=array_record` and set TFDS_DATA_DIR"
-      ) from error
-    splits = builder.info.splits
-    if split.partition("[")[0] not in splits:
-      found = ", ".join(splits) or "none, it is not prepared"
-      raise UserError(f"data source tfds:{place}: no split {split!r}; it has {found}")
-    if "image" not in builder.info.features:
-      features = ", ".join(builder.info.features)
-      raise UserError(f"data source tfds:{place}: no feature image; it has {features}")
+        f"data source tfds:{place}: no split {self._split!r}; it has {known}"
+      )
+    if "image" not in features:
+      known = ", ".join(features)
+      raise UserError(f"data source tfds:{place}: no feature image; it has {known}")
     try:
       self._records = builder.as_data_source(
-        split=split, decoders={"image": tfds.decode.SkipDecoding()}
+        split=self._split, decoders={"image": tfds.decode.SkipDecoding()}
       )
     except Exception as error:
       raise UserError(
-        f"data source tfds:{place}: cannot be read at random ({_first_line(error)});"
+        f"data source tfds:{place}: cannot be read at random ({first_line(error)});"
         " prepare it with --file_format=array_record"
       ) from error
-    self.class_names = ()
-    if "label" in builder.info.features:
-      names = getattr(builder.info.features["label"], "names", None)
-      self.class_names = tuple(names or ())
-    self._split = split
+    names = getattr(features["label"], "names", None) if "label" in features else None
+    self.class_names = tuple(names or ())
 
   def __len__(self) -> int:
     return len(self._records)
@@ -263,16 +321,32 @@ class TfdsSource:
       raise IndexError(index)
     record = self._records[index]
     name = record.get("file_name", f"{self._split}/{index}")
-    key = name.decode() if isinstance(name, bytes) else str(name)
+    key = os.fsdecode(name) if isinstance(name, bytes) else str(name)
     return ImageRecord(key, bytes(record["image"]), int(record.get("label", NO_LABEL)))
 
 
-def _first_line(error: Exception) -> str:
-  return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def _tfds_builder(place: str):
+  """Returns the builder of NAME[/CONFIG][/SPLIT] and its split."""
+  import tensorflow_datasets as tfds
+
+  data_dir = os.environ.get("TFDS_DATA_DIR")
+  name, _, split = place.rpartition("/")
+  try:
+    try:
+      return tfds.builder(place, data_dir=data_dir), "train"
+    except Exception:
+      if not name:
+        raise
+      return tfds.builder(name, data_dir=data_dir), split
+  except Exception as error:
+    raise UserError(
+      f"data source tfds:{place}: not found ({first_line(error)}); prepare it with"
+      " `tfds build NAME --file_format=array_record` and set TFDS_DATA_DIR"
+    ) from error
 
 
 class CaptionImageSource:
-  """The images of the same folder, in the same order; a `Source`."""
+  """The images of caption shards, in the captions' order; a `Source`."""
 
   class_names: tuple[str, ...] = ()
 

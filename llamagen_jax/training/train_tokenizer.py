@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from llamagen_jax.data.images import CenterImage, TrainingImage
+from llamagen_jax.data.images import CenterImage, ImageDecoder, TrainingImage
 from llamagen_jax.data.loader import Batch, Stream, epoch_batches
 from llamagen_jax.data.sources import open_source
 from llamagen_jax.errors import UserError
@@ -72,6 +72,8 @@ class ImageDataConfig:
   max_resize: float = 1.25  # shorter side up to this times image_size
   random_flip: bool = True
   min_side: int = 16  # smaller images are bad ones
+  background: str = "white"  # colour behind transparent pixels
+  ignore_exif: bool = False  # leave turned photographs as stored, as published runs did
   max_bad_share: float = 0.01  # of the source, before the run fails
   workers: int = 0  # processes that decode; 0 = threads
 
@@ -81,6 +83,10 @@ class ImageDataConfig:
         f"data.accumulate={self.accumulate} does not divide"
         f" data.batch_size={self.batch_size}"
       )
+
+  @property
+  def decoder(self) -> ImageDecoder:
+    return ImageDecoder(self.min_side, self.background, self.ignore_exif)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +129,7 @@ def make_task(recipe: TokenizerRecipe, workdir: pathlib.Path) -> Task:
   lpips_params = load_lpips(r.loss.lpips) if r.loss.perceptual_weight else None
   source, eval_source = open_source(d.source), open_source(d.eval_source)
   transform = TrainingImage(
-    source, d.image_size, d.max_resize, d.random_flip, d.min_side
+    source, d.image_size, d.max_resize, d.random_flip, d.decoder
   )
   steps = {
     start: functools.partial(train_step, r, stage)
@@ -365,7 +371,7 @@ def evaluate(
 ) -> Evaluation:
   """Distances and code usage over held-out images; originals above the kept."""
   d = recipe.data
-  transform = CenterImage(d.image_size, d.min_side)
+  transform = CenterImage(d.image_size, d.decoder)
   batches = epoch_batches(source, transform, d.batch_size, mesh, shuffle=True)
   found = reconstruct(recipe.model, state.weights, batches, EXAMPLES, state.lpips)
   rows = np.concatenate([found.originals, found.reconstructions])

@@ -16,7 +16,7 @@ import pytest
 from llamagen_jax.commands import cli
 from llamagen_jax.commands.extract_codes import Encoder
 from llamagen_jax.data.codes import CodeRecord, CodeSource, CodeWriter
-from llamagen_jax.data.images import CropSet, decode
+from llamagen_jax.data.images import CropSet, ImageDecoder
 from llamagen_jax.data.sources import open_source
 from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.tokenizer.model import init_tokenizer
@@ -89,7 +89,7 @@ def test_bad_images_are_named_and_labels_stay_aligned(tmp_path, tokenizer, capsy
   assert [(r.key, r.label) for r in records] == [(s.key, s.label) for s in good]
   assert codes.manifest["label_counts"] == {"0": 197, "1": 199}
   encoder, crop_set = Encoder(tokenizer), CropSet(16, "center", (1.0,), mirror=False)
-  crops = np.stack([crop_set(decode(s, 16)) for s in good[148:152]])
+  crops = np.stack([crop_set(ImageDecoder(16)(s)) for s in good[148:152]])
   expected = np.asarray(encoder.encode(crops))
   np.testing.assert_array_equal([codes[i].codes for i in range(148, 152)], expected)
 

@@ -8,9 +8,9 @@ from llamagen_jax import UserError
 from llamagen_jax.data.images import (
   BadImage,
   CropSet,
+  ImageDecoder,
   TrainingImage,
   center_crop,
-  decode,
   random_crop,
 )
 from llamagen_jax.data.sources import ImageRecord, open_source
@@ -68,18 +68,18 @@ def test_unknown_kinds_of_source_are_named():
   [
     (b"not an image", "cannot be decoded"),
     (png(noise(0, 64, 64))[:200], "cannot be decoded"),
-    (png(noise(0, 40, 12)), "12x40, smaller than 16"),
+    (png(noise(0, 40, 12)), "12x40, smaller than min_side=16"),
   ],
 )
 def test_bad_images_say_why(image, why):
   with pytest.raises(BadImage, match=f"x.png: {why}"):
-    decode(ImageRecord("x.png", image), min_side=16)
+    ImageDecoder(16)(ImageRecord("x.png", image))
 
 
 def test_a_bad_image_is_replaced_and_counted(folder):
   (folder / "a" / "3.png").write_bytes(b"broken")
   source = open_source(f"folder:{folder}")
-  transform = TrainingImage(source, 16, 1.25, mirror=True, min_side=16)
+  transform = TrainingImage(source, 16, 1.25, True, ImageDecoder(16))
   made = [transform(s, np.random.default_rng(1)) for s in source]
   assert [m["replaced"] > 0 for m in made] == [True, False, False]
   assert all(m["image"].shape == (16, 16, 3) for m in made)
@@ -136,3 +136,152 @@ def test_center_crops():
   crops = CropSet(20, "center", (1.0,), mirror=True)(Image.fromarray(pixels))
   np.testing.assert_array_equal(crops[0], pixels[:, 5:25])
   np.testing.assert_array_equal(crops[1], pixels[:, 5:25][:, ::-1])
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+  file = io.BytesIO()
+  image.save(file, format=kind, **options)
+  return file.getvalue()
+
+
+def pixels_of(image: bytes, **options) -> np.ndarray:
+  decoder = ImageDecoder(**options)
+  return np.asarray(decoder(ImageRecord("x", image))).astype(int)
+
+
+def transparent_images() -> dict[str, bytes]:
+  """Files of a red square of 24 pixels; only its green middle, 12 pixels, is opaque."""
+  rgba = np.zeros((24, 24, 4), np.uint8)
+  rgba[..., 0] = 255
+  rgba[6:18, 6:18] = (0, 255, 0, 255)
+  image = Image.fromarray(rgba)
+  palette = Image.new("P", (24, 24), 0)
+  palette.putpalette([255, 0, 0, 0, 255, 0] + [0] * 762)
+  palette.paste(1, (6, 6, 18, 18))
+  alphas = bytes([0, 255])
+  return {
+    "png": encoded(image, "PNG"),
+    "webp": encoded(image, "WEBP", lossless=True, exact=True),
+    "tiff": encoded(image, "TIFF"),
+    "avif": encoded(image, "AVIF", quality=100, subsampling="4:4:4"),
+    "jpeg2000": encoded(image, "JPEG2000"),
+    "gif": encoded(palette, "GIF", transparency=0),
+    "palette": encoded(palette, "PNG", transparency=0),
+    "palette of alphas": encoded(palette, "PNG", transparency=alphas),
+    "one colour": encoded(image.convert("RGB"), "PNG", transparency=(255, 0, 0)),
+  }
+
+
+@pytest.mark.parametrize("kind", transparent_images())
+def test_transparent_pixels_show_the_background(kind):
+  image = transparent_images()[kind]
+  for background, colour in (("white", (255,) * 3), ("#102030", (16, 32, 48))):
+    pixels = pixels_of(image, background=background)
+    assert np.abs(pixels[0, 0] - colour).max() <= 2
+    assert np.abs(pixels[12, 12] - (0, 255, 0)).max() <= 4
+
+
+def test_grey_with_alpha_and_half_transparent_pixels():
+  grey = np.zeros((24, 24, 2), np.uint8)
+  grey[..., 0], grey[12:, :, 1] = 10, 255
+  pixels = pixels_of(encoded(Image.fromarray(grey, "LA"), "PNG"))
+  assert pixels[0, 0].tolist() == [255] * 3 and pixels[20, 0].tolist() == [10] * 3
+  half = Image.new("RGBA", (24, 24), (0, 0, 255, 128))
+  np.testing.assert_allclose(pixels_of(encoded(half, "PNG"))[0, 0], (127, 127, 255))
+
+
+def test_opaque_pixels_are_not_changed():
+  rgb = noise(1, 24, 24)
+  rgba = np.dstack([rgb, np.full((24, 24), 255, np.uint8)])
+  np.testing.assert_array_equal(pixels_of(png(rgba), background="black"), rgb)
+
+
+def test_16_bit_grey_keeps_its_high_byte():
+  values = np.linspace(0, 65535, 1024).reshape(32, 32).astype(np.uint16)
+  for kind in ("PNG", "TIFF", "PPM"):
+    pixels = pixels_of(encoded(Image.fromarray(values), kind))
+    np.testing.assert_array_equal(pixels[..., 1], values >> 8)
+  image = Image.fromarray(values)
+  pixels = pixels_of(encoded(image, "PNG", transparency=int(values[3, 3])))
+  assert pixels[3, 3].tolist() == [255] * 3
+  assert pixels[3, 4].tolist() == [values[3, 4] >> 8] * 3
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_pixels_that_are_no_bytes_are_refused(kind):
+  values = np.random.default_rng(0).uniform(0, 255, (32, 32)).astype(kind)
+  with pytest.raises(BadImage, match="x: .*pixels of mode [FI], expected 8 or 16 bits"):
+    pixels_of(encoded(Image.fromarray(values), "TIFF"))
+
+
+def quadrants() -> Image.Image:
+  """Red top left, green top right, blue bottom left, white; 32 wide, 48 high."""
+  pixels = np.zeros((48, 32, 3), np.uint8)
+  pixels[:24, :16], pixels[:24, 16:] = (255, 0, 0), (0, 255, 0)
+  pixels[24:, :16], pixels[24:, 16:] = (0, 0, 255), (255, 255, 255)
+  return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_photographs_come_upright(kind, orientation):
+  stored = {
+    1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+  }[orientation]  # fmt: skip
+  turned = quadrants() if stored is None else quadrants().transpose(stored)
+  exif = Image.Exif()
+  exif[0x112] = orientation
+  image = encoded(turned, kind, exif=exif, quality=100)
+  upright = pixels_of(image)
+  assert upright.shape == (48, 32, 3)
+  for (y, x), colour in {
+    (8, 8): (255, 0, 0), (8, 24): (0, 255, 0), (40, 8): (0, 0, 255),
+  }.items():  # fmt: skip
+    assert np.abs(upright[y, x] - colour).max() < 30
+  assert ImageDecoder().size(io.BytesIO(image), "x") == (32, 48)
+  as_stored = ImageDecoder(ignore_exif=True)
+  assert as_stored(ImageRecord("x", image)).size == turned.size
+  assert as_stored.size(io.BytesIO(image), "x") == turned.size
+
+
+def test_a_broken_exif_block_spoils_no_image():
+  image = encoded(quadrants(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")
+  assert pixels_of(image).shape == (48, 32, 3)
+
+
+@pytest.mark.parametrize(
+  "size, words",
+  [
+    ((17, 160_000), "17x160000, longer than 20:1"),
+    ((65_000, 16), "65000x16, longer than 20:1"),
+    ((20_000, 20_000), "more than 134217728 pixels"),
+    ((11_600, 11_600), "11600x11600, more than 134217728 pixels"),
+  ],
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_large_images_are_refused_before_they_are_decoded(size, words, monkeypatch):
+  image = encoded(Image.new("1", size), "PNG")
+
+  def load(_):
+    raise AssertionError("decoded")
+
+  monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+  with pytest.raises(BadImage, match=f"x: {words}"):
+    ImageDecoder()(ImageRecord("x", image))
+  with pytest.raises(BadImage):
+    ImageDecoder().size(io.BytesIO(image), "x")
+
+
+@pytest.mark.parametrize("colour", ["whit", "", "#12345", "1,2,3"])
+def test_a_colour_that_is_none_is_named(colour):
+  with pytest.raises(UserError, match=f"background='{colour}': expected a colour"):
+    ImageDecoder(background=colour)
+
+
+def test_formats_that_run_programs_are_not_opened():
+  script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n%%EOF\n"
+  with pytest.raises(BadImage, match="no known format"):
+    pixels_of(script)

@@ -14,7 +14,7 @@ from llamagen_jax import generate
 from llamagen_jax.commands import cli
 from llamagen_jax.commands.extract_text import extract_text
 from llamagen_jax.commands.prepare_captions import prepare
-from llamagen_jax.data.caption_files import FieldNames
+from llamagen_jax.data.caption_records import FieldNames
 from llamagen_jax.data.captions import CaptionSource
 from llamagen_jax.data.codes import CodeRecord, CodeShardSpec, CodeSource, CodeWriter
 from llamagen_jax.data.features import FeatureSource
