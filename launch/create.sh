@@ -3,11 +3,12 @@
 set -euo pipefail
 usage="usage: create.sh --name NAME --zone ZONE --type TYPE [flags]
 
-  --type TYPE       accelerator, v5litepod-16 or v5p-128 say
+  --type TYPE       accelerator, such as v5litepod-16, v5p-128, v6e-8
   --version NAME    runtime version (default: the one of the type)
   --spot            cheaper, and taken away at any time; see watch.sh
   --queued          wait in the queue until the TPU is there
-  --valid-for TIME  how long to queue, 6h say (default: for ever)
+  --valid-for TIME  how long to queue, such as 6h (default: for ever)
+  --bucket GS       refuse unless this bucket is in the zone's region
   --project ID      (default: gcloud's)
   --dry-run         print the gcloud commands only"
 # shellcheck source=launch/common.sh
@@ -39,6 +40,7 @@ if [[ -z $version ]]; then
   esac
 fi
 
+check_bucket
 flags=("--accelerator-type=$type")
 [[ $spot ]] && flags+=(--spot)
 if [[ -z $queued ]]; then

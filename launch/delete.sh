@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Deletes a TPU, and its place in the queue if it has one.
+# Deletes a TPU, and its request in the queue if it has one.
 set -euo pipefail
 usage="usage: delete.sh --name NAME --zone ZONE [flags]
 
