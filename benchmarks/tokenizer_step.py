@@ -17,7 +17,7 @@ import numpy as np
 
 from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.training.recipe import build
-from llamagen_jax.training.train_tokenizer import (
+from llamagen_jax.training.tokenizer_step import (
   GanPhase,
   TokenizerRecipe,
   init_state,

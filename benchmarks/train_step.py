@@ -24,7 +24,7 @@ from llamagen_jax.gpt.flops import train_flops
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.parallel.mesh import make_mesh
 from llamagen_jax.runtime import ask_for_large_pages
-from llamagen_jax.training import train_gpt
+from llamagen_jax.training import gpt_step
 from llamagen_jax.training.optimizer import OptimizerConfig
 from llamagen_jax.training.recipe import MeshConfig, RunConfig
 from llamagen_jax.training.state import abstract_state, init_state
@@ -62,9 +62,9 @@ def main() -> None:
 
 def step_seconds(config: GPTConfig, batch: int, steps: int, profile: str | None):
   """Median over the steps after the first."""
-  recipe = train_gpt.GPTRecipe(
+  recipe = gpt_step.GPTRecipe(
     model=config,
-    data=train_gpt.CodeData("", "", batch),
+    data=gpt_step.CodeData("", "", batch),
     optimizer=OptimizerConfig(lr=1e-4, weight_decay=0.05),
     sampling=SamplingConfig(),
     mesh=MeshConfig(),
@@ -72,10 +72,10 @@ def step_seconds(config: GPTConfig, batch: int, steps: int, profile: str | None)
   )
   mesh = make_mesh()
   with jax.set_mesh(mesh):
-    init = functools.partial(train_gpt.init_state, recipe)
+    init = functools.partial(gpt_step.init_state, recipe)
     abstract = abstract_state(init, mesh)
     state = init_state(init, jax.random.key(0), abstract)
-    step = jax.jit(functools.partial(train_gpt.train_step, recipe), donate_argnums=0)
+    step = jax.jit(functools.partial(gpt_step.train_step, recipe), donate_argnums=0)
     rng = np.random.default_rng(0)
     codes = rng.integers(0, config.vocab_size, (batch, config.image_tokens))
     data = {

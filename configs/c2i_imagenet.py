@@ -89,7 +89,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "skip_spike": 0.0,  # loss above its running mean by so many nats; 0 = never
     "max_skipped_in_a_row": 10,  # skipped steps in a row that end the run
   }
-  config.log_update_norm = False  # costs a pass over the weights every step
 
   # What the finished model is drawn with when nothing else is asked for.
   published = PUBLISHED.get(f"c2i_{arg.variant}_{arg.image_size}")

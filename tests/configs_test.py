@@ -5,9 +5,9 @@ import importlib
 import pytest
 
 from llamagen_jax import UserError
+from llamagen_jax.training.gpt_step import GPTRecipe
 from llamagen_jax.training.recipe import build
-from llamagen_jax.training.train_gpt import GPTRecipe
-from llamagen_jax.training.train_tokenizer import TokenizerRecipe
+from llamagen_jax.training.tokenizer_step import TokenizerRecipe
 
 TOKENIZERS = {
   "vq_digits": ["", "fast", "coloured", "gan", "rows=512,alive"],

@@ -20,8 +20,8 @@ from llamagen_jax.pod.search import HEADER, Trial, search
 from llamagen_jax.pod.train_step import compile_train_step
 from llamagen_jax.serving.engine import CHUNK
 from llamagen_jax.text.t5 import PRESETS, T5Config
+from llamagen_jax.training.gpt_step import GPTRecipe
 from llamagen_jax.training.recipe import build, parse_config
-from llamagen_jax.training.train_gpt import GPTRecipe
 from llamagen_jax.weights.t5 import read_t5_config
 
 

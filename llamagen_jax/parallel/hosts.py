@@ -1,14 +1,18 @@
-"""Many hosts, and being told to stop: what a run needs to know of its cluster.
+"""Many hosts: joining them, ending them together, and being told to stop.
 
 All hosts of a TPU slice run the same command. On a TPU VM they find each other;
 elsewhere three flags name the coordinator, the number of hosts and this one.
 """
 
 import argparse
+import json
 import os
 import pathlib
 import signal
+import sys
 import threading
+import time
+from typing import NoReturn
 
 from absl import flags, logging
 import jax
@@ -21,16 +25,21 @@ FLAGS = {
   "hosts": (int, "How many hosts run."),
   "host": (int, "Which one this is, from 0."),
 }
+# A host that gives no sign of life for so long is dead, and ends the others.
+HEARTBEAT_SECONDS = 40
+FAILURE_KEY = "llamagen/failure"  # in the coordinator's store: {host, code, reason}
+NOTICE_SECONDS = 3  # that a failed coordinator stays, so that the others hear of it
 
 
 def define_flags(values: flags.FlagValues) -> None:
+  """Defines the three flags for a verb with a config."""
   for name, (kind, text) in FLAGS.items():
     define = flags.DEFINE_string if kind is str else flags.DEFINE_integer
     define(name, None, text, flag_values=values)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-  """The same, for a verb without a config."""
+  """Adds the three flags for a verb without a config."""
   group = parser.add_argument_group("several hosts")
   for name, (kind, text) in FLAGS.items():
     group.add_argument(f"--{name}", type=kind, help=text)
@@ -45,21 +54,23 @@ def initialize_distributed(values: flags.FlagValues | argparse.Namespace) -> Non
   else:
     named = {name: getattr(values, name) for name in FLAGS}
   missing = [name for name, value in named.items() if value is None]
+  options = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
   if not missing:
     try:
-      jax.distributed.initialize(*named.values())
+      jax.distributed.initialize(*named.values(), **options)
     except ValueError as error:
       raise UserError(f"--coordinator, --hosts, --host: {error}") from error
   elif len(missing) < len(named):
     raise UserError(f"--coordinator, --hosts and --host go together: no --{missing[0]}")
   elif on_tpu_vm() and not is_single_host():
-    jax.distributed.initialize()
+    jax.distributed.initialize(**options)
   if jax.distributed.is_initialized():
     logging.info("host %d of %d", jax.process_index(), jax.process_count())
+    threading.Thread(target=_end_with_others, daemon=True).start()
 
 
 def on_tpu_vm() -> bool:
-  """Whether this machine has TPU chips, found out without starting them."""
+  """Returns whether this machine has TPU chips, without starting them."""
   accelerators = [*pathlib.Path("/dev").glob("accel[0-9]*")]
   vfio = [p for p in pathlib.Path("/dev/vfio").glob("*") if p.name.isdigit()]
   google = pathlib.Path("/sys/class/dmi/id/product_name")
@@ -68,9 +79,9 @@ def on_tpu_vm() -> bool:
 
 
 def is_single_host() -> bool:
-  """Whether a TPU's environment names no host but this one, as a notebook's does.
+  """Returns whether a TPU's environment names no host but this one.
 
-  There is no metadata server to ask there, and `TPU_SKIP_MDS_QUERY` says so.
+  A notebook's does so: it has no metadata server, and `TPU_SKIP_MDS_QUERY` is set.
   """
   if "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:  # of several slices
     return False
@@ -81,32 +92,78 @@ def is_single_host() -> bool:
   return "," not in workers
 
 
+def end_all_hosts(reason: str, code: int) -> NoReturn:
+  """Ends this process and, with `reason` in one line, all other hosts.
+
+  To be called by a verb's last except clause. Without it the others would wait in a
+  barrier for five minutes, and this process in the one of its exit.
+  """
+  if jax.distributed.is_initialized() and jax.process_count() > 1:
+    failure = {"host": jax.process_index(), "code": code, "reason": reason}
+    try:
+      _store().key_value_set(FAILURE_KEY, json.dumps(failure))
+      time.sleep(NOTICE_SECONDS)
+    except (RuntimeError, ValueError):  # told already, or the coordinator is gone
+      pass
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
+
+
+def _end_with_others() -> None:
+  """Runs in a thread: waits until another host fails, and ends this process then."""
+  while jax.distributed.is_initialized():
+    try:
+      failure = json.loads(_store().blocking_key_value_get(FAILURE_KEY, 10_000))
+    except (RuntimeError, ValueError, AttributeError):
+      time.sleep(0.5)  # nothing yet, or the run is over
+      continue
+    if failure["host"] != jax.process_index():
+      message = f"llamagen: host {failure['host']} failed: {failure['reason']}"
+      print(message, file=sys.stderr, flush=True)
+      os._exit(failure["code"])
+    return
+
+
+def _store():
+  """Returns the client of the coordinator's key-value store; not public in JAX 0.10."""
+  return jax._src.distributed.global_state.client
+
+
 class StopSignal:
-  """SIGTERM, which also announces the preemption or maintenance of a TPU VM.
+  """Notes SIGTERM, as of a TPU VM's preemption or maintenance, and Ctrl-C.
 
   With several hosts JAX passes the notice on, and all of them learn of it at one
-  and the same step; `asked` is therefore called once at every step.
+  and the same step; `should_stop` is therefore called once at every step. A second
+  Ctrl-C ends the process at once.
   """
 
   def __init__(self):
     self._caught = False
-    self._before = None
-    # JAX's preemption service has a handler of its own.
-    self._alone = not jax.distributed.is_initialized()
+    self._before = {}
+    # JAX's preemption service has a handler of its own for SIGTERM.
+    self._single = not jax.distributed.is_initialized()
 
   def should_stop(self, step: int) -> bool:
-    if self._alone:
+    """Returns whether the run ends before this step, alike on all hosts."""
+    if self._single:
       return self._caught
     return multihost_utils.reached_preemption_sync_point(step)
 
   def __enter__(self) -> "StopSignal":
-    if self._alone and threading.current_thread() is threading.main_thread():
-      self._before = signal.signal(signal.SIGTERM, self._catch)
+    if threading.current_thread() is threading.main_thread():
+      caught = [signal.SIGINT, *([signal.SIGTERM] if self._single else [])]
+      self._before = {number: signal.signal(number, self._catch) for number in caught}
     return self
 
   def __exit__(self, *error) -> None:
-    if self._before is not None:
-      signal.signal(signal.SIGTERM, self._before)
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
 
   def _catch(self, number, frame) -> None:
+    if number == signal.SIGINT:
+      signal.signal(signal.SIGINT, signal.default_int_handler)
+      print("stopping; Ctrl-C again ends at once", file=sys.stderr)
+      if not self._single:
+        os.kill(os.getpid(), signal.SIGTERM)
     self._caught = True

@@ -36,7 +36,11 @@ def make_mesh(
   tensor: int = 1,
   devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-  """A mesh over all devices; a size of -1 takes the devices that are left."""
+  """Returns a mesh over all devices; a size of -1 takes the devices that are left.
+
+  Raises:
+    UserError: the sizes do not multiply to the number of devices.
+  """
   devices = jax.devices() if devices is None else devices
   sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
   free = [axis for axis, size in sizes.items() if size == -1]
@@ -57,23 +61,23 @@ def make_mesh(
 
 
 def spec(mesh: Mesh, shape: tuple[int, ...], names: tuple) -> PartitionSpec:
-  """Where an array with these logical axes lies.
+  """Returns how an array with these logical axes is partitioned.
 
   An axis that the mesh does not divide, or whose mesh axis is taken by an
   earlier one, is replicated.
   """
-  placed, used = [], set()
+  partition, used = [], set()
   for size, name in zip(shape, names, strict=True):
     axes = tuple(a for a in RULES.get(name, ()) if mesh.shape[a] > 1 and a not in used)
     if axes and size % math.prod(mesh.shape[a] for a in axes):
       axes = ()
     used.update(axes)
-    placed.append(axes[0] if len(axes) == 1 else axes or None)
-  return PartitionSpec(*placed)
+    partition.append(axes[0] if len(axes) == 1 else axes or None)
+  return PartitionSpec(*partition)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-  """Pins an activation's placement; does nothing where no mesh is set."""
+  """Pins an activation's sharding; does nothing where no mesh is set."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
@@ -83,7 +87,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 def on_every_part(
   function: Callable[[jax.Array], jax.Array], x: jax.Array, *names: str | None
 ) -> jax.Array:
-  """Applies what the compiler cannot partition to every chip's part of an array.
+  """Applies a function that XLA cannot partition to every chip's shard of an array.
 
   Args:
     function: gives an array of the shape of its argument.
@@ -93,48 +97,40 @@ def on_every_part(
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return function(x)
-  placed = spec(mesh, x.shape, names)
-  return jax.shard_map(function, in_specs=placed, out_specs=placed)(x)
-
-
-def axis_names(boxed: Any) -> Any:
-  """Tree of boxed parameters -> the same tree of tuples of logical names."""
-  return jax.tree.map(
-    lambda leaf: leaf.names if is_boxed(leaf) else (None,) * leaf.ndim,
-    boxed,
-    is_leaf=is_boxed,
-  )
+  partition = spec(mesh, x.shape, names)
+  return jax.shard_map(function, in_specs=partition, out_specs=partition)(x)
 
 
 def unbox(boxed: Any) -> Any:
-  """Drops the boxes that carry logical names, and touches nothing else."""
+  """Returns the tree without the boxes that carry logical names."""
   return jax.tree.map(
     lambda leaf: leaf.value if is_boxed(leaf) else leaf, boxed, is_leaf=is_boxed
   )
 
 
 def is_boxed(leaf: Any) -> bool:
+  """Returns whether a leaf carries the logical names of its axes."""
   return isinstance(leaf, nn.LogicallyPartitioned)
 
 
 def shardings(mesh: Mesh, boxed: Any) -> Any:
-  """Abstract boxed tree -> tree of NamedShardings of the unboxed tree.
+  """Returns the NamedShardings of the unboxed tree of an abstract boxed one.
 
-  Logs, once a kind, every axis that has a rule but had to be replicated.
+  Logs, once for each name and size, the axes that have a rule but are replicated.
   """
   replicated = collections.Counter()
 
-  def place(leaf):
+  def sharding(leaf):
     if not is_boxed(leaf):
       return NamedSharding(mesh, PartitionSpec())
-    placed = spec(mesh, leaf.value.shape, leaf.names)
-    for name, size, axes in zip(leaf.names, leaf.value.shape, placed, strict=True):
+    partition = spec(mesh, leaf.value.shape, leaf.names)
+    for name, size, axes in zip(leaf.names, leaf.value.shape, partition, strict=True):
       wanted = [a for a in RULES.get(name, ()) if mesh.shape[a] > 1]
       if wanted and axes is None:
         replicated[name, size, "/".join(wanted)] += 1
-    return NamedSharding(mesh, placed)
+    return NamedSharding(mesh, partition)
 
-  tree = jax.tree.map(place, boxed, is_leaf=is_boxed)
+  tree = jax.tree.map(sharding, boxed, is_leaf=is_boxed)
   for (name, size, wanted), count in replicated.items():
     parts = math.prod(mesh.shape[a] for a in wanted.split("/"))
     logging.warning(
@@ -145,11 +141,12 @@ def shardings(mesh: Mesh, boxed: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Arrays whose first axis is the batch."""
+  """Returns the sharding of arrays whose first axis is the batch."""
   return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of arrays that every chip holds whole."""
   return NamedSharding(mesh, PartitionSpec())
 
 
@@ -179,7 +176,7 @@ def abstract_tree(tree: Any, sharding: Any) -> Any:
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """Every host's rows -> arrays over all chips, rows in the order of the hosts."""
+  """Returns arrays over all chips of every host's rows, in the order of the hosts."""
   sharding = batch_sharding(mesh)
   return {
     name: jax.make_array_from_process_local_data(sharding, value)

@@ -11,8 +11,8 @@ from llamagen_jax.pod import topology
 from llamagen_jax.pod.report import GIB
 from llamagen_jax.pod.train_step import TrainReport, compile_train_step
 from llamagen_jax.text.t5 import T5Config
+from llamagen_jax.training.gpt_step import GPTRecipe
 from llamagen_jax.training.recipe import MeshConfig
-from llamagen_jax.training.train_gpt import GPTRecipe
 
 REMATS = ("none", "dots", "full")
 TENSORS = (1, 2, 4, 8)  # chips that share a layer; more than 8 never paid

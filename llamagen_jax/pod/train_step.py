@@ -18,8 +18,8 @@ from llamagen_jax.parallel.mesh import batch_sharding, replicated
 from llamagen_jax.pod import topology
 from llamagen_jax.pod.report import GIB, CompileReport, analysed
 from llamagen_jax.text.t5 import T5Config, init_t5, padded_features
+from llamagen_jax.training.gpt_step import GPTRecipe, init_state, train_step
 from llamagen_jax.training.state import abstract_state
-from llamagen_jax.training.train_gpt import GPTRecipe, init_state, train_step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,11 @@
-"""Checkpoints of {state, data position, config}: all uses of Orbax's manager."""
+"""Checkpoints of {state, data position, config, model}: all uses of Orbax's manager."""
 
+from collections.abc import Callable, Iterator
+import contextlib
 import json
 import os
-from typing import Any
+import time
+from typing import Any, TypeVar
 
 from absl import logging
 from etils import epath
@@ -11,17 +14,27 @@ from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
 from llamagen_jax.errors import RunFailed, UserError
+from llamagen_jax.storage import read_json, write_json
 from llamagen_jax.training.recipe import RunConfig
+
+T = TypeVar("T")
 
 CONFIG = "config.json"
 STEP_FOLDERS = {"step_prefix": "step", "step_format_fixed_length": 9}
-ITEMS = ("state", "position", "config")
+# `model` is what a bundle of the weights says besides their shape, as JSON.
+ITEMS = ("state", "position", "config", "model")
 SIZES = "sizes.json"  # of a checkpoint: the bytes of every file, written last
 UNREADABLE = "unreadable_"  # put before the name of a checkpoint that is not whole
-# A run may go on with another of these; everything else decides its numbers.
+# Fields of a config that a resumed run may have other values of; the log says so.
+# Everything else decides the numbers of a run, and another value is refused.
 MAY_CHANGE_ON_RESUME = (
   "mesh",
-  "run.steps",
+  "guard",
+  "optimizer.lr",
+  "optimizer.clip",
+  "discriminator_optimizer.lr",
+  "discriminator_optimizer.clip",
+  "run.steps",  # not below the saved step
   "run.log_every",
   "run.eval_every",
   "run.save_every",
@@ -30,21 +43,30 @@ MAY_CHANGE_ON_RESUME = (
   "data.workers",
   "data.max_bad_share",
 )
+# Status codes of storage that answers again later, and the seconds to wait for it.
+TRANSIENT = (
+  "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "INTERNAL", "429", "500", "502",
+  "503", "504", "timed out", "reset by peer", "Connection",
+)  # fmt: skip
+WAIT_SECONDS = (1, 4, 15, 60)
+DAMAGED = ("DATA_LOSS", "checksum", "decod")  # in TensorStore's errors
 
 
 class Checkpoints:
-  """The checkpoints of one work folder; saving is asynchronous and atomic.
+  """The checkpoints of one workdir; saving is asynchronous and atomic.
 
-  A checkpoint whose files are not what was written is set aside, visibly, and the
-  one before it is taken.
+  A checkpoint whose files do not have the sizes or checksums that were written is
+  renamed to `unreadable_...`, and the one before it is taken. Storage that does not
+  answer is asked again, and then ends the run: no checkpoint is renamed for it.
   """
 
   def __init__(self, workdir: os.PathLike, run: RunConfig, config: dict[str, Any]):
-    workdir = epath.Path(workdir)
+    self._workdir, self._run = epath.Path(workdir), run
     self._config = json.loads(json.dumps(config))  # as it will be read back
-    _check_or_write_config(workdir, self._config)
-    self._folder = _checkpoint_folder(workdir)
-    _set_damaged_aside(self._folder)
+    self._model: dict[str, Any] = {}
+    self._folder = _checkpoint_folder(self._workdir)
+    self.previous = self._previous_config()
+    _quarantine_damaged(self._folder)
     self._saving = 0
     self._manager = ocp.CheckpointManager(
       self._folder,
@@ -60,113 +82,201 @@ class Checkpoints:
       item_names=ITEMS,
     )
 
+  def _previous_config(self) -> dict[str, Any] | None:
+    """Returns the config of the run to resume, None where there is none.
+
+    Raises:
+      UserError: a field that may not change has changed.
+    """
+    path = self._workdir / CONFIG
+    if not (path.exists() and _has_checkpoints(self._folder)):
+      return None
+    previous = read_json(path)
+    for name, old, new in _changes(previous, self._config):
+      free = any(name == f or name.startswith(f"{f}.") for f in MAY_CHANGE_ON_RESUME)
+      if not free:
+        raise UserError(
+          f"workdir {self._workdir} holds a run with config.{name}={old!r},"
+          f" this one has {new!r}: use another workdir"
+        )
+    return previous
+
+  def begin(self, model: dict[str, Any]) -> None:
+    """Writes config.json: from here on the workdir belongs to this config.
+
+    Args:
+      model: stored with every checkpoint, for a bundle of its weights.
+    """
+    self._model = model
+    if jax.process_index() == 0:
+      self._workdir.mkdir(parents=True, exist_ok=True)
+      write_json(self._workdir / CONFIG, self._config)
+
   def restore(self, abstract: Any) -> tuple[Any, dict[str, int]] | None:
-    """The newest readable (state, data position), placed as `abstract` says."""
-    steps = sorted(self._manager.all_steps(), reverse=True)
-    for step in steps:
+    """Returns the newest readable (state, data position), sharded as `abstract` is."""
+    while (step := self._manager.latest_step()) is not None:
+      if step > self._run.steps:
+        raise UserError(
+          f"run.steps={self._run.steps}: the newest checkpoint in {self._workdir} is"
+          f" of step {step}; expected run.steps >= {step}"
+        )
       try:
-        restored = self._manager.restore(
-          step,
-          args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract),
-            position=ocp.args.JsonRestore(),
+        restored = with_retries(
+          lambda step=step: self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+              state=ocp.args.StandardRestore(abstract),
+              position=ocp.args.JsonRestore(),
+            ),
           ),
+          f"checkpoint of step {step}",
         )
       except (ValueError, OSError) as error:
+        folder = self._folder / _step_folder(step)
+        damage = _damage(folder) or _damage_in(error)
         # One host cannot go back alone: the others wait for it in a barrier.
-        if jax.process_count() > 1 or step == steps[-1]:
+        if damage is None or jax.process_count() > 1:
           raise RunFailed(
             f"checkpoint of step {step} in {self._folder} cannot be read:"
             f" {_one_line(error)}"
           ) from error
-        logging.warning("checkpoint of step %d: %s", step, _one_line(error))
-        _quarantine(self._folder / _step_folder(step), "it cannot be read")
+        _quarantine(folder, damage)
         self._manager.reload()
         continue
-      logging.info("resumed from step %d", step)
+      for name, old, new in _changes(self.previous or self._config, self._config):
+        logging.info("config.%s: %r -> %r from step %d on", name, old, new, step)
       return restored.state, restored.position
     return None
 
   def save(self, state: Any, step: int, position: dict[str, int], force: bool) -> None:
-    """Saves if the step is due, or in any case where `force` is set."""
+    """Saves if the step is due, or in any case where `force` is set.
+
+    Raises:
+      RunFailed: this save or the one before it could not be finished.
+    """
     if step == self._manager.latest_step():
       return
-    self._manager.wait_until_finished()
-    self._saving = step
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
-        position=ocp.args.JsonSave(position),
-        config=ocp.args.JsonSave(self._config),
-      ),
-      force=force,
-    )
+    with self._one_line_errors():
+      self._manager.wait_until_finished()
+      self._saving = step
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state),
+          position=ocp.args.JsonSave(position),
+          config=ocp.args.JsonSave(self._config),
+          model=ocp.args.JsonSave(self._model),
+        ),
+        force=force,
+      )
+
+  def finish(self) -> None:
+    """Waits for the save under way; raises as `save` does."""
+    with self._one_line_errors():
+      self._manager.wait_until_finished()
 
   def latest(self) -> int | None:
+    """Returns the step of the newest finished checkpoint."""
     return self._manager.latest_step()
+
+  @contextlib.contextmanager
+  def _one_line_errors(self) -> Iterator[None]:
+    try:
+      yield
+    except (OSError, ValueError, RuntimeError) as error:
+      finished = sorted(_steps(self._folder))
+      good = f"step {finished[-1]}" if finished else "none was saved"
+      raise RunFailed(
+        f"checkpoint of step {self._saving} in {self._folder} could not be saved"
+        f" ({_one_line(error)}); last good checkpoint: {good}"
+      ) from error
 
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *error) -> None:
-    """Waits for the save under way."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+  def __exit__(self, kind, *_) -> None:
+    """Waits for the save under way; its failure does not hide another error."""
+    try:
+      self.finish()
+    except RunFailed:
+      if kind is None:
+        raise
+    finally:
+      with contextlib.suppress(OSError, ValueError, RuntimeError):
+        self._manager.close()
 
 
-def restore_part(workdir: os.PathLike, wanted: Any) -> Any:
-  """Part of the state in another run's newest checkpoint, for a fresh start.
+def restore_items(
+  workdir: os.PathLike, wanted: Callable[[dict[str, Any]], Any], step: int | None = None
+) -> tuple[int, dict[str, Any], Any]:
+  """Reads a part of the state in a run's checkpoint, while the run may go on.
 
   Args:
-    wanted: nested dicts of the arrays to read, named as in that run's state; only
-      their shapes, dtypes and places matter.
+    workdir: of the run.
+    wanted: {config, model} of the checkpoint -> nested dicts of abstract arrays with
+      shardings, named as in that run's state.
+    step: of the checkpoint; None = the newest.
+
+  Returns:
+    the step, {config, model}, and the arrays.
+
+  Raises:
+    UserError: there is no such checkpoint, or its arrays have other shapes.
   """
   workdir = epath.Path(workdir)
-  abstract = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
-    wanted,
-  )
   with ocp.CheckpointManager(
     _checkpoint_folder(workdir),
     options=ocp.CheckpointManagerOptions(**STEP_FOLDERS, read_only=True),
     item_names=ITEMS,
   ) as manager:
-    step = manager.latest_step()
-    if step is None:
-      raise UserError(f"{workdir}: no finished checkpoint to start from")
+    steps = manager.all_steps()
+    if not steps or (step is not None and step not in steps):
+      saved = ", ".join(map(str, sorted(steps))) or "none"
+      asked = "no finished checkpoint" if step is None else f"no checkpoint of {step=}"
+      raise UserError(f"{workdir}: {asked}; saved: {saved}")
+    step = max(steps) if step is None else step
+    items = ocp.args.Composite(
+      config=ocp.args.JsonRestore(), model=ocp.args.JsonRestore()
+    )
+    about = dict(with_retries(lambda: manager.restore(step, args=items), "checkpoint"))
+    abstract = wanted(about)
     stored = ocp.args.PyTreeRestore(
       abstract, ocp.checkpoint_utils.construct_restore_args(abstract),
       partial_restore=True,
     )  # fmt: skip
+    args = ocp.args.Composite(state=stored)
     try:
-      restored = manager.restore(step, args=ocp.args.Composite(state=stored))
+      restored = with_retries(lambda: manager.restore(step, args=args), "checkpoint")
     except (ValueError, KeyError) as error:
-      reason = " ".join(str(error).split())[:300]
       raise UserError(
-        f"{workdir}: the checkpoint of step {step} does not fit this config: {reason}"
+        f"{workdir}: the checkpoint of step {step} does not fit this config:"
+        f" {_one_line(error)}"
       ) from error
-  logging.info("starts from the weights of step %d in %s", step, workdir)
-  return restored.state
+  return step, about, restored.state
 
 
-def _check_or_write_config(workdir: epath.Path, config: dict[str, Any]) -> None:
-  """Writes the config on the first start, and refuses another one later."""
-  path = workdir / CONFIG
-  if path.exists():
-    found, wanted = (_flat(c) for c in (json.loads(path.read_text()), config))
-    for name in sorted(found.keys() | wanted.keys()):
-      free = any(name == f or name.startswith(f"{f}.") for f in MAY_CHANGE_ON_RESUME)
-      if not free and found.get(name) != wanted.get(name):
-        raise UserError(
-          f"workdir {workdir} holds a run with config.{name}={found.get(name)!r},"
-          f" this one has {wanted.get(name)!r}: use another workdir"
-        )
-  if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(config, indent=1))
-    part.replace(path)
+def with_retries(read: Callable[[], T], name: str) -> T:
+  """Returns `read()`, tried again after a while where storage does not answer."""
+  for seconds in WAIT_SECONDS:
+    try:
+      return read()
+    except (ValueError, OSError) as error:
+      if not any(word in str(error) for word in TRANSIENT):
+        raise
+      logging.warning("%s: %s; again in %d s", name, _one_line(error), seconds)
+      time.sleep(seconds)
+  return read()
+
+
+def _has_checkpoints(folder: epath.Path) -> bool:
+  return bool(_steps(folder))
+
+
+def _steps(folder: epath.Path) -> list[int]:
+  """Returns the steps of finished checkpoints."""
+  if not folder.exists():
+    return []
+  return [int(path.name[5:]) for path in folder.glob("step_" + "[0-9]" * 9)]
 
 
 def _checkpoint_folder(workdir: epath.Path) -> epath.Path:
@@ -181,58 +291,71 @@ def _step_folder(step: int) -> str:
 def _write_sizes(folder: epath.Path, step: int) -> None:
   """Into the checkpoint that is about to be committed, still under its first name."""
   if jax.process_index() == 0:
-    for place in folder.glob(f"{_step_folder(step)}*"):
-      (place / SIZES).write_text(json.dumps(_sizes(place)))
+    for path in folder.glob(f"{_step_folder(step)}*"):
+      write_json(path / SIZES, _sizes(path))
 
 
-def _sizes(place: epath.Path) -> dict[str, int]:
-  sizes, folders = {}, [place]
+def _sizes(folder: epath.Path) -> dict[str, int]:
+  sizes, folders = {}, [folder]
   while folders:  # epath has no recursive glob
     for path in folders.pop().iterdir():
       if path.is_dir():
         folders.append(path)
       # Orbax completes its own metadata after the sizes were taken.
-      elif path.name not in (SIZES, "_CHECKPOINT_METADATA"):
-        sizes[str(path.relative_to(place))] = path.stat().length
+      elif path.name not in (SIZES, "_CHECKPOINT_METADATA", f".{SIZES}.part"):
+        sizes[str(path.relative_to(folder))] = path.stat().length
   return sizes
 
 
-def _set_damaged_aside(folder: epath.Path) -> None:
+def _quarantine_damaged(folder: epath.Path) -> None:
   """Host 0 compares the files of the newest checkpoints with their sizes."""
-  if jax.process_index() == 0 and folder.exists():
-    for place in sorted(folder.glob("step_" + "[0-9]" * 9), reverse=True):
-      damage = _damage(place)
+  if jax.process_index() == 0:
+    for step in sorted(_steps(folder), reverse=True):
+      path = folder / _step_folder(step)
+      damage = with_retries(lambda path=path: _damage(path), path.name)
       if damage is None:
         break
-      _quarantine(place, damage)
+      _quarantine(path, damage)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("checkpoints were looked at")
 
 
-def _damage(place: epath.Path) -> str | None:
-  record = place / SIZES
+def _damage(folder: epath.Path) -> str | None:
+  record = folder / SIZES
   if not record.exists():
     return None  # of an earlier version, or written by hand: reading it will tell
-  found = _sizes(place)
-  for name, size in json.loads(record.read_text()).items():
-    if found.get(name) != size:
-      return f"{name} has {found.get(name, 'no')} bytes, expected {size}"
+  sizes = _sizes(folder)
+  for name, size in read_json(record).items():
+    if sizes.get(name) != size:
+      return f"{name} has {sizes.get(name, 'no')} bytes, expected {size}"
   return None
 
 
-def _quarantine(place: epath.Path, damage: str) -> None:
-  aside = place.parent / f"{UNREADABLE}{place.name}"
+def _damage_in(error: Exception) -> str | None:
+  """Returns the error's text where it says that bytes are not what was written."""
+  return _one_line(error) if any(word in str(error) for word in DAMAGED) else None
+
+
+def _quarantine(folder: epath.Path, damage: str) -> None:
+  aside = folder.parent / f"{UNREADABLE}{folder.name}"
   if aside.exists():
     aside.rmtree()
-  place.rename(aside)
+  folder.rename(aside)
   logging.warning(
     "checkpoint %s is damaged (%s): kept as %s, falling back to the one before",
-    place, damage, aside.name,
+    folder, damage, aside.name,
   )  # fmt: skip
 
 
 def _one_line(error: object) -> str:
   return " ".join(str(error).split())[:300]
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+  """Returns (name, old, new) of every field that differs."""
+  old, new = _flat(old), _flat(new)
+  names = sorted(old.keys() | new.keys())
+  return [(n, old.get(n), new.get(n)) for n in names if old.get(n) != new.get(n)]
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

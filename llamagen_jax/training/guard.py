@@ -1,4 +1,8 @@
-"""Steps that are not taken: a loss that is no number, or one that jumps."""
+"""Steps that are not taken: a loss that is no number, or one that jumps.
+
+`optax.apply_if_finite` looks at the gradients alone, not at the updates made of them,
+and takes bad steps after so many in a row; here they end the run.
+"""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -8,16 +12,17 @@ import jax.numpy as jnp
 import optax
 
 from llamagen_jax.errors import UserError
+from llamagen_jax.training.optimizer import all_finite
 
-SETTLE = 100  # steps before a loss can count as a spike
-AVERAGE = 0.99  # decay of the average that a spike is measured against
+WARMUP_STEPS = 100  # steps before a loss can count as a spike
+LOSS_DECAY = 0.99  # of the running mean that a spike is measured against
 
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
   """Which steps leave the weights as they were. The batch is lost, not repeated."""
 
-  skip_nonfinite: bool = False  # loss or gradient is inf or NaN
+  skip_nonfinite: bool = False  # loss, gradient or update is inf or NaN
   skip_spike: float = 0.0  # loss above its running mean by so many nats; 0 = never
   max_skipped_in_a_row: int = 10  # skipped steps in a row that end the run
 
@@ -31,6 +36,8 @@ class GuardConfig:
 
 
 class GuardState(NamedTuple):
+  """The optimizer's state and what the guard counts; alike with the guard off."""
+
   inner: Any  # state of the optimizer
   loss: jax.Array  # float32, running mean over the steps taken
   taken: jax.Array  # int32
@@ -41,33 +48,36 @@ class GuardState(NamedTuple):
 def guard(
   optimizer: optax.GradientTransformation, config: GuardConfig
 ) -> optax.GradientTransformationExtraArgs:
-  """`optimizer`, whose `update(.., loss=)` does nothing on a bad step."""
+  """Returns `optimizer`, whose `update(.., loss=)` does nothing on a bad step."""
 
   def init(params):
     zero = jnp.zeros((), jnp.int32)
     return GuardState(optimizer.init(params), jnp.zeros(()), zero, zero, zero)
 
   def update(grads, state, params=None, *, loss, **_):
+    updates, inner = optimizer.update(grads, state.inner, params)
     bad = jnp.zeros((), bool)
     if config.skip_nonfinite:
-      bad |= ~jnp.isfinite(loss) | ~jnp.isfinite(optax.global_norm(grads))
+      bad |= ~jnp.isfinite(loss) | ~all_finite(grads) | ~all_finite(updates)
     if config.skip_spike:
-      bad |= (state.taken >= SETTLE) & (loss > state.loss + config.skip_spike)
-    updates, inner = optimizer.update(grads, state.inner, params)
+      bad |= (state.taken >= WARMUP_STEPS) & (loss > state.loss + config.skip_spike)
 
     def choose(old, new):
       return jax.tree.map(lambda o, n: jnp.where(bad, o, n), old, new)
 
+    if config.on:
+      inner = choose(state.inner, inner)
+      updates = choose(jax.tree.map(jnp.zeros_like, updates), updates)
     mean = jnp.where(
-      state.taken == 0, loss, AVERAGE * state.loss + (1 - AVERAGE) * loss
+      state.taken == 0, loss, LOSS_DECAY * state.loss + (1 - LOSS_DECAY) * loss
     )
     new = GuardState(
-      choose(state.inner, inner),
+      inner,
       jnp.where(bad, state.loss, mean),
       state.taken + ~bad,
       state.skipped + bad,
       jnp.where(bad, state.in_a_row + 1, 0),
     )
-    return choose(jax.tree.map(jnp.zeros_like, updates), updates), new
+    return updates, new
 
   return optax.GradientTransformationExtraArgs(init, update)

@@ -1,44 +1,44 @@
 """The one training loop, for the tokenizer and for the transformer.
 
 Order of a step: evaluate, save, next batch, step, log. A save therefore never
-sees a batch drawn but not trained on, and the metrics of a step are read after
+sees a batch that was read but not trained on, and the metrics of a step are read after
 the next one was dispatched, so the devices do not wait for the host.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import functools
-import pathlib
+import os
 import time
 from typing import Any
 
 from absl import logging
 from clu import parameter_overview
+from etils import epath
 import jax
-import numpy as np
-import tqdm
 
 from llamagen_jax.data.loader import Batch, Stream
-from llamagen_jax.errors import RunFailed, Stopped
+from llamagen_jax.errors import RunFailed, Stopped, UserError
 from llamagen_jax.parallel.hosts import StopSignal
 from llamagen_jax.parallel.mesh import make_mesh, replicated
 from llamagen_jax.training.checkpoint import Checkpoints
-from llamagen_jax.training.metrics_log import MetricsLog
+from llamagen_jax.training.export import write_bundle
 from llamagen_jax.training.profile import Profile
 from llamagen_jax.training.recipe import MeshConfig, RunConfig
-from llamagen_jax.training.speed import Work, memory, speed
-from llamagen_jax.training.state import abstract_state, init_state
+from llamagen_jax.training.reporter import Evaluation, Reporter
+from llamagen_jax.training.speed import Work
+from llamagen_jax.training.state import abstract_state, init_state, shardings_of
 
 Metrics = dict[str, jax.Array]
 Step = Callable[[Any, Batch], tuple[Any, Metrics]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
-  """What a trainer's evaluation found."""
+class Phase:
+  """How the steps of a part of the run are computed; a compiled program of its own."""
 
-  metrics: dict[str, float]
-  images: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  step: Step  # pure; compiled by the loop
+  work: Work | None = None  # of a step, for the log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,31 +46,28 @@ class Task:
   """All that the loop needs to know of what it trains."""
 
   init: Callable[[jax.Array], Any]  # key -> state with boxed parameters
-  step: Step  # pure; compiled by the loop
+  phases: Mapping[int, Phase]  # by the step that each begins with; one begins with 0
   stream: Stream
   evaluate: Callable[[Any, jax.sharding.Mesh], Evaluation]
-  export: Callable[[Any, pathlib.Path], None]  # writes the bundle of a state
+  # Mesh -> what a bundle of the weights says besides the config; see `write_bundle`.
+  describe: Callable[[jax.sharding.Mesh], dict[str, Any]]
   curves: tuple[str, ...]  # metrics that the loss curve shows
-  # Step number -> the function that takes over there: what does not run yet is
-  # not part of the compiled program.
-  later: Mapping[int, Step] = dataclasses.field(default_factory=dict)
+  # Config -> the learning rates by name, to log how a changed config changes them.
+  schedules: Callable[[dict[str, Any]], dict[str, Callable[[int], Any]]]
   # Fresh state -> the same with weights from elsewhere; not called on resuming.
   load: Callable[[Any], Any] | None = None
-  max_skipped_in_a_row: int = (
-    1  # steps in a row that may be skipped before the run fails
-  )
-  work: Work | None = None  # of a step, for the log
+  max_skipped_in_a_row: int = 1  # skipped steps in a row that end the run
 
-  def step_at(self, step: int) -> Step:
-    begun = [start for start in self.later if start <= step]
-    return self.later[max(begun)] if begun else self.step
+  def phase_at(self, step: int) -> Phase:
+    """Returns the phase that the step number belongs to."""
+    return self.phases[max(start for start in self.phases if start <= step)]
 
 
 def fit(
   task: Task,
   run: RunConfig,
   mesh_config: MeshConfig,
-  workdir: pathlib.Path,
+  workdir: os.PathLike,
   config: dict[str, Any],
   profile: int = 0,
 ) -> Any:
@@ -79,7 +76,13 @@ def fit(
   Leaves there: checkpoints, config.json, metrics.jsonl, event files, loss.png,
   the evaluation's images, and the finished model in `bundle`; with `profile`, a
   trace of so many steps in `profile`. Returns the state.
+
+  Raises:
+    UserError: the config is not that of the run in `workdir`, or does not fit it.
+    RunFailed: a loss, gradient or update is not finite, or data or storage failed.
+    Stopped: SIGTERM or Ctrl-C; the state is saved.
   """
+  workdir = epath.Path(workdir)
   mesh = make_mesh(**dataclasses.asdict(mesh_config))
   with (
     jax.set_mesh(mesh),
@@ -87,144 +90,137 @@ def fit(
     Checkpoints(workdir, run, config) as checkpoints,
   ):
     abstract = abstract_state(task.init, mesh)
-    restored = checkpoints.restore(abstract)
-    if restored is None:
-      state, start = init_state(task.init, jax.random.key(run.seed), abstract), 0
-      if task.load is not None:
-        state = task.load(state)
-    else:
-      state, position = restored
-      task.stream.check_position(position)
-      start = position["next_step"]
-    if jax.process_index() == 0:  # which holds a part of the values only
-      parameter_overview.log_parameter_overview(state.params, include_stats=False)
+    state, start = _first_state(task, run, abstract, checkpoints)
+    _log_run(task, state, mesh, checkpoints.previous, config)
+    description = task.describe(mesh)
+    batches = task.stream.batches(mesh, start)
+    checkpoints.begin(description)
     with (
-      _Reporter(workdir, run, start, task) as reporter,
+      Reporter(
+        workdir, run, start, task.stream.batch_size, task.curves,
+        task.max_skipped_in_a_row,
+      ) as reporter,
       Profile(workdir / "profile", profile, start) as trace,
-    ):
-      state = _train(
-        task, run, mesh, state, abstract, start, checkpoints, reporter, stop, trace
-      )
-    task.export(state, workdir / "bundle")
+    ):  # fmt: skip
+      loop = _Loop(task, run, mesh, checkpoints, reporter, stop, trace)
+      state = loop.train(state, start, batches)
+    checkpoints.finish()
+    write_bundle(workdir / "bundle", config, description, state.weights)
   return state
 
 
-def _train(task, run, mesh, state, abstract, start, checkpoints, reporter, stop, trace):
-  places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-
-  @functools.cache
-  def compiled(step: Step):
-    return jax.jit(step, donate_argnums=0, out_shardings=(places, replicated(mesh)))
-
-  batches = task.stream.batches(mesh, start)
-  pending = None  # (step, metrics) that the host has not looked at yet
-
-  def flush_metrics():
-    nonlocal pending
-    if pending is not None:
-      reporter.log(*pending, last_good=checkpoints.latest())
-      pending = None
-
-  for step in range(start, run.steps + 1):
-    final = step == run.steps
-    stopped = stop.should_stop(step) and not final
-    if final or (step > start and run.eval_every and step % run.eval_every == 0):
-      flush_metrics()
-      reporter.log_evaluation(step, task.evaluate(state, mesh))
-    if final or stopped or (step > start and step % run.save_every == 0):
-      flush_metrics()  # a state is saved only once its loss is known to be finite
-      force = final or stopped
-      checkpoints.save(state, step, task.stream.position(step), force)
-    if final:
-      break
-    if stopped:
-      raise Stopped(f"stopped at step {step} and saved; resume with the same command")
-    if trace.turns(step):
-      flush_metrics()
-      trace.turn()
-    waited = time.perf_counter()
-    batch = next(batches)
-    waited = time.perf_counter() - waited
-    state, metrics = compiled(task.step_at(step))(state, batch)
-    flush_metrics()
-    pending = step + 1, metrics, waited
-  return state
+def _first_state(
+  task: Task, run: RunConfig, abstract: Any, checkpoints: Checkpoints
+) -> tuple[Any, int]:
+  """Returns the state to go on with, and the number of its next step."""
+  restored = checkpoints.restore(abstract)
+  if restored is not None:
+    state, position = restored
+    task.stream.check_position(position)
+    logging.info("resumed from step %d of %d", position["next_step"], run.steps)
+    return state, position["next_step"]
+  logging.info("no checkpoint to resume from: starts at step 0 of %d", run.steps)
+  state = init_state(task.init, jax.random.key(run.seed), abstract)
+  return state if task.load is None else task.load(state), 0
 
 
-class _Reporter:
-  """Progress bar, log rows, curves and the check that losses are finite."""
+def _log_run(
+  task: Task,
+  state: Any,
+  mesh: jax.sharding.Mesh,
+  previous: dict[str, Any] | None,
+  config: dict[str, Any],
+) -> None:
+  """Logs hosts, chips and parameters, and learning rates that a resume changes."""
+  step = int(state.step)
+  if previous is not None:
+    old, new = task.schedules(previous), task.schedules(config)
+    for name in old.keys() & new.keys():
+      rates = float(old[name](step)), float(new[name](step))
+      if rates[0] != rates[1]:
+        logging.warning("%s of step %d: %.3g -> %.3g", name, step, *rates)
+  if jax.process_index() > 0:  # the others hold only a part of the values
+    return
+  logging.info(
+    "%d hosts, %d devices (%s), mesh %s", jax.process_count(), jax.device_count(),
+    jax.devices()[0].device_kind, dict(mesh.shape),
+  )  # fmt: skip
+  table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+  logging.info("parameters:\n%s", table)
 
-  def __init__(self, workdir: pathlib.Path, run: RunConfig, start: int, task: Task):
-    self._workdir, self._run, self._curves = workdir, run, task.curves
-    self._batch_size = task.stream.batch_size
-    self._give_up, self._work = task.max_skipped_in_a_row, task.work
-    self._main = jax.process_index() == 0
-    self._log = MetricsLog(workdir, start) if self._main else None
-    self._bar = tqdm.tqdm(
-      total=run.steps,
-      initial=start,
-      desc=workdir.name,
-      unit="step",
-      dynamic_ncols=True,
-      disable=not self._main,
-    )
-    self._last = (start, time.perf_counter())
-    self._waited = 0.0
 
-  def __enter__(self) -> "_Reporter":
-    return self
+@dataclasses.dataclass
+class _Loop:
+  """The steps of a run, with all that they report to."""
 
-  def __exit__(self, *error) -> None:
-    self._bar.close()
-    if self._main:
-      self._log.draw_curve(self._workdir / "loss.png", self._curves)
-      self._log.close()
+  task: Task
+  run: RunConfig
+  mesh: jax.sharding.Mesh
+  checkpoints: Checkpoints
+  reporter: Reporter
+  stop: StopSignal
+  trace: Profile
+  pending: tuple | None = None  # metrics of a step that the host has not looked at yet
 
-  def log(
-    self, step: int, metrics: Metrics, waited: float, last_good: int | None
-  ) -> None:
-    loss = float(metrics["loss"])
-    skipped = int(metrics.get("skipped_in_a_row", 0))
-    if skipped:
-      logging.warning("step %d skipped, loss %s; %d in a row", step, loss, skipped)
-    if skipped and skipped >= self._give_up:
+  def train(self, state: Any, start: int, batches: Iterator[Batch]) -> Any:
+    """Returns the state after step `run.steps`."""
+    run, out = self.run, (shardings_of(state), replicated(self.mesh))
+
+    @functools.cache
+    def compiled(step: Step):
+      return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+    for step in range(start, run.steps + 1):
+      final = step == run.steps
+      stopped = self.stop.should_stop(step) and not final
+      if final or (step > start and run.eval_every and step % run.eval_every == 0):
+        self._flush_metrics()
+        self.reporter.log_evaluation(step, self.task.evaluate(state, self.mesh))
+      if final or stopped or (step > start and step % run.save_every == 0):
+        self._save(state, step, force=final or stopped)
+      if final:
+        break
+      if stopped:
+        self.checkpoints.finish()
+        raise Stopped(f"stopped at step {step} and saved; resume with the same command")
+      if self.trace.turns(step):
+        self._flush_metrics()
+        self.trace.turn()
+      waited = time.perf_counter()
+      batch = self._next_batch(batches, state, step)
+      waited = time.perf_counter() - waited
+      phase = self.task.phase_at(step)
+      state, metrics = compiled(phase.step)(state, batch)
+      self._flush_metrics()
+      self.pending = step + 1, metrics, waited, phase.work
+    return state
+
+  def _flush_metrics(self) -> None:
+    if self.pending is not None:
+      pending, self.pending = self.pending, None
+      self.reporter.log(*pending, last_good=self.checkpoints.latest())
+
+  def _save(self, state: Any, step: int, *, force: bool) -> None:
+    self._flush_metrics()  # a state is saved only once it is known to be finite
+    position = self.task.stream.position(step)
+    self.checkpoints.save(state, step, position, force)
+
+  def _next_batch(self, batches: Iterator[Batch], state: Any, step: int) -> Batch:
+    """Returns the next batch; where the data fails, saves before the run ends.
+
+    With several hosts it does not save: the others are not told to.
+    """
+    try:
+      return next(batches)
+    except Exception as error:
+      saved = ""
+      if jax.process_count() == 1:
+        self._save(state, step, force=True)
+        self.checkpoints.finish()
+        saved = "; saved, resume with the same command"
+      if isinstance(error, UserError):
+        raise
+      reason = " ".join(str(error).split())[:300]
       raise RunFailed(
-        f"{skipped} steps in a row were skipped, the last is {step}, loss {loss}"
-      )
-    for name in (n for n in metrics if n.endswith("loss") and not skipped):
-      if not np.isfinite(value := float(metrics[name])):
-        good = "none was saved" if last_good is None else f"step {last_good}"
-        raise RunFailed(
-          f"{name} is {value} at step {step}; last good checkpoint in"
-          f" {self._workdir}: {good}"
-        )
-    self._bar.update()
-    self._waited += waited
-    if step % self._run.log_every and step != self._run.steps:
-      return
-    now, (last_step, last_time) = time.perf_counter(), self._last
-    elapsed = now - last_time
-    row = {name: float(value) for name, value in metrics.items()}
-    row["step_seconds"] = elapsed / (step - last_step)
-    row["steps_per_second"] = (step - last_step) / elapsed
-    row["samples_per_second"] = row["steps_per_second"] * self._batch_size
-    row["data_wait"] = self._waited / elapsed
-    if self._work is not None:
-      row |= speed(self._work, row["step_seconds"])
-    row |= memory(jax.local_devices()[0])
-    self._last, self._waited = (step, now), 0.0
-    self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-    if self._main:
-      self._log.write(step, row)
-
-  def log_evaluation(self, step: int, found: Evaluation) -> None:
-    if not self._main:
-      return
-    metrics = {f"eval/{name}": value for name, value in found.metrics.items()}
-    self._log.write(step, metrics)
-    for name, image in found.images.items():
-      self._log.write_image(step, name, image)
-    self._log.draw_curve(self._workdir / "loss.png", self._curves)
-    shown = "  ".join(f"{name} {value:.4g}" for name, value in found.metrics.items())
-    self._bar.write(f"step {step}  {shown}")
-    logging.info("step %d evaluation %s", step, metrics)
+        f"the data of step {step} failed ({type(error).__name__}: {reason}){saved}"
+      ) from error

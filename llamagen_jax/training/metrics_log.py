@@ -1,33 +1,53 @@
-"""What a run leaves behind to look at: metrics.jsonl, event files, a loss curve."""
+"""What a run leaves to look at: metrics.jsonl, event files, a loss curve."""
 
 from collections.abc import Mapping, Sequence
 import json
 import math
+import os
 import pathlib
+import tempfile
+import time
 
+from etils import epath
 from matplotlib import figure
 import numpy as np
 import tensorboardX
+
+from llamagen_jax.storage import atomic_write, in_bucket, write_text
+
+BUCKET_SECONDS = 60  # between two uploads of the rows to a bucket, which cannot append
 
 
 class MetricsLog:
   """Writes rows of metrics for one run; made on host 0 only.
 
   A resumed run continues the file: rows of steps that are about to be redone
-  are dropped, so a killed run's log equals an uninterrupted one's.
+  are dropped, so a killed run's log equals an uninterrupted one's. In a bucket the
+  files are written whole, at every evaluation and at most once a minute between.
   """
 
-  def __init__(self, workdir: pathlib.Path, start: int):
-    self._path = workdir / "metrics.jsonl"
-    rows = [row for row in read_rows(self._path) if row["step"] <= start]
-    part = self._path.with_name(".metrics.jsonl.part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    part.replace(self._path)
-    self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1)
+  def __init__(self, workdir: os.PathLike, start: int):
+    self._workdir = epath.Path(workdir)
+    self._path = self._workdir / "metrics.jsonl"
+    self._rows = [row for row in read_rows(self._path) if row["step"] <= start]
+    self._bucket = in_bucket(workdir)
+    self._events_folder = self._workdir
+    if self._bucket:
+      self._temporary = tempfile.TemporaryDirectory()
+      self._events_folder = pathlib.Path(self._temporary.name)
+    self._write_rows()
+    self._events = tensorboardX.SummaryWriter(
+      os.fspath(self._events_folder), purge_step=start + 1
+    )
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
-    with self._path.open("a") as file:
-      file.write(json.dumps({"step": step, **metrics}) + "\n")
+    """Adds a row to metrics.jsonl and to the event files."""
+    self._rows.append({"step": step, **metrics})
+    if not self._bucket:
+      with self._path.open("a") as file:
+        file.write(json.dumps(self._rows[-1]) + "\n")
+    elif time.monotonic() > self._written + BUCKET_SECONDS:
+      self._write_rows()
     for name, value in metrics.items():
       self._events.add_scalar(name, value, step)
 
@@ -35,32 +55,50 @@ class MetricsLog:
     """Adds a uint8 [H, W, 3] image to the event files."""
     self._events.add_image(name, pixels, step, dataformats="HWC")
 
-  def draw_curve(self, path: pathlib.Path, names: Sequence[str]) -> None:
-    """Draws the named metrics of all rows against the step, one panel each."""
-    rows = read_rows(self._path)
-    names = [name for name in names if any(name in row for row in rows)]
+  def write_curve(self, names: Sequence[str]) -> None:
+    """Writes loss.png, the named metrics of all rows against the step, one panel each.
+
+    Brings the other files in a bucket up to date, too.
+    """
+    self._upload()
+    names = [name for name in names if any(name in row for row in self._rows)]
     if not names:
       return
     sheet = figure.Figure(figsize=(4.5 * len(names), 3.2), layout="constrained")
     panels = sheet.subplots(1, len(names), squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
-      points = [(row["step"], row[name]) for row in rows if name in row]
+      points = [(row["step"], row[name]) for row in self._rows if name in row]
       steps, values = zip(*points, strict=True)
       axes.plot(steps, values, linewidth=0.8, alpha=0.5)
       axes.plot(steps, _smooth(values), linewidth=1.6)
       axes.set(xlabel="step", title=name)
       axes.grid(alpha=0.3)
-    part = path.with_name(f".{path.name}.part")
-    sheet.savefig(part, dpi=120, format="png")
-    part.replace(path)
+    with atomic_write(self._workdir / "loss.png") as file:
+      sheet.savefig(file, dpi=120, format="png")
 
   def close(self) -> None:
+    """Ends the event files."""
     self._events.close()
+    self._upload()
+    if self._bucket:
+      self._temporary.cleanup()
+
+  def _write_rows(self) -> None:
+    write_text(self._path, "".join(json.dumps(row) + "\n" for row in self._rows))
+    self._written = time.monotonic()
+
+  def _upload(self) -> None:
+    if self._bucket:
+      self._write_rows()
+      self._events.flush()
+      for path in self._events_folder.iterdir():
+        with atomic_write(self._workdir / path.name) as file:
+          file.write(path.read_bytes())
 
 
-def read_rows(path: pathlib.Path) -> list[dict[str, float]]:
-  """The rows of a metrics.jsonl; a line that a kill cut short ends the file."""
-  rows = []
+def read_rows(path: os.PathLike) -> list[dict[str, float]]:
+  """Returns the rows of a metrics.jsonl; a line that a kill cut short ends the file."""
+  rows, path = [], epath.Path(path)
   if path.exists():
     for line in path.read_text().splitlines():
       try:
@@ -71,7 +109,7 @@ def read_rows(path: pathlib.Path) -> list[dict[str, float]]:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-  """Exponential average over about a fiftieth of the curve."""
+  """Returns an exponential average over about a fiftieth of the curve."""
   decay = math.exp(-50 / max(len(values), 50))
   smoothed, average = [], values[0]
   for value in values:

@@ -1,22 +1,24 @@
 """Traces a few steps of a run for XProf."""
 
-import pathlib
+import os
 
 from absl import logging
 import jax
 
-SETTLED = 3  # steps of a start that compile, or wait for what others compile
+from llamagen_jax.storage import local_path
+
+SETTLED = 3  # first steps of a start, which compile or wait for a compilation
 
 
 class Profile:
-  """A trace of `steps` steps, begun once the run has settled; 0 traces nothing.
+  """Traces `steps` steps once the first ones have compiled; 0 traces nothing.
 
-  Every host writes its own part under `folder`; `xprof --logdir` shows it. A run
-  that ends before the trace does writes what there is.
+  Every host writes its own files under `folder`; `xprof --logdir` shows them. A run
+  that ends within the trace writes it up to there.
   """
 
-  def __init__(self, folder: pathlib.Path, steps: int, start: int):
-    self._folder = folder
+  def __init__(self, folder: os.PathLike, steps: int, start: int):
+    self._folder = local_path(folder, "--profile: the trace") if steps else folder
     self._turns = {start + SETTLED, start + SETTLED + steps} if steps else set()
     self._open = False
 
@@ -28,10 +30,11 @@ class Profile:
       self.turn()
 
   def turns(self, step: int) -> bool:
-    """Whether tracing begins or ends before this step, with all others finished."""
+    """Returns whether tracing begins or ends before this step."""
     return step in self._turns
 
   def turn(self) -> None:
+    """Begins the trace, or ends it; all earlier steps are finished."""
     self._open = not self._open
     if self._open:
       jax.profiler.start_trace(str(self._folder))

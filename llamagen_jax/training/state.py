@@ -1,4 +1,4 @@
-"""What a step updates, and how it comes to lie on the mesh."""
+"""The state that a step updates, and its first values on the mesh."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +27,7 @@ class TrainState:
   def create(
     cls, params: Params, optimizer: optax.GradientTransformation, ema: bool
   ) -> "TrainState":
-    """A state at step 0; boxes around the parameters are kept everywhere."""
+    """Returns a state at step 0; boxes around the parameters are kept everywhere."""
     average = jax.tree.map(jnp.copy, params) if ema else None
     return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
@@ -36,36 +36,53 @@ class TrainState:
     grads: Params,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
-    **known,
-  ) -> "TrainState":
-    """One update; `known` is what the optimizer may look at besides, the loss say."""
+    **extra_args,
+  ) -> tuple["TrainState", jax.Array]:
+    """Returns the state after one update, and the update's global norm.
+
+    Args:
+      grads: tree of gradients, like `params`.
+      optimizer: the one that `create` was given.
+      ema_decay: of the average of the weights.
+      **extra_args: what the optimizer needs besides, such as `loss` for `guard`.
+    """
     optimizer = optax.with_extra_args_support(optimizer)
-    updates, opt_state = optimizer.update(grads, self.opt_state, self.params, **known)
+    updates, opt_state = optimizer.update(
+      grads, self.opt_state, self.params, **extra_args
+    )
     params = optax.apply_updates(self.params, updates)
     ema = self.ema
     if ema is not None:
       # In this form a constant (the unconditional embedding) stays one, bit for bit.
       ema = jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p - e), ema, params)
-    return TrainState(self.step + 1, params, opt_state, ema)
+    new = TrainState(self.step + 1, params, opt_state, ema)
+    return new, optax.global_norm(updates)
 
   @property
   def weights(self) -> Params:
-    """The weights to evaluate and export: the average where one is kept."""
+    """Returns the weights to evaluate and export: the average where one is kept."""
     return self.params if self.ema is None else self.ema
 
 
 def abstract_state(init: Callable[[jax.Array], Any], mesh: Mesh) -> Any:
-  """Shapes, dtypes and shardings of `init(key)`, whose parameters are boxed."""
+  """Returns shapes, dtypes and shardings of `init(key)`, whose parameters are boxed."""
   boxed = jax.eval_shape(lambda: init(jax.random.key(0)))
   return abstract_tree(unbox(boxed), shardings(mesh, boxed))
 
 
 def init_state(init: Callable[[jax.Array], Any], key: jax.Array, abstract: Any) -> Any:
-  """Runs `init` with every array born where it belongs."""
-  places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-  # It runs once: the time goes into compiling a random generator a parameter.
+  """Returns `init(key)` unboxed, every array made where `abstract` has its shards."""
+  # XLA compiles a random generator for every parameter, and they run once: without
+  # optimisation a step starts sooner.
   quick = {"xla_backend_optimization_level": 0}
   init_unboxed = jax.jit(
-    lambda key: unbox(init(key)), out_shardings=places, compiler_options=quick
+    lambda key: unbox(init(key)),
+    out_shardings=shardings_of(abstract),
+    compiler_options=quick,
   )
   return init_unboxed(key)
+
+
+def shardings_of(tree: Any) -> Any:
+  """Returns the tree of the leaves' shardings."""
+  return jax.tree.map(lambda leaf: leaf.sharding, tree)

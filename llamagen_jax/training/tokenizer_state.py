@@ -1,24 +1,26 @@
-"""What tokenizer training updates, and starting it from another run's weights."""
+"""The state of a tokenizer's training, and starting it from another run's weights."""
 
 import dataclasses
-import pathlib
 from typing import Any
 
+from absl import logging
+from etils import epath
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
 from llamagen_jax.errors import UserError
-from llamagen_jax.parallel.mesh import shard_tree
-from llamagen_jax.training.checkpoint import restore_part
-from llamagen_jax.training.state import Params, TrainState
+from llamagen_jax.parallel.mesh import abstract_tree, shard_tree
+from llamagen_jax.storage import user_path
+from llamagen_jax.training.checkpoint import restore_items
+from llamagen_jax.training.state import Params, TrainState, shardings_of
 from llamagen_jax.weights import bundle
 
 
 @flax.struct.dataclass
 class TokenizerState:
-  """Generator, discriminator, and what rides along with them."""
+  """Generator, discriminator, and the arrays that a step needs besides."""
 
   generator: TrainState
   discriminator: TrainState | None  # None where the loss has no adversarial term
@@ -46,51 +48,54 @@ class TokenizerState:
 class InitConfig:
   """Where a fresh run takes its weights from; its step is 0 in any case."""
 
-  source: str = ""  # work folder of a run, or a bundle (generator only); "" = none
-  discriminator: bool = True  # from a work folder: the discriminator too
-  optimizers: bool = True  # from a work folder: the optimisers' moments too
+  source: str = ""  # workdir of a run, or a bundle (generator only); "" = none
+  discriminator: bool = True  # from a workdir: the discriminator too
+  optimizers: bool = True  # from a workdir: the optimisers' moments too
 
 
 def load_weights(config: InitConfig, state: TokenizerState) -> TokenizerState:
-  """The fresh state with weights (and moments) of `config.source`, at step 0.
+  """Returns a fresh state with weights (and moments) of `config.source`, at step 0.
 
   Raises:
-    UserError: it is neither a work folder nor a bundle, or its shapes are others.
+    UserError: it is neither a workdir nor a bundle, or its shapes are others.
   """
-  path = pathlib.Path(config.source)
+  path = user_path(config.source)
   if (path / "checkpoints").is_dir():
     return _from_run(config, path, state)
   if not (path / bundle.CONFIG).is_file():
     raise UserError(
-      f"--init-from={path}: expected a work folder (with checkpoints/) or a bundle"
+      f"--init-from={path}: expected a workdir (with checkpoints/) or a bundle"
     )
   params = bundle.load_tokenizer(path).params
   _check_shapes(path, params, state.params)
-  params = shard_tree(params, jax.tree.map(lambda p: p.sharding, state.params))
+  params = shard_tree(params, shardings_of(state.params))
   generator = state.generator.replace(params=params, ema=_copy_if(state.ema, params))
   return state.replace(generator=generator)
 
 
-def _from_run(config, path: pathlib.Path, state: TokenizerState) -> TokenizerState:
+def _from_run(
+  config: InitConfig, path: epath.Path, state: TokenizerState
+) -> TokenizerState:
   """Reads only what is asked for, so the other run may lack the rest."""
 
-  def part(fresh: TrainState) -> dict[str, Any]:
+  def items(fresh: TrainState) -> dict[str, Any]:
     wanted = {"params": fresh.params}
     return wanted | ({"opt_state": fresh.opt_state} if config.optimizers else {})
 
-  wanted = {"generator": part(state.generator)}
+  wanted = {"generator": items(state.generator)}
   if config.discriminator and state.discriminator is not None:
-    wanted["discriminator"] = part(state.discriminator)
-  found = restore_part(path, wanted)
+    wanted["discriminator"] = items(state.discriminator)
+  step, _, stored = restore_items(path, lambda _: abstract_tree(wanted, shardings_of(wanted)))
+  logging.info("starts from the weights of step %d in %s", step, path)
 
   def filled(name: str) -> TrainState:
     fresh = getattr(state, name)
-    if name not in found:
+    if name not in stored:
       return fresh
-    stored = found[name]
-    opt_state = _restart_schedule(stored.get("opt_state", fresh.opt_state))
-    ema = _copy_if(fresh.ema, stored["params"])
-    return fresh.replace(params=stored["params"], opt_state=opt_state, ema=ema)
+    params = stored[name]["params"]
+    opt_state = _restart_schedule(stored[name].get("opt_state", fresh.opt_state))
+    ema = _copy_if(fresh.ema, params)
+    return fresh.replace(params=params, opt_state=opt_state, ema=ema)
 
   return state.replace(
     generator=filled("generator"), discriminator=filled("discriminator")
@@ -116,7 +121,7 @@ def _restart_schedule(opt_state: Any) -> Any:
   )
 
 
-def _check_shapes(path: pathlib.Path, found: Params, expected: Params) -> None:
+def _check_shapes(path: epath.Path, found: Params, expected: Params) -> None:
   shapes = (
     {jax.tree_util.keystr(k, simple=True, separator="/"): v.shape
      for k, v in jax.tree.leaves_with_path(tree)}

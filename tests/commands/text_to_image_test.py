@@ -26,9 +26,10 @@ from llamagen_jax.data.features import FeatureSource
 from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.text.t5 import T5Config, init_t5
 from llamagen_jax.tokenizer.model import init_tokenizer
+from llamagen_jax.training.gpt_step import GPTRecipe
 from llamagen_jax.training.metrics_log import read_rows
 from llamagen_jax.training.recipe import build
-from llamagen_jax.training.train_gpt import GPTRecipe, make_task
+from llamagen_jax.training.train_gpt import make_task
 from llamagen_jax.weights import bundle
 from tests import tiny
 from tests.processes import ROOT, on_two_hosts

@@ -8,7 +8,9 @@ from llamagen_jax.parallel.mesh import make_mesh
 from llamagen_jax.training import loop
 from llamagen_jax.training import train_gpt as gpt_train
 from llamagen_jax.training import train_tokenizer as tokenizer_train
+from llamagen_jax.training.gpt_step import GPTRecipe
 from llamagen_jax.training.metrics_log import read_rows
+from llamagen_jax.training.recipe import build
 from tests import tiny
 
 MESHES = {
@@ -68,16 +70,14 @@ def test_state_is_sharded_by_the_table(tmp_path):
   def placed(leaf):
     return tuple(leaf.sharding.spec)
 
-  for tree in (state.params, state.ema, state.opt_state[1].mu, state.opt_state[1].nu):
+  for tree in (state.params, state.ema, *state.opt_state.inner[1][1:]):
     assert placed(tree["code_embedding"]) == ("tensor", "fsdp")
     assert placed(tree["layers"]["attention"]["qkv"])[1:3] == ("fsdp", "tensor")
     assert placed(tree["layers"]["ffn"]["out"])[1:] == ("tensor", "fsdp")
 
 
 def loop_recipe(codes):
-  from llamagen_jax.training.recipe import build
-
-  return build(gpt_train.GPTRecipe, tiny.gpt_config(codes, 1))
+  return build(GPTRecipe, tiny.gpt_config(codes, 1))
 
 
 def test_an_axis_that_does_not_divide_is_replicated_and_logged(tmp_path, caplog):

@@ -12,8 +12,8 @@ from llamagen_jax.pod import search as search_module
 from llamagen_jax.pod.hlo import Analysis, Memory
 from llamagen_jax.pod.search import search
 from llamagen_jax.pod.train_step import TrainReport
+from llamagen_jax.training.gpt_step import GPTRecipe
 from llamagen_jax.training.recipe import build
-from llamagen_jax.training.train_gpt import GPTRecipe
 from tests import tiny
 
 CHIP = CHIPS["TPU v5 lite"]

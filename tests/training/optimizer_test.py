@@ -5,12 +5,12 @@ import numpy as np
 from llamagen_jax import GPTConfig
 from llamagen_jax.gpt.model import init_gpt
 from llamagen_jax.parallel.mesh import unbox
+from llamagen_jax.training.gpt_step import decay_mask
 from llamagen_jax.training.optimizer import (
   OptimizerConfig,
   learning_rate,
   make_optimizer,
 )
-from llamagen_jax.training.train_gpt import decay_mask
 
 
 def test_schedules():
@@ -32,7 +32,7 @@ def test_a_step_is_adamw_after_clipping():
   config = OptimizerConfig(0.1, b1=0.9, b2=0.95, weight_decay=0.05, clip=1.0)
   params = {"w": jnp.array([1.0, -2.0])}
   grads = {"w": jnp.array([3.0, 4.0])}  # norm 5
-  optimizer = make_optimizer(config, steps=10)
+  optimizer = make_optimizer(config, learning_rate(config, steps=10))
   updates, _ = optimizer.update(grads, optimizer.init(params), params)
   g = np.array([0.6, 0.8])
   expected = -0.1 * (g / (np.abs(g) + 1e-8) + 0.05 * np.array([1.0, -2.0]))

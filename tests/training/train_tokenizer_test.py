@@ -16,7 +16,13 @@ from llamagen_jax.training import train_tokenizer
 from llamagen_jax.training.metrics_log import read_rows
 from llamagen_jax.training.recipe import build
 from llamagen_jax.training.tokenizer_state import InitConfig, load_weights
-from llamagen_jax.training.train_tokenizer import GanPhase, TokenizerRecipe, train_step
+from llamagen_jax.training.tokenizer_step import (
+  GanPhase,
+  TokenizerRecipe,
+  gan_phases,
+  init_state,
+  train_step,
+)
 from llamagen_jax.weights import bundle
 from tests import tiny
 
@@ -30,7 +36,7 @@ def make_recipe(**changes) -> TokenizerRecipe:
 
 
 def fresh(recipe, seed=0):
-  return unbox(train_tokenizer.init_state(recipe, jax.random.key(seed)))
+  return unbox(init_state(recipe, jax.random.key(seed)))
 
 
 def a_batch(size=4):
@@ -150,12 +156,10 @@ def test_before_it_starts_the_discriminator_costs_nothing():
 
 def test_stages_follow_the_config():
   loss = dataclasses.replace(make_recipe().loss, disc_start=20, disc_warmup_steps=5)
-  assert train_tokenizer.stages(loss) == {0: GanPhase(), 15: GanPhase(True), 20: BOTH}
+  assert gan_phases(loss) == {0: GanPhase(), 15: GanPhase(True), 20: BOTH}
   now = dataclasses.replace(loss, disc_start=0, disc_warmup_steps=0)
-  assert train_tokenizer.stages(now) == {0: BOTH}
-  assert train_tokenizer.stages(dataclasses.replace(loss, adversarial_weight=0)) == {
-    0: GanPhase()
-  }
+  assert gan_phases(now) == {0: BOTH}
+  assert gan_phases(dataclasses.replace(loss, adversarial_weight=0)) == {0: GanPhase()}
 
 
 def test_the_discriminator_waits_then_leads_then_acts(run):
@@ -251,5 +255,5 @@ def test_weights_of_another_shape_are_refused(tmp_path):
   other = fresh(dataclasses.replace(recipe, model=model))
   with pytest.raises(UserError, match=r"codebook is \(16, 4\).*expects \(32, 4\)"):
     load_weights(InitConfig(str(tmp_path)), other)
-  with pytest.raises(UserError, match="--init-from=.*none: expected a work folder"):
+  with pytest.raises(UserError, match="--init-from=.*none: expected a workdir"):
     load_weights(InitConfig(str(tmp_path / "none")), other)
