@@ -14,7 +14,7 @@ class RunFailed(Exception):
 
 
 class Stopped(Exception):
-  """A run that was asked to stop and saved what it had. Exit code 0."""
+  """A run that was asked to stop and saved what it had. Exit code 75: run it again."""
 
 
 def first_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ FOLDER = pathlib.Path(__file__).parent / "golden"
 @functools.cache
 def golden() -> dict[str, np.ndarray]:
   numbers = {}
-  for name in ("golden.npz", "golden_eval.npz"):
+  for name in ("golden.npz", "golden_eval.npz", "golden_beyond.npz"):
     with np.load(FOLDER / name) as file:
       numbers |= file
   return numbers
@@ -28,6 +28,11 @@ def manifest() -> dict:
 @functools.cache
 def eval_manifest() -> dict:
   return json.loads((FOLDER / "manifest_eval.json").read_text())
+
+
+@functools.cache
+def beyond_manifest() -> dict:
+  return json.loads((FOLDER / "manifest_beyond.json").read_text())
 
 
 def state_dict(model: str) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import traceback
 
 from llamagen_jax.errors import RunFailed, Stopped, UserError
 from llamagen_jax.runtime import ask_for_large_pages
@@ -15,6 +16,7 @@ VERBS = {
   "prepare-captions": ("prepare_captions", "images with captions to caption shards"),
   "extract-text": ("extract_text", "caption shards to shards of T5 features"),
   "train-gpt": ("train_gpt", "train a transformer on code shards"),
+  "export-bundle": ("export_bundle", "a bundle of a run's checkpoint, at any time"),
   "compile-for-pod": ("compile_for_pod", "prove that a config fits a pod, without one"),
   "sample": ("sample", "draw images"),
   "serve": ("serve", "draw images over HTTP, with a web demo"),
@@ -42,15 +44,25 @@ def run(argv: list[str]) -> int:
     return 2
   try:
     importlib.import_module(f"llamagen_jax.commands.{VERBS[verb][0]}").main(rest)
-  except UserError as error:
-    print(f"llamagen {verb}: {error}", file=sys.stderr)
-    return 2
-  except RunFailed as error:
-    print(f"llamagen {verb}: {error}", file=sys.stderr)
-    return 1
   except Stopped as stopped:
     print(f"llamagen {verb}: {stopped}", file=sys.stderr)
+    return 75  # EX_TEMPFAIL: the same command goes on
+  except (UserError, RunFailed) as error:
+    print(f"llamagen {verb}: {error}", file=sys.stderr)
+    code = 2 if isinstance(error, UserError) else 1
+    _end_all_hosts(str(error), code)
+    return code
+  except Exception as error:  # a bug: with one host the traceback tells of it
+    _end_all_hosts(f"{type(error).__name__}: {error}", 1, traceback.format_exc())
+    raise
   return 0
+
+
+def _end_all_hosts(reason: str, code: int, details: str = "") -> None:
+  if "jax" in sys.modules:  # without it no host was joined
+    from llamagen_jax.parallel import hosts
+
+    hosts.end_all_hosts(" ".join(reason.split())[:300], code, details)
 
 
 def _usage() -> str:

@@ -5,12 +5,17 @@ embedding instead, in training for guidance's sake and in sampling for the
 unconditional half of the batch.
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.layers import INIT
+
+GUIDANCE_WIDTH = 256  # of the sinusoid of a guidance strength
+GUIDANCE_PERIOD = 10_000  # longest period of its waves
 
 
 class ClassEmbedding(nn.Module):
@@ -48,6 +53,33 @@ class CaptionEmbedding(nn.Module):
     fixed_PC = jax.lax.stop_gradient(fixed)
     x_BPC = jnp.where(drop_B[:, None, None], fixed_PC, features_BPC).astype(c.dtype)
     return nn.gelu(x_BPC @ in_CD, approximate=True) @ out_DD
+
+
+class GuidanceEmbedding(nn.Module):
+  """Guidance strengths beta [B] -> [B, 1, D], added to the class token.
+
+  A sinusoid of 1000 beta and a two-layer perceptron, as of a diffusion model's time
+  (GFT, arXiv 2501.15420, section 4).
+  """
+
+  config: GPTConfig
+
+  @nn.compact
+  def __call__(self, beta_B):
+    c = self.config
+    in_init = nn.with_logical_partitioning(INIT, (None, "embed"))
+    out_init = nn.with_logical_partitioning(INIT, ("embed", None))
+    bias_init = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
+    in_ED = self.param("in", in_init, (GUIDANCE_WIDTH, c.dim))
+    in_bias_D = self.param("in_bias", bias_init, (c.dim,))
+    out_DD = self.param("out", out_init, (c.dim, c.dim))
+    out_bias_D = self.param("out_bias", bias_init, (c.dim,))
+    half = GUIDANCE_WIDTH // 2
+    frequencies_H = jnp.exp(-math.log(GUIDANCE_PERIOD) * jnp.arange(half) / half)
+    angles_BH = 1000.0 * beta_B.astype(jnp.float32)[:, None] * frequencies_H
+    x_BE = jnp.concatenate([jnp.cos(angles_BH), jnp.sin(angles_BH)], axis=-1)
+    x_BD = nn.silu(x_BE @ in_ED + in_bias_D) @ out_DD + out_bias_D
+    return x_BD[:, None].astype(c.dtype)
 
 
 def embed_condition(config: GPTConfig, **kwargs) -> nn.Module:

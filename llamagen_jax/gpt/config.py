@@ -42,6 +42,10 @@ class GPTConfig:
   # Released weights were trained with cos = sin = 0 on condition positions
   # ("zero"); "identity" leaves queries and keys there as they are.
   prefix_rope: str = "zero"
+  # Guidance-free models (GFT) see the guidance strength as a part of the class token.
+  guidance_embedding: bool = False
+  # Models trained in random orders see the position of the code to predict.
+  target_embedding: bool = False
   qk_norm: bool = False  # RMSNorm of queries and keys; released weights have none
   embedding_dropout: float = 0.1
   residual_dropout: float = 0.1  # output of attention and of the FFN
@@ -60,6 +64,8 @@ class GPTConfig:
     _one_of("attention", self.attention, ("xla", "splash"))
     if self.attention == "splash" and self.attention_dropout:
       raise UserError("model.attention='splash' has no model.attention_dropout")
+    if self.guidance_embedding and self.condition != "class":
+      raise UserError("model.guidance_embedding: expected model.condition='class'")
     if self.dim % self.heads or self.head_dim % 4:
       raise UserError(
         f"model.dim={self.dim} with model.heads={self.heads}: 2-D RoPE needs"

@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import time
-from typing import NoReturn
 
 from absl import flags, logging
 import jax
@@ -92,19 +91,22 @@ def is_single_host() -> bool:
   return "," not in workers
 
 
-def end_all_hosts(reason: str, code: int) -> NoReturn:
-  """Ends this process and, with `reason` in one line, all other hosts.
+def end_all_hosts(reason: str, code: int, details: str = "") -> None:
+  """Ends this process and all other hosts, which print `reason` in one line.
 
-  To be called by a verb's last except clause. Without it the others would wait in a
-  barrier for five minutes, and this process in the one of its exit.
+  To be called when a verb has failed; does nothing on a single host. Without it the
+  others would wait for this one in a barrier, five minutes long. `details` are printed
+  by this host.
   """
-  if jax.distributed.is_initialized() and jax.process_count() > 1:
-    failure = {"host": jax.process_index(), "code": code, "reason": reason}
-    try:
-      _store().key_value_set(FAILURE_KEY, json.dumps(failure))
-      time.sleep(NOTICE_SECONDS)
-    except (RuntimeError, ValueError):  # told already, or the coordinator is gone
-      pass
+  if not jax.distributed.is_initialized() or jax.process_count() == 1:
+    return
+  print(details, end="", file=sys.stderr)
+  failure = {"host": jax.process_index(), "code": code, "reason": reason}
+  try:
+    _store().key_value_set(FAILURE_KEY, json.dumps(failure))
+    time.sleep(NOTICE_SECONDS)
+  except (RuntimeError, ValueError):
+    pass  # another host failed first, or the coordinator is gone
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)

@@ -11,12 +11,12 @@ import jax
 
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.config import GPTConfig
-from llamagen_jax.gpt.model import init_gpt
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.parallel.mesh import make_mesh
 from llamagen_jax.tokenizer.config import TokenizerConfig
 from llamagen_jax.tokenizer.model import init_tokenizer
 from llamagen_jax.training.checkpoint import restore_items
+from llamagen_jax.training.finetune import TrainableConfig, init_params, merge_once
 from llamagen_jax.training.recipe import build
 from llamagen_jax.training.state import abstract_state
 from llamagen_jax.weights import bundle
@@ -116,7 +116,8 @@ def _load(
     if kind not in KINDS:
       raise UserError(f"{workdir}: its checkpoints do not say what they are of")
     if kind == "gpt":
-      init = functools.partial(init_gpt, build(GPTConfig, config["model"]))
+      model = build(GPTConfig, config["model"])
+      init = functools.partial(init_params, model, _trainable(config))
     else:
       init = functools.partial(init_tokenizer, build(TokenizerConfig, config["model"]))
     name = "ema" if config["optimizer"].get("ema") else "params"
@@ -133,9 +134,13 @@ def _transformer(
 ) -> bundle.Transformer:
   return bundle.Transformer(
     build(GPTConfig, config["model"], "config.model"),
-    weights,
+    merge_once(_trainable(config), weights),
     build(SamplingConfig, config["sampling"], "config.sampling"),
     description["tokenizer"],
     tuple(description["class_names"]),
     description["text_encoder"],
   )
+
+
+def _trainable(config: Mapping[str, Any]) -> TrainableConfig:
+  return build(TrainableConfig, config.get("train", {}), "config.train")

@@ -27,9 +27,13 @@ from llamagen_jax.training.profile import Profile
 from llamagen_jax.training.recipe import MeshConfig, RunConfig
 from llamagen_jax.training.reporter import Evaluation, Reporter
 from llamagen_jax.training.speed import Work
-from llamagen_jax.training.state import abstract_state, init_state, shardings_of
+from llamagen_jax.training.state import (
+  Metrics,
+  abstract_state,
+  init_state,
+  shardings_of,
+)
 
-Metrics = dict[str, jax.Array]
 Step = Callable[[Any, Batch], tuple[Any, Metrics]]
 
 

@@ -12,6 +12,7 @@ import optax
 from llamagen_jax.parallel.mesh import abstract_tree, shardings, unbox
 
 Params = Any
+Metrics = dict[str, jax.Array]
 
 
 @flax.struct.dataclass
@@ -22,6 +23,7 @@ class TrainState:
   params: Params
   opt_state: optax.OptState
   ema: Params | None  # moving average of params, if one is kept
+  reference: Params | None = None  # frozen weights that a loss compares with
 
   @classmethod
   def create(
@@ -55,7 +57,7 @@ class TrainState:
     if ema is not None:
       # In this form a constant (the unconditional embedding) stays one, bit for bit.
       ema = jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p - e), ema, params)
-    new = TrainState(self.step + 1, params, opt_state, ema)
+    new = TrainState(self.step + 1, params, opt_state, ema, self.reference)
     return new, optax.global_norm(updates)
 
   @property

@@ -85,7 +85,9 @@ def _from_run(
   wanted = {"generator": items(state.generator)}
   if config.discriminator and state.discriminator is not None:
     wanted["discriminator"] = items(state.discriminator)
-  step, _, stored = restore_items(path, lambda _: abstract_tree(wanted, shardings_of(wanted)))
+  step, _, stored = restore_items(
+    path, lambda _: abstract_tree(wanted, shardings_of(wanted))
+  )
   logging.info("starts from the weights of step %d in %s", step, path)
 
   def filled(name: str) -> TrainState:

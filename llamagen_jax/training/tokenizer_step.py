@@ -35,14 +35,13 @@ from llamagen_jax.tokenizer.losses import (
 )
 from llamagen_jax.tokenizer.model import VQModel, init_tokenizer
 from llamagen_jax.tokenizer.quantizer import Quantized, l2_normalize
-from llamagen_jax.training.loop import Metrics
 from llamagen_jax.training.optimizer import (
   OptimizerConfig,
   learning_rate,
   make_optimizer,
 )
 from llamagen_jax.training.recipe import MeshConfig, RunConfig
-from llamagen_jax.training.state import TrainState
+from llamagen_jax.training.state import Metrics, TrainState
 from llamagen_jax.training.tokenizer_state import InitConfig, TokenizerState
 from llamagen_jax.vision.lpips import lpips, shapes
 

@@ -14,23 +14,23 @@ from llamagen_jax.data.codes import CodeRecord, CodeSource
 from llamagen_jax.data.loader import Batch, Stream, epoch_batches
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.config import GPTConfig
-from llamagen_jax.gpt.flops import train_flops
 from llamagen_jax.gpt.model import GPT
 from llamagen_jax.gpt.objective import cross_entropy
 from llamagen_jax.storage import user_path
 from llamagen_jax.training.captions import Captions, FeatureStream, PairSource
 from llamagen_jax.training.export import describe_gpt
+from llamagen_jax.training.finetune import adapted, merge_once, table_rows
 from llamagen_jax.training.gpt_step import (
   GPTRecipe,
   condition_of,
   init_state,
   schedule,
   train_step,
+  work,
 )
 from llamagen_jax.training.loop import Phase, Task, fit
 from llamagen_jax.training.recipe import build
 from llamagen_jax.training.reporter import Evaluation
-from llamagen_jax.training.speed import Work
 from llamagen_jax.training.state import TrainState
 from llamagen_jax.weights import bundle
 
@@ -58,12 +58,13 @@ def make_task(recipe: GPTRecipe) -> Task:
     source = captions.open(source, r.data.texts)
     eval_source = captions.open(eval_source, r.data.eval_texts)
     stream = FeatureStream(source, captions.input, *options, captions=captions)
-  work = Work(
-    r.data.batch_size * r.model.length, train_flops(r.model, r.data.batch_size)
-  )
+  phases = {
+    start: Phase(functools.partial(train_step, r, phase=phase), work(r, phase.patch))
+    for start, phase in r.objective.phases().items()
+  }
   return Task(
     init=functools.partial(init_state, r),
-    phases={0: Phase(functools.partial(train_step, r), work)},
+    phases=phases,
     stream=stream,
     evaluate=functools.partial(evaluate, r, eval_source, captions),
     describe=functools.partial(describe, source, captions),
@@ -116,12 +117,13 @@ def evaluate(
   mesh: jax.sharding.Mesh,
 ) -> Evaluation:
   """Returns the mean loss per code over held-out images, first crop, no dropout."""
+  weights = merge_once(recipe.train, state.weights)
   sums = []
   transform = first_crop if captions is None else captions.input.first
   for batch in epoch_batches(source, transform, recipe.data.batch_size, mesh):
     if captions is not None:
       batch = captions.features(batch, mesh)
-    sums.append(_eval_step(recipe.model, state.weights, batch))
+    sums.append(_eval_step(recipe.model, weights, batch))
   # Read at the end: a float a batch would let the devices wait for the host.
   total, weight = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
   return Evaluation({"loss": float(total / weight)})
@@ -130,7 +132,11 @@ def evaluate(
 @functools.partial(jax.jit, static_argnums=0)
 def _eval_step(config: GPTConfig, params: Any, batch: Batch):
   condition, mask = condition_of(batch)
-  logits = GPT(config).apply({"params": params}, batch["codes"], condition, mask)
+  # A guidance-free model without guidance, as the others are evaluated.
+  beta_B = jnp.ones(batch["codes"].shape[0]) if config.guidance_embedding else None
+  logits = GPT(config).apply(
+    {"params": params}, batch["codes"], condition, mask, guidance_beta=beta_B
+  )
   loss_B = jnp.mean(cross_entropy(logits, batch["codes"]), axis=1)
   weight_B = batch["weight"] * batch.get("valid", 1.0)
   return jnp.sum(loss_B * weight_B), jnp.sum(weight_B)
@@ -155,22 +161,22 @@ def load_weights(
     )
   if (path / "bundle" / bundle.CONFIG).exists():  # a run
     path = path / "bundle"
-  shapes = jax.tree.map(jnp.shape, state.params)
   loaded = bundle.load_gpt(path, state.step.sharding.mesh)
-  if jax.tree.map(jnp.shape, loaded.params) != shapes:
-    raise UserError(
-      f"init_from={path}: a model of other shapes; {loaded.config} there,"
-      f" {recipe.model} here"
-    )
   codes = source if isinstance(source, CodeSource) else source.codes
   if loaded.tokenizer != codes.manifest["tokenizer"]:
     raise UserError(
       f"init_from={path} knows the codes of tokenizer {loaded.tokenizer[:12]},"
       f" {codes.folder} has those of {codes.manifest['tokenizer'][:12]}"
     )
+  rows = table_rows(loaded.class_names, codes.manifest["class_names"])
+  params = adapted(f"init_from={path}", loaded.params, state.params, rows)
   logging.info("starts from the weights of %s", path)
-  ema = None if state.ema is None else jax.tree.map(jnp.copy, loaded.params)
-  return state.replace(params=loaded.params, ema=ema)
+  copied = functools.partial(jax.tree.map, jnp.copy)
+  return state.replace(
+    params=params,
+    ema=None if state.ema is None else copied(params),
+    reference=None if state.reference is None else copied(params),
+  )
 
 
 def describe(

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from llamagen_jax.errors import UserError
+from llamagen_jax.gpt.conditioning import GUIDANCE_WIDTH
 from llamagen_jax.gpt.config import PRESETS, GPTConfig
 from llamagen_jax.weights.tables import (
   Array,
@@ -20,6 +21,8 @@ from llamagen_jax.weights.tables import (
   shape_of,
   write_table,
 )
+
+GUIDANCE = "t_embedder.mlp"  # of guidance-free models
 
 
 def gpt_from_torch(
@@ -92,6 +95,7 @@ def _gpt_config(state_dict, num_heads, image_tokens, changes) -> GPTConfig:
       "caption_dim": width,
     }
   fields = {
+    "guidance_embedding": f"{GUIDANCE}.0.weight" in state_dict,
     "kv_heads": 0 if kv_heads == heads else kv_heads,
     "vocab_size": vocab_size,
   }
@@ -102,6 +106,11 @@ def _gpt_table(config: GPTConfig) -> list[Entry]:
   c = config
   if c.qk_norm:
     raise UserError("model.qk_norm: the PyTorch model has no norm of queries and keys")
+  if c.target_embedding:
+    raise UserError(
+      "model.target_embedding: the PyTorch model has no embedding of the position to"
+      " predict, so a model trained in random orders cannot be exported"
+    )
   D, K, G, H, F = (
       c.dim, c.num_kv_heads, c.heads // c.num_kv_heads, c.head_dim, c.ffn_dim,
   )  # fmt: skip
@@ -121,6 +130,13 @@ def _gpt_table(config: GPTConfig) -> list[Entry]:
       linear(("condition", "in"), f"{mlp}.fc1.weight", (D, C), True),
       linear(("condition", "out"), f"{mlp}.fc2.weight", (D, D), True),
     ]
+  if c.guidance_embedding:
+    for ours, theirs, width in (("in", 0, GUIDANCE_WIDTH), ("out", 2, D)):
+      name = f"{GUIDANCE}.{theirs}"
+      table += [
+        linear(("guidance", ours), f"{name}.weight", (D, width), True),
+        copy(("guidance", f"{ours}_bias"), f"{name}.bias", (D,)),
+      ]
   for i in range(c.layers):
     torch, ours = f"layers.{i}", ("layers",)
     attention, ffn = f"{torch}.attention", f"{torch}.feed_forward"

@@ -105,8 +105,8 @@ def test_a_workdir_of_another_config_is_refused(trainer, tmp_path):
   module.train(config(1), workdir)
   before = (workdir / "config.json").read_text()
   other = config(1)
-  other.optimizer.lr = 0.5
-  with pytest.raises(UserError, match="config.optimizer.lr=.*, this one has 0.5"):
+  other.optimizer.ema = 0.5
+  with pytest.raises(UserError, match="config.optimizer.ema=0.9, this one has 0.5"):
     module.train(other, workdir)
   assert (workdir / "config.json").read_text() == before
 

@@ -23,6 +23,7 @@ from llamagen_jax.training.tokenizer_step import (
   init_state,
   train_step,
 )
+from llamagen_jax.vision.lpips import lpips, shapes
 from llamagen_jax.weights import bundle
 from tests import tiny
 
@@ -257,3 +258,56 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     load_weights(InitConfig(str(tmp_path)), other)
   with pytest.raises(UserError, match="--init-from=.*none: expected a workdir"):
     load_weights(InitConfig(str(tmp_path / "none")), other)
+
+
+@pytest.fixture(scope="module")
+def lpips_params():
+  """Random convolutions of the true shapes; the real ones are not at hand."""
+  key = jax.random.key(3)
+  return jax.tree.map(
+    lambda s: (
+      jax.random.normal(key, s.shape) * np.prod(s.shape[:-1]) ** -0.5
+      if len(s.shape) > 1
+      else jnp.full(s.shape, 0.1)
+    ),
+    shapes(),
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["patchgan", "stylegan"])
+@pytest.mark.parametrize("game", ["hinge", "non-saturating", "vanilla"])
+def test_a_full_step_with_every_discriminator_and_lpips(lpips_params, kind, game):
+  """The perceptual term adds itself to the loss and its gradient to the generator's."""
+  recipe = make_recipe()
+  loss = dataclasses.replace(
+    recipe.loss, perceptual_weight=0.5, discriminator=game,
+    generator="hinge" if game == "hinge" else "non-saturating",
+  )  # fmt: skip
+  discriminator = dataclasses.replace(recipe.discriminator, kind=kind)
+  recipe = dataclasses.replace(recipe, loss=loss, discriminator=discriminator)
+  plain = dataclasses.replace(
+    recipe, loss=dataclasses.replace(loss, perceptual_weight=0.0)
+  )
+  state, batch = fresh(recipe), a_batch(2)
+  state = state.replace(lpips=lpips_params)
+  (after, metrics), (_, without) = (
+    jax.jit(functools.partial(train_step, r, BOTH))(
+      state if r is recipe else state.replace(lpips=None), batch
+    )
+    for r in (recipe, plain)
+  )
+  images = batch["image"] / 127.5 - 1.0
+  shown = VQModel(recipe.model).apply({"params": state.params}, images)[0]
+  distance = jnp.mean(lpips(lpips_params, images, shown, "float32"))
+  assert metrics["perceptual"] == pytest.approx(0.5 * float(distance), rel=1e-4)
+  assert metrics["grad_norm"] != pytest.approx(float(without["grad_norm"]), rel=1e-3)
+  critic, x = state.discriminator.params, (images, shown)
+  real, fake = (discriminate(discriminator, critic, image) for image in x)
+  if game == "hinge":
+    expected = jnp.mean(jnp.maximum(0, 1 - real)) + jnp.mean(jnp.maximum(0, 1 + fake))
+  else:
+    expected = -jnp.mean(jax.nn.log_sigmoid(real)) - jnp.mean(jax.nn.log_sigmoid(-fake))
+  assert metrics["discriminator_loss"] == pytest.approx(float(expected) / 2, rel=1e-4)
+  assert all(np.isfinite(float(value)) for value in metrics.values())
+  assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(after))

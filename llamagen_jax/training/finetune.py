@@ -1,0 +1,199 @@
+"""Training a part of the weights: a table, the head, or low-rank adapters.
+
+LoRA (arXiv 2106.09685): a matrix W becomes W + (alpha / rank) A B with B zero at first.
+The adapters stand beside the model's parameters as params["lora"]; a bundle has them
+merged, so that sampling and serving need nothing new.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import math
+from typing import Any
+
+from absl import logging
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llamagen_jax.errors import UserError
+from llamagen_jax.gpt.config import GPTConfig
+from llamagen_jax.gpt.model import init_gpt
+from llamagen_jax.parallel.mesh import is_boxed
+
+ONLY = ("all", "table", "head", "none")
+LORA = "lora"
+TABLE = "condition/table"
+# Parameters that a model may get when it is loaded from one without them.
+ADDED = (LORA, "guidance", "target_embedding")
+# Target: (path below params["layers"], axes of one layer's input).
+TARGETS = {
+  "qkv": (("attention", "qkv"), 1),
+  "out": (("attention", "out"), 3),
+  "ffn_in": (("ffn", "in"), 1),
+  "ffn_out": (("ffn", "out"), 1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainableConfig:
+  """Which weights a run trains; the others stay as they were loaded."""
+
+  only: str = "all"  # all | table (of the condition) | head | none (adapters alone)
+  lora_rank: int = 0  # of the adapters; 0 = none
+  lora_alpha: float = 16.0  # adapters count alpha / rank
+  lora_targets: tuple[str, ...] = tuple(TARGETS)  # matrices of the layers
+
+  def __post_init__(self):
+    object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+    if self.only not in ONLY:
+      raise UserError(f"train.only={self.only!r}: expected one of {', '.join(ONLY)}")
+    if self.lora_rank < 0 or (self.only == "none" and not self.lora_rank):
+      raise UserError(
+        f"train.lora_rank={self.lora_rank}: expected a rank > 0 with train.only='none'"
+      )
+    if self.lora_rank and self.only == "all":
+      raise UserError(
+        "train.lora_rank: expected train.only=table, head or none, found 'all'"
+      )
+    if unknown := set(self.lora_targets) - set(TARGETS):
+      raise UserError(
+        f"train.lora_targets: unknown {unknown.pop()!r}; expected of"
+        f" {', '.join(TARGETS)}"
+      )
+
+
+def init_params(model: GPTConfig, config: TrainableConfig, key: jax.Array) -> Any:
+  """Returns fresh boxed parameters, with adapters where the config has some."""
+  params = init_gpt(model, key)
+  if config.lora_rank:
+    params = params | {LORA: _init_adapters(config, params, key)}
+  return params
+
+
+def _init_adapters(config: TrainableConfig, params: Any, key: jax.Array) -> Any:
+  adapters = {}
+  for number, name in enumerate(config.lora_targets):
+    path, inputs = TARGETS[name]
+    boxed = params["layers"][path[0]][path[1]]
+    weight = boxed.value if is_boxed(boxed) else boxed
+    names = boxed.names if is_boxed(boxed) else (None,) * weight.ndim
+    layers, split = weight.shape[0], 1 + inputs
+    a_shape = (layers, *weight.shape[1:split], config.lora_rank)
+    b_shape = (layers, config.lora_rank, *weight.shape[split:])
+    width = math.prod(weight.shape[1:split])
+    a = jax.random.normal(jax.random.fold_in(key, number), a_shape) * width**-0.5
+    adapters[name] = {
+      "a": nn.LogicallyPartitioned(a, (*names[:split], None)),
+      "b": nn.LogicallyPartitioned(
+        jnp.zeros(b_shape, jnp.float32), (names[0], None, *names[split:])
+      ),
+    }
+  return {"layers": adapters}
+
+
+def merged(config: TrainableConfig, params: Any) -> Any:
+  """Returns the model's parameters with the adapters added to their matrices."""
+  if LORA not in params:
+    return params
+  layers = dict(params["layers"])
+  for name, adapter in params[LORA]["layers"].items():
+    (block, leaf), _ = TARGETS[name]
+    delta = jax.vmap(lambda a, b: jnp.tensordot(a, b, axes=1))(
+      adapter["a"], adapter["b"]
+    )
+    scale = config.lora_alpha / config.lora_rank
+    layers[block] = layers[block] | {leaf: layers[block][leaf] + scale * delta}
+  model = {name: value for name, value in params.items() if name != LORA}
+  return model | {"layers": layers}
+
+
+def merge_once(config: TrainableConfig, params: Any) -> Any:
+  """Returns `merged` outside a compiled program; without adapters no copy is made."""
+  if LORA not in params:
+    return params
+  return jax.jit(functools.partial(merged, config))(params)
+
+
+def trainable(config: TrainableConfig, params: Any) -> Any:
+  """Returns True for every leaf that the run trains."""
+  first = {"table": "condition", "head": "head"}.get(config.only)
+
+  def trains(path, _):
+    name = path[0].key
+    return config.only == "all" or name in (first, LORA)
+
+  return jax.tree_util.tree_map_with_path(trains, params)
+
+
+def frozen_stopped(config: TrainableConfig, params: Any) -> Any:
+  """Returns the parameters, without a gradient into those that are not trained."""
+  if config.only == "all":
+    return params
+  return jax.tree.map(
+    lambda trains, leaf: leaf if trains else jax.lax.stop_gradient(leaf),
+    trainable(config, params),
+    params,
+  )
+
+
+def table_rows(old_names: Sequence[str], new_names: Sequence[str]) -> list[int]:
+  """Returns the old row of every new class, that of the same name; -1 = none."""
+  rows = {name: row for row, name in enumerate(old_names)}
+  return [rows.get(name, -1) for name in new_names]
+
+
+def adapted(name: str, loaded: Any, fresh: Any, rows: Sequence[int]) -> Any:
+  """Returns loaded parameters in the shapes of fresh ones.
+
+  Weights that the loaded model lacks (adapters, embeddings of guidance and targets)
+  stay fresh, and a class table of another size is filled by `rows`.
+
+  Args:
+    name: of the loaded model, for messages.
+    loaded: its parameters.
+    fresh: those of the run, with shardings.
+    rows: old row of every new class; -1 = the mean row.
+
+  Raises:
+    UserError: another weight has another shape, or there is one too many.
+  """
+  old, new = (
+    flax.traverse_util.flatten_dict(tree, sep="/") for tree in (loaded, fresh)
+  )
+  if unknown := sorted(old.keys() - new.keys()):
+    raise UserError(f"{name} has {unknown[0]}, which this config's model has not")
+  for key, leaf in new.items():
+    value = old.get(key)
+    if value is None and key.split("/")[0] in ADDED:
+      continue
+    if value is not None and value.shape != leaf.shape and key == TABLE:
+      value = _resized_table(value, leaf, rows)
+    if value is None or value.shape != leaf.shape:
+      shape = "missing" if value is None else value.shape
+      raise UserError(f"{name}: {key} is {shape}, this config expects {leaf.shape}")
+    new[key] = value
+  return flax.traverse_util.unflatten_dict(new, sep="/")
+
+
+def _resized_table(
+  table_CD: jax.Array, fresh_CD: jax.Array, rows: Sequence[int]
+) -> jax.Array:
+  """Returns a class table of another size; its last row is "no class" and is kept."""
+  size = fresh_CD.shape[0] - 1
+  rows_C = np.full(size, -1)
+  rows_C[: len(rows)] = rows[:size]
+  logging.info(
+    "class table of %d rows for one of %d: %d rows by name, the others start as the"
+    " mean row", size, table_CD.shape[0] - 1, np.sum(rows_C >= 0),
+  )  # fmt: skip
+
+  @functools.partial(jax.jit, out_shardings=fresh_CD.sharding)
+  def resize(table_CD):
+    mean_D = jnp.mean(table_CD[:-1], axis=0)
+    new_CD = jnp.where(rows_C[:, None] < 0, mean_D, table_CD[rows_C])
+    return jnp.concatenate([new_CD, table_CD[-1:]])
+
+  return resize(table_CD)

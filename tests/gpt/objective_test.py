@@ -1,0 +1,237 @@
+"""Objectives beyond plain likelihood, against the published implementations."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llamagen_jax as lg
+from llamagen_jax import GPT, UserError
+from llamagen_jax.gpt.model import init_gpt, patches
+from llamagen_jax.gpt.objective import (
+  ObjectiveConfig,
+  ObjectivePhase,
+  contrastive_loss,
+  cross_entropy,
+  guidance_free_logits,
+  patch_cross_entropy,
+  random_orders,
+)
+from llamagen_jax.parallel.mesh import unbox
+from tests import parity, tiny
+
+CLOSE = functools.partial(np.testing.assert_allclose, atol=2e-4, rtol=0)
+
+
+@functools.cache
+def model(name):
+  """(config, parameters) of a golden transformer: 4 heads, 4 x 4 codes."""
+  state = parity.synthesize(parity.beyond_manifest()[name])
+  return lg.weights.gpt_from_torch(state, num_heads=4, image_tokens=16)
+
+
+def golden(name, *fields):
+  numbers = parity.golden()
+  return [jnp.asarray(numbers[f"{name}_{field}"]) for field in fields]
+
+
+def log_likelihood(config, params, codes, labels, drop=None):
+  logits = GPT(config).apply({"params": params}, codes, labels, drop_B=drop)
+  return -jnp.sum(cross_entropy(logits, codes), axis=1)
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_next_patch_prediction(patch):
+  """Loss, and its gradient at the code embedding."""
+  config, params = model("npp_tiny")
+  codes, labels, loss, grad = golden(
+    "npp", "codes", "labels", f"loss_p{patch}", f"grad_embedding_p{patch}"
+  )
+
+  @jax.jit
+  @jax.value_and_grad
+  def found(table):
+    weights = {"params": params | {"code_embedding": table}}
+    logits = GPT(config).apply(weights, codes, labels, patch=patch)
+    if patch == 1:
+      return jnp.mean(cross_entropy(logits, codes))
+    return jnp.mean(patch_cross_entropy(logits, patches(codes, config.grid, patch)))
+
+  value, table_grad = found(jnp.asarray(params["code_embedding"]))
+  CLOSE(value, loss)
+  scale = np.abs(grad).max()
+  np.testing.assert_allclose(table_grad / scale, grad / scale, atol=1e-5)
+
+
+def test_patches_are_squares_in_raster_order():
+  codes = jnp.arange(16)[None]
+  expected = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+  np.testing.assert_array_equal(patches(codes, 4, 2)[0], expected)
+
+
+def test_contrastive_alignment():
+  config, params = model("cca_tiny")
+  names = parity.beyond_manifest()["cca_tiny"]
+  state = {
+    name: parity.tensor(name, tuple(shape))
+    + np.float32(0.05) * parity.randn(f"ref/{name}", tuple(shape))
+    for name, shape in names.items()
+  }
+  reference = lg.weights.gpt_from_torch(state, num_heads=4, image_tokens=16)[1]
+  codes, labels, null, right, wrong, loss = golden(
+    "cca", "codes", "labels", "null", "logratio_pos", "logratio_neg", "loss"
+  )
+  rolled = jnp.roll(labels, -1)
+  ratios = [
+    log_likelihood(config, params, codes, label, null)
+    - log_likelihood(config, reference, codes, label, null)
+    for label in (labels, rolled)
+  ]
+  CLOSE(ratios[0], right)
+  CLOSE(ratios[1], wrong)
+  # The golden loss has beta .02 at 16 codes.
+  objective = ObjectiveConfig(contrastive_beta=0.02 * 16 / 576)
+  alone = null | (labels == rolled)
+  CLOSE(jnp.mean(contrastive_loss(objective, *ratios, alone, tokens=16)), loss)
+
+
+def test_guidance_free_training():
+  config, params = model("gft_tiny")
+  assert config.guidance_embedding
+  codes, labels, beta = golden("gft", "codes", "labels", "beta")
+  with_beta, without, null, loss = golden(
+    "gft", "logits", "logits_no_beta", "logits_null", "loss"
+  )
+
+  def logits(beta, drop=None):
+    return GPT(config).apply(
+      {"params": params}, codes, labels, drop_B=drop, guidance_beta=beta
+    )
+
+  found = logits(beta)
+  CLOSE(found, with_beta)
+  CLOSE(logits(None), without)
+  alone = logits(jnp.ones(4), jnp.ones(4, bool))
+  CLOSE(alone, null)
+  mixed = guidance_free_logits(found, alone, beta)
+  CLOSE(jnp.mean(cross_entropy(mixed, codes)), loss)
+
+
+def test_no_gradient_into_the_unconditional_logits():
+  x, y, beta = jnp.ones((2, 3, 5)), jnp.ones((2, 3, 5)), jnp.array([0.25, 1.0])
+  grads = jax.grad(
+    lambda a, b: jnp.sum(guidance_free_logits(a, b, beta)), argnums=(0, 1)
+  )(x, y)
+  np.testing.assert_array_equal(grads[0][:, 0, 0], beta)
+  np.testing.assert_array_equal(grads[1], 0)
+
+
+@pytest.fixture(scope="module")
+def any_order():
+  """A model with a target embedding, and its parameters, none of them zero."""
+  config = dataclasses.replace(tiny.GPT, target_embedding=True)
+  params = unbox(init_gpt(config, jax.random.key(0)))
+  for number, name in enumerate(("head", "target_embedding")):
+    noise = jax.random.normal(jax.random.key(number + 1), params[name].shape)
+    params[name] = 0.3 * noise
+  return config, params
+
+
+def test_raster_order_is_the_plain_model(any_order):
+  """With the embedding at zero it is the model without one, whatever the order is."""
+  config, params = any_order
+  codes = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, 9)))
+  labels, raster = jnp.array([1, 3]), jnp.tile(jnp.arange(9), (2, 1))
+
+  def logits(config, params, order=None):
+    return GPT(config).apply({"params": params}, codes, labels, order_BT=order)
+
+  np.testing.assert_allclose(
+    logits(config, params, raster), logits(config, params), atol=1e-6
+  )
+  zero = params | {"target_embedding": jnp.zeros_like(params["target_embedding"])}
+  plain = {name: leaf for name, leaf in params.items() if name != "target_embedding"}
+  np.testing.assert_array_equal(logits(config, zero), logits(tiny.GPT, plain))
+
+
+def test_a_code_sees_those_before_it_in_its_order_alone(any_order):
+  """By the gradient of every code's logit at every code's embedding."""
+  config, params = any_order
+  order = jnp.array([[4, 0, 8, 2, 6, 1, 7, 3, 5]])
+  codes, label = jnp.arange(10, 19)[None], jnp.array([2])
+
+  def loglik(table):
+    logits = GPT(config).apply(
+      {"params": params | {"code_embedding": table}}, codes, label, order_BT=order
+    )
+    return jax.nn.log_softmax(logits)[0, :, 0]
+
+  grads = jax.jit(jax.jacrev(loglik))(params["code_embedding"])  # [T, V, D]
+  seen = np.abs(grads).max(-1)[:, 10:19] > 0  # by the codes' positions
+  for step in range(9):
+    before = set(np.asarray(order[0, :step]).tolist())
+    assert set(np.flatnonzero(seen[step]).tolist()) == before
+
+
+def test_orders_depend_on_step_and_row_and_are_annealed():
+  config = ObjectiveConfig(random_order=(10, 20))
+  raster = np.arange(9)
+
+  def orders(step, size=256):
+    key = jax.random.fold_in(jax.random.key(0), step)
+    return np.asarray(random_orders(config, key, jnp.asarray(step), size, 9))
+
+  np.testing.assert_array_equal(orders(3), orders(3))
+  np.testing.assert_array_equal(orders(3, 8), orders(3)[:8])
+  assert (np.sort(orders(3)) == raster).all()
+  shares = [(orders(step) != raster).any(axis=1).mean() for step in (3, 15, 20)]
+  assert shares[0] > 0.98
+  assert 0.35 < shares[1] < 0.65
+  assert shares[2] == 0
+
+
+def test_phases_of_a_run():
+  both = ObjectiveConfig(patch_phases=((4, 10), (2, 20)), random_order=(40, 50))
+  assert both.phases() == {
+    0: ObjectivePhase(4), 10: ObjectivePhase(2), 30: ObjectivePhase(1, True),
+    50: ObjectivePhase(),
+  }  # fmt: skip
+  assert ObjectiveConfig().phases() == {0: ObjectivePhase()}
+
+
+@pytest.mark.parametrize(
+  "fields, model_fields, words",
+  [
+    ({"patch_phases": ((2, 5),)}, {}, "patches of side 2 do not divide .* 3x3"),
+    ({"patch_phases": ((2,),)}, {}, "expected pairs"),
+    ({"random_order": (5, 9)}, {}, "expected model.target_embedding=True"),
+    ({"random_order": (9, 5)}, {}, "random_order=.9, 5.: expected"),
+    (
+      {"random_order": (5, 9)}, {"target_embedding": True, "condition": "caption"},
+      "expected model.condition='class'",
+    ),
+    ({"kind": "guidance-free"}, {}, "expected model.guidance_embedding=True"),
+    ({"kind": "contrastive"}, {"condition": "caption"}, "model.condition='class'"),
+    ({"kind": "other"}, {}, "expected one of likelihood"),
+    ({"kind": "contrastive", "random_order": (1, 2)}, {}, "has no patch_phases"),
+  ],
+)  # fmt: skip
+def test_objectives_that_do_not_fit_are_refused(fields, model_fields, words):
+  with pytest.raises(UserError, match=words):
+    ObjectiveConfig(**fields).check(dataclasses.replace(tiny.GPT, **model_fields))
+
+
+def test_an_any_order_model_is_not_exported(any_order):
+  with pytest.raises(UserError, match="model.target_embedding: the PyTorch model has"):
+    lg.weights.gpt_to_torch(*any_order)
+
+
+def test_the_guidance_embedding_goes_there_and_back():
+  state = parity.synthesize(parity.beyond_manifest()["gft_tiny"])
+  found = lg.weights.gpt_to_torch(*model("gft_tiny"))
+  assert found.keys() == state.keys()
+  for name, value in state.items():
+    np.testing.assert_array_equal(found[name], value)
