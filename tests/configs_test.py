@@ -20,8 +20,13 @@ TRANSFORMERS = {
     "L,image_size=384",
     "3B,image_size=384,epochs=50",
     "L,strong",
+    "L,recipe=npp",
+    "L,recipe=wsd",
+    "L,recipe=rar",
+    "L,recipe=gft",
     "runlocal",
   ],
+  "finetune": ["", "L,lora", "L,only=table", "L,align", "runlocal"],
   "t2i_digits": ["", "fast"],
   "t2i_laion": ["", "stage2", "stage1,runlocal"],
 }

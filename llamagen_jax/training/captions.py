@@ -128,7 +128,7 @@ class Captions:
     vocabulary = CaptionTokens.load(t5) if t5 else None
     self.input = PairInput(model.caption_tokens, vocabulary, short_share)
     self._model = model
-    self._encoder = functools.cache(self._load)
+    self.encoder = functools.cache(self._load)
 
   def open(self, codes: CodeSource, texts: str) -> PairSource:
     """Joins code shards with a folder of texts."""
@@ -153,7 +153,7 @@ class Captions:
     if "ids" not in batch:
       return batch
     ids, mask = batch["ids"], batch["mask"]
-    encoder = self._encoder(mesh)
+    encoder = self.encoder(mesh)
     features, mask = padded_features(encoder.config, encoder.params, ids, mask)
     rest = {name: value for name, value in batch.items() if name != "ids"}
     return rest | {"features": features, "mask": mask}
@@ -162,7 +162,7 @@ class Captions:
     """Content hash of the T5 whose features are learned from."""
     if not self._t5:
       return source.texts.manifest["t5"]
-    return self._encoder(mesh).identity
+    return self.encoder(mesh).identity
 
   def _load(self, mesh: Mesh) -> TextEncoder:
     encoder = load_t5(self._t5, dtype=self._dtype, mesh=mesh)

@@ -30,6 +30,7 @@ UNREADABLE = "unreadable_"  # put before the name of a checkpoint that is not wh
 MAY_CHANGE_ON_RESUME = (
   "mesh",
   "guard",
+  "images",
   "optimizer.lr",
   "optimizer.clip",
   "discriminator_optimizer.lr",

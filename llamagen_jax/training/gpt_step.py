@@ -40,6 +40,7 @@ from llamagen_jax.training.optimizer import (
   make_optimizer,
 )
 from llamagen_jax.training.recipe import MeshConfig, RunConfig
+from llamagen_jax.training.sample_grid import ImagesConfig
 from llamagen_jax.training.speed import Work
 from llamagen_jax.training.state import Metrics, TrainState
 
@@ -71,6 +72,7 @@ class GPTRecipe:
   run: RunConfig
   objective: ObjectiveConfig = ObjectiveConfig()
   train: TrainableConfig = TrainableConfig()
+  images: ImagesConfig = ImagesConfig()
   guard: GuardConfig = GuardConfig()
   init_from: str = ""  # run or bundle whose weights a fresh run starts with
 

@@ -1,5 +1,6 @@
 """The transformer's training task: code shards, evaluation, weights from elsewhere."""
 
+import dataclasses
 import functools
 import os
 from typing import Any
@@ -31,6 +32,7 @@ from llamagen_jax.training.gpt_step import (
 from llamagen_jax.training.loop import Phase, Task, fit
 from llamagen_jax.training.recipe import build
 from llamagen_jax.training.reporter import Evaluation
+from llamagen_jax.training.sample_grid import SampleGrid
 from llamagen_jax.training.state import TrainState
 from llamagen_jax.weights import bundle
 
@@ -66,7 +68,7 @@ def make_task(recipe: GPTRecipe) -> Task:
     init=functools.partial(init_state, r),
     phases=phases,
     stream=stream,
-    evaluate=functools.partial(evaluate, r, eval_source, captions),
+    evaluate=GPTEvaluation(r, eval_source, captions, source, SampleGrid(r.images)),
     describe=functools.partial(describe, source, captions),
     schedules=lambda config: {"optimizer": schedule(build(GPTRecipe, config))},
     curves=("loss", "eval/loss"),
@@ -109,24 +111,40 @@ def first_crop(record: CodeRecord) -> dict[str, np.ndarray]:
   return {"codes": record.codes[0].astype(np.int32), "label": np.int32(record.label)}
 
 
-def evaluate(
-  recipe: GPTRecipe,
-  source: CodeSource | PairSource,
-  captions: Captions | None,
-  state: TrainState,
-  mesh: jax.sharding.Mesh,
-) -> Evaluation:
-  """Returns the mean loss per code over held-out images, first crop, no dropout."""
-  weights = merge_once(recipe.train, state.weights)
-  sums = []
-  transform = first_crop if captions is None else captions.input.first
-  for batch in epoch_batches(source, transform, recipe.data.batch_size, mesh):
-    if captions is not None:
-      batch = captions.features(batch, mesh)
-    sums.append(_eval_step(recipe.model, weights, batch))
-  # Read at the end: a float a batch would let the devices wait for the host.
-  total, weight = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
-  return Evaluation({"loss": float(total / weight)})
+@dataclasses.dataclass
+class GPTEvaluation:
+  """Evaluates on held-out images, and samples a grid of images."""
+
+  recipe: GPTRecipe
+  source: CodeSource | PairSource  # held-out
+  captions: Captions | None
+  train_source: CodeSource | PairSource
+  grid: SampleGrid
+
+  def __call__(self, state: TrainState, mesh: jax.sharding.Mesh) -> Evaluation:
+    """Returns the mean loss per code, first crop, no dropout, and the grid."""
+    r, captions = self.recipe, self.captions
+    weights = merge_once(r.train, state.weights)
+    transform = first_crop if captions is None else captions.input.first
+    sums = []
+    for batch in epoch_batches(self.source, transform, r.data.batch_size, mesh):
+      if captions is not None:
+        batch = captions.features(batch, mesh)
+      sums.append(_eval_step(r.model, weights, batch))
+    # Read at the end: a float a batch would let the devices wait for the host.
+    total, weight = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+    return Evaluation({"loss": float(total / weight)}, self._images(weights, mesh))
+
+  def _images(self, weights: Any, mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
+    if not self.recipe.images.tokenizer:
+      return {}
+    about = describe(self.train_source, self.captions, mesh)
+    gpt = bundle.Transformer(
+      self.recipe.model, weights, self.recipe.sampling, about["tokenizer"],
+      tuple(about["class_names"]), about["text_encoder"],
+    )  # fmt: skip
+    encoder = self.captions.encoder(mesh) if self.recipe.data.t5 else None
+    return self.grid(gpt, mesh, encoder)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,0 +1,60 @@
+"""Images of a run while it trains: always the same classes or prompts and seeds."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from llamagen_jax.errors import UserError
+from llamagen_jax.images import grid
+from llamagen_jax.sampling.sample import sample
+from llamagen_jax.text.encoder import TextEncoder
+from llamagen_jax.weights import bundle
+
+COLUMNS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagesConfig:
+  """The grid of images that every evaluation samples from the averaged weights."""
+
+  tokenizer: str = ""  # bundle that turns codes into images; "" = no grid
+  count: int = 16  # images, of classes spread over all
+  prompts: tuple[str, ...] = ()  # of a model of captions; needs data.t5
+  seed: int = 0
+
+  def __post_init__(self):
+    object.__setattr__(self, "prompts", tuple(self.prompts))
+    if self.count < 1:
+      raise UserError(f"images.count={self.count}: expected at least 1")
+
+
+class SampleGrid:
+  """Samples the grid of a run; loads the tokenizer once."""
+
+  def __init__(self, config: ImagesConfig):
+    self._config = config
+    self._tokenizer: bundle.Tokenizer | None = None
+
+  def __call__(
+    self,
+    gpt: bundle.Transformer,
+    mesh: jax.sharding.Mesh,
+    text_encoder: TextEncoder | None = None,
+  ) -> dict[str, np.ndarray]:
+    """Returns {"samples": uint8 [H, W, 3]}, or {} where the config asks for none."""
+    c = self._config
+    if not c.tokenizer:
+      return {}
+    if self._tokenizer is None:
+      self._tokenizer = bundle.load_tokenizer(c.tokenizer, mesh)
+    if gpt.config.condition == "class":
+      classes = gpt.config.num_classes
+      asked = {"classes": [i * classes // c.count for i in range(c.count)]}
+    elif text_encoder is None or not c.prompts:
+      raise UserError("images: a model of captions needs data.t5 and images.prompts")
+    else:
+      asked = {"prompts": c.prompts, "text_encoder": text_encoder}
+    images = sample(gpt, self._tokenizer, **asked, seed=c.seed)
+    sheet = grid(images, columns=min(COLUMNS, len(images)))
+    return {"samples": np.asarray(sheet)}
