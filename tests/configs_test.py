@@ -5,7 +5,7 @@ import importlib
 import pytest
 
 from llamagen_jax import UserError
-from llamagen_jax.training.gpt_step import GPTRecipe
+from llamagen_jax.training.gpt_step import GPTRecipe, schedule, work
 from llamagen_jax.training.recipe import build
 from llamagen_jax.training.tokenizer_step import TokenizerRecipe
 
@@ -49,8 +49,21 @@ def test_tokenizers(name, arg):
 @pytest.mark.parametrize("name, arg", cases(TRANSFORMERS))
 def test_transformers(name, arg):
   recipe = build(GPTRecipe, get_config(name, arg))
-  assert recipe.sampling.guidance_scale > 1
+  needs_guidance = recipe.objective.kind == "likelihood"
+  assert (recipe.sampling.guidance_scale > 1) == needs_guidance
   assert recipe.run.steps > 0
+
+
+def test_recipes_of_better_models():
+  steps = 300 * 1_281_167 // 256
+  npp = build(GPTRecipe, get_config("c2i_imagenet", "L,recipe=npp"))
+  assert npp.objective.patch_phases == ((2, steps // 2),)
+  rates = [float(schedule(npp)(s)) for s in (0, 5_004, steps // 2 - 1, steps // 2)]
+  assert rates == pytest.approx([0, 1e-4, 1e-5, 0], rel=1e-2, abs=1e-9)
+  share = work(npp, 2).flops / work(npp, 1).flops
+  assert 0.2 < share < 0.26  # a quarter of the tokens
+  with pytest.raises(UserError, match="recipe=best': expected npp, wsd, rar or gft"):
+    get_config("c2i_imagenet", "L,recipe=best")
 
 
 def test_published_sizes_and_lengths():
