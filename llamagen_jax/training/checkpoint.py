@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import json
 import os
+import shutil
 import time
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
 from llamagen_jax.errors import RunFailed, UserError
-from llamagen_jax.storage import read_json, write_json
+from llamagen_jax.storage import in_bucket, read_json, write_json
 from llamagen_jax.training.recipe import RunConfig
 
 T = TypeVar("T")
@@ -159,7 +160,9 @@ class Checkpoints:
       return
     with self._one_line_errors():
       self._manager.wait_until_finished()
-      self._saving = step
+    self._saving = step
+    self._check_space(state)
+    with self._one_line_errors():
       self._manager.save(
         step,
         args=ocp.args.Composite(
@@ -170,6 +173,26 @@ class Checkpoints:
         ),
         force=force,
       )
+
+  def _check_space(self, state: Any) -> None:
+    """Refuses to begin what the disk cannot hold: an error in between is not one line.
+
+    Orbax and TensorStore print tracebacks of all their threads then.
+    """
+    if in_bucket(self._folder):
+      return
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    free = shutil.disk_usage(self._folder).free
+    if size > free:
+      raise RunFailed(
+        f"checkpoint of step {self._saving} takes {size / 2**30:.3g} GiB, the disk of"
+        f" {self._folder} has {free / 2**30:.3g} left; last good checkpoint:"
+        f" {self._last_good()}"
+      )
+
+  def _last_good(self) -> str:
+    steps = _steps(self._folder)
+    return f"step {max(steps)}" if steps else "none was saved"
 
   def finish(self) -> None:
     """Waits for the save under way; raises as `save` does."""
@@ -185,11 +208,9 @@ class Checkpoints:
     try:
       yield
     except (OSError, ValueError, RuntimeError) as error:
-      finished = sorted(_steps(self._folder))
-      good = f"step {finished[-1]}" if finished else "none was saved"
       raise RunFailed(
         f"checkpoint of step {self._saving} in {self._folder} could not be saved"
-        f" ({_one_line(error)}); last good checkpoint: {good}"
+        f" ({_one_line(error)}); last good checkpoint: {self._last_good()}"
       ) from error
 
   def __enter__(self) -> "Checkpoints":

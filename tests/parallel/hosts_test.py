@@ -183,21 +183,60 @@ def test_five_kills_change_nothing(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("hosts", [1, 2])
-def test_sigterm_saves_and_exits_with_0(folder, hosts):
-  name, port = f"term{hosts}", free_port()
+def test_a_signal_saves_and_exits_with_75(folder, hosts, number):
+  name, port = f"stop{hosts}-{number}", free_port()
   path = folder / name / "metrics.jsonl"
   words = command(folder, name, steps=200)
   processes = [
     start([words], 2, hosts=hosts, host=i, port=port, delay=0.1) for i in range(hosts)
   ]
-  while len(read_rows(path)) < 2 and processes[0].poll() is None:
-    time.sleep(0.05)
-  processes[-1].terminate()  # one host is told, all of them stop
-  outputs = [finish(process) for process in processes]
+  wait_for_rows(path, 2, processes)
+  processes[-1].send_signal(number)  # one host is told, all of them stop
+  outputs = [finish(process, 75) for process in processes]
   stopped = {int(re.search(r"stopped at step (\d+) and saved", o)[1]) for o in outputs}
   assert len(stopped) == 1
   assert all("resume with the same command" in output for output in outputs)
   step = stopped.pop()
   assert len(losses(folder / name)) == step < 200
   assert (folder / name / "checkpoints" / f"step_{step:09d}").is_dir()
+
+
+def wait_for_rows(path, count, processes):
+  while len(read_rows(path)) < count and processes[0].poll() is None:
+    time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_host_that_fails_ends_the_other_with_its_reason(folder, broken):
+  """One host lacks the held-out codes: both end, with one line and its exit code."""
+  port, words = free_port(), command(folder, f"reason{broken}")
+  missing = [*words, "--config.data.eval_codes=/nowhere"]
+  processes = [
+    start([missing if i == broken else words], hosts=2, host=i, port=port)
+    for i in range(2)
+  ]
+  began = time.monotonic()
+  outputs = [finish(process, 2) for process in processes]
+  assert time.monotonic() - began < 120  # most of it is starting, on a busy machine
+  assert re.search(r"llamagen train-gpt: .*nowhere", outputs[broken])
+  assert re.search(rf"host {broken} failed: .*nowhere", outputs[1 - broken])
+  assert not any("Traceback" in output for output in outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_host_ends_the_other(folder, killed):
+  name, port = f"dead{killed}", free_port()
+  words = command(folder, name, steps=2000)
+  processes = [start([words], hosts=2, host=i, port=port, delay=0.1) for i in range(2)]
+  wait_for_rows(folder / name / "metrics.jsonl", 2, processes)
+  processes[killed].kill()
+  began = time.monotonic()
+  other = processes[1 - killed]
+  other.communicate(timeout=120)
+  assert other.returncode != 0
+  assert time.monotonic() - began < 60
+  processes[killed].communicate()

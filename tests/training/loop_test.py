@@ -116,7 +116,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(trainer, tmp_path):
   workdir, bad = tmp_path / "run", config(4)
   bad.run.save_every = 1
   bad.optimizer.lr = 1e30
-  bad.optimizer.warmup_steps = 0
+  bad.optimizer.warmup_steps = 2  # the first rate is 0
   with pytest.raises(RunFailed, match="at step .; last good checkpoint .*: step ."):
     module.train(bad, workdir)
   saved = sorted(p.name for p in (workdir / "checkpoints").iterdir())
@@ -129,9 +129,10 @@ def test_checkpoints_hold_state_position_and_config(tmp_path):
   run = RunConfig(**tiny.run_section(steps=9))
   state = {"w": np.arange(3.0), "step": np.int32(5)}
   with Checkpoints(tmp_path, run, {"model": {"dim": 3}}) as checkpoints:
+    checkpoints.begin({"kind": "gpt"})
     checkpoints.save(state, 5, {"next_step": 5}, force=True)
   stored = tmp_path / "checkpoints" / "step_000000005"
-  assert {"state", "position", "config"} <= {p.name for p in stored.iterdir()}
+  assert {"state", "position", "config", "model"} <= {p.name for p in stored.iterdir()}
   with Checkpoints(tmp_path, run, {"model": {"dim": 3}}) as checkpoints:
     found, position = checkpoints.restore(jax.tree.map(np.zeros_like, state))
   np.testing.assert_array_equal(found["w"], state["w"])

@@ -15,7 +15,7 @@ from llamagen_jax import UserError
 from llamagen_jax.commands import cli
 from llamagen_jax.data.loader import Stream
 from llamagen_jax.errors import RunFailed, Stopped
-from llamagen_jax.training import train_gpt
+from llamagen_jax.training import checkpoint, train_gpt
 from llamagen_jax.training.checkpoint import Checkpoints, with_retries
 from llamagen_jax.training.export import export_bundle, load_run
 from llamagen_jax.training.metrics_log import read_rows
@@ -211,3 +211,20 @@ def test_threads_do_not_outlive_a_stop():
   thread.start()
   thread.join()
   assert seen == [False]
+
+
+def test_a_full_disk_is_one_line(codes, tmp_path, monkeypatch, capsys):
+  """The checkpoint before stays, and the run goes on from it when there is room."""
+  workdir, config = tmp_path / "run", tiny.gpt_config(codes, 3)
+  config.run.save_every = 2
+  usage, full = checkpoint.shutil.disk_usage, []
+
+  def disk_usage(path):
+    full.append(path)
+    return usage(path)._replace(free=10**12 if len(full) == 1 else 1000)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.shutil, "disk_usage", disk_usage)
+    with pytest.raises(RunFailed, match="step 3 takes .* left; last good .*: step 2"):
+      train_gpt.train(config, workdir)
+  assert int(train_gpt.train(config, workdir).step) == 3

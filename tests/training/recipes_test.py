@@ -1,0 +1,215 @@
+"""Recipes beyond the published one, through the whole loop: resume, finetuning."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+import pytest
+
+from llamagen_jax import GPT, UserError
+from llamagen_jax.gpt.model import init_gpt
+from llamagen_jax.gpt.sampling_config import SamplingConfig
+from llamagen_jax.parallel.mesh import unbox
+from llamagen_jax.tokenizer.model import init_tokenizer
+from llamagen_jax.training import train_gpt
+from llamagen_jax.training.export import load_run
+from llamagen_jax.training.finetune import TrainableConfig, init_params, merged
+from llamagen_jax.training.metrics_log import read_rows
+from llamagen_jax.weights import bundle
+from tests import tiny
+
+NAMES = tuple("abcd")
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory):
+  return tiny.write_codes(tmp_path_factory.mktemp("codes"))
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+  """A bundle to start from, of three classes, one of which is not in the data."""
+  config = dataclasses.replace(tiny.GPT, num_classes=3)
+  params = unbox(init_gpt(config, jax.random.key(5)))
+  params["head"] = 0.1 * jax.random.normal(jax.random.key(6), params["head"].shape)
+  path = tmp_path_factory.mktemp("published")
+  gpt = bundle.Transformer(config, params, SamplingConfig(), "tiny", ("b", "z", "d"))
+  bundle.save_gpt(path, gpt)
+  return path
+
+
+def same_classes(published, folder):
+  """The same weights as a model of the data's four classes."""
+  gpt = bundle.load_gpt(published)
+  table = jnp.concatenate([gpt.params["condition"]["table"], jnp.ones((1, 32))])
+  params = gpt.params | {"condition": {"table": table}}
+  bundle.save_gpt(
+    folder, dataclasses.replace(gpt, config=tiny.GPT, params=params, class_names=NAMES)
+  )
+  return folder
+
+
+RECIPES = {
+  "npp": {"objective": {"patch_phases": ((3, 3),)}},
+  "rar": {"objective": {"random_order": (1, 3)}, "model": {"target_embedding": True}},
+  "gft": {
+    "objective": {"kind": "guidance-free"}, "model": {"guidance_embedding": True},
+  },
+  "cca": {"objective": {"kind": "contrastive", "accumulate": 2}},
+  "lora": {"train": {"only": "none", "lora_rank": 2}},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_resumes_bit_for_bit(codes, published, tmp_path, name):
+  """Stopped before and after the change of a phase."""
+  start = same_classes(published, tmp_path / "start")
+
+  def config(steps):
+    config = tiny.gpt_config(codes, steps)
+    for section, fields in RECIPES[name].items():
+      config[section] = {**config.get(section, {}), **fields}
+    if name in ("cca", "lora"):
+      config.init_from = str(start)
+    return config
+
+  state = train_gpt.train(config(5), tmp_path / "whole")
+  for steps in (2, 4, 5):
+    resumed = train_gpt.train(config(steps), tmp_path / "parts")
+  jax.tree.map(np.testing.assert_array_equal, resumed, state)
+  rows = [
+    [
+      row["loss"]
+      for row in read_rows(tmp_path / run / "metrics.jsonl")
+      if "loss" in row
+    ]
+    for run in ("whole", "parts")
+  ]
+  assert rows[0] == rows[1]
+  step, gpt = load_run(tmp_path / "parts")
+  assert step == 5
+  jax.tree.map(
+    np.testing.assert_array_equal, gpt.params,
+    bundle.load_gpt(tmp_path / "whole/bundle").params,
+  )  # fmt: skip
+  if name == "cca":
+    table = bundle.load_gpt(start).params["condition"]["table"]
+    np.testing.assert_array_equal(resumed.reference["condition"]["table"], table)
+    assert rows[0][0] != rows[0][1]
+
+
+def test_a_class_table_of_another_size(codes, published, tmp_path):
+  """Rows of the same names, the mean for the others, the row of no class kept."""
+  config = tiny.gpt_config(codes, 1)
+  config.optimizer.update(lr=0.0, warmup_steps=0)
+  config.init_from = str(published)
+  train_gpt.train(config, tmp_path / "run")
+  old = bundle.load_gpt(published).params
+  new = bundle.load_gpt(tmp_path / "run/bundle").params
+  b, _, d, null = old["condition"]["table"]
+  mean = jnp.mean(old["condition"]["table"][:3], axis=0)
+  np.testing.assert_allclose(
+    new["condition"]["table"], jnp.stack([mean, b, mean, d, null]), atol=1e-7
+  )
+  np.testing.assert_array_equal(new["head"], old["head"])
+
+
+@pytest.mark.parametrize("only", ["table", "head"])
+def test_the_rest_stays_as_it_was(codes, published, tmp_path, only):
+  config = tiny.gpt_config(codes, 2)
+  config.train = {"only": only}
+  config.optimizer.update(warmup_steps=0)
+  config.init_from = str(same_classes(published, tmp_path / "start"))
+  state = train_gpt.train(config, tmp_path / "run")
+  old = bundle.load_gpt(tmp_path / "start").params
+  trained = {"table": "condition", "head": "head"}[only]
+  for name, leaves in old.items():
+    changed = jax.tree.map(
+      lambda a, b: bool((a != b).any()), leaves, state.params[name]
+    )
+    assert any(jax.tree.leaves(changed)) == (name == trained), name
+  # Adam keeps moments of the trained weights alone.
+  kept = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
+  expected = sum(leaf.size for leaf in jax.tree.leaves(old[trained]))
+  assert kept == 2 * expected
+
+
+def test_adapters_begin_as_the_model_and_merge_into_it():
+  config = TrainableConfig(only="none", lora_rank=2, lora_alpha=3.0)
+  params = unbox(init_params(tiny.GPT, config, jax.random.key(0)))
+  head = jax.random.normal(jax.random.key(1), params["head"].shape)
+  params |= {"head": head}
+  codes, labels = jnp.arange(9)[None], jnp.array([1])
+
+  def logits(params):
+    return GPT(tiny.GPT).apply({"params": merged(config, params)}, codes, labels)
+
+  plain = {name: leaf for name, leaf in params.items() if name != "lora"}
+  np.testing.assert_array_equal(logits(params), logits(plain))
+  keys = iter(jax.random.split(jax.random.key(2), 4))
+  for adapter in params["lora"]["layers"].values():
+    adapter["b"] = jax.random.normal(next(keys), adapter["b"].shape)
+  full = merged(config, params)
+  assert full.keys() == plain.keys()
+  adapter, weight = params["lora"]["layers"]["ffn_in"], plain["layers"]["ffn"]["in"]
+  for layer in range(tiny.GPT.layers):
+    delta = np.einsum("Dr,rCF->DCF", adapter["a"][layer], adapter["b"][layer])
+    np.testing.assert_allclose(
+      full["layers"]["ffn"]["in"][layer], weight[layer] + 1.5 * delta, atol=1e-5
+    )
+  adapter, weight = params["lora"]["layers"]["out"], plain["layers"]["attention"]["out"]
+  delta = np.einsum("LKGHr,LrD->LKGHD", adapter["a"], adapter["b"])
+  np.testing.assert_allclose(
+    full["layers"]["attention"]["out"], weight + 1.5 * delta, atol=1e-5
+  )
+  assert (logits(params) != logits(plain)).any()
+
+
+def test_images_of_fixed_classes_at_every_evaluation(tmp_path):
+  """Sampled from the averaged weights; the last ones equal those of the bundle."""
+  small = dataclasses.replace(tiny.GPT, vocab_size=16)
+  data = tiny.write_codes(tmp_path / "codes", config=small)
+  model = tiny.TOKENIZER
+  params = unbox(init_tokenizer(model, jax.random.key(0)))
+  identity = bundle.save_tokenizer(tmp_path / "tokenizer", model, params)
+  manifest = json.loads((data / "manifest.json").read_text())
+  (data / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": identity}))
+  config = tiny.gpt_config(data, 2)
+  config.model.vocab_size = 16
+  config.run.eval_every = 1
+  config.images = {"tokenizer": str(tmp_path / "tokenizer"), "count": 4}
+  train_gpt.train(config, tmp_path / "run")
+  with Image.open(tmp_path / "run/samples.png") as image:
+    assert image.size == (4 * (6 + 2) - 2, 6)
+
+
+@pytest.mark.parametrize(
+  "change, words",
+  [
+    ({"model": {"dim": 64}}, r"code_embedding is \(50, 32\), .* expects \(50, 64\)"),
+    ({"model": {"qk_norm": True}}, "layers/attention/k_norm is missing"),
+    ({"train": {"only": "tables"}}, "train.only='tables': expected one of all, table"),
+    ({"train": {"only": "none"}}, "train.lora_rank=0: expected a rank > 0"),
+    (
+      {"train": {"only": "none", "lora_rank": 2, "lora_targets": ("mlp",)}},
+      "unknown 'mlp'; expected of qkv",
+    ),
+    ({"objective": {"patch_phases": ((2, 5),)}}, "do not divide the grid of 3x3"),
+    ({"objective": {"kind": "contrastive"}, "init_from": ""}, "expected --init-from"),
+  ],
+)  # fmt: skip
+def test_bad_recipes_are_refused_in_one_line(codes, published, tmp_path, change, words):
+  config = tiny.gpt_config(codes, 1)
+  config.init_from = str(published)
+  for section, fields in change.items():
+    if isinstance(fields, dict):
+      fields = {**config.get(section, {}), **fields}
+    config[section] = fields
+  with pytest.raises(UserError, match=words) as error:
+    train_gpt.train(config, tmp_path / "run")
+  assert "\n" not in str(error.value)
+  assert not (tmp_path / "run/config.json").exists()
