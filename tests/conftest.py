@@ -1,18 +1,20 @@
 """Set before JAX is imported: the suite's time is mostly compilation.
 
 Programs are compiled with little effort, and those that several tests share once.
+LLAMAGEN_TESTS_OPTIMIZE=1 compiles as users do; `.ci/run` runs the tests marked `exact`,
+which compare bits, in this way, too.
 """
 
 import os
 import pathlib
 import tempfile
 
-from tests.gcs import bucket, emulator  # noqa: F401, fixtures of all tests
-
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"llamagen_jax_tests_{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 QUICK = "--xla_backend_optimization_level=0"
-if QUICK not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
+if not os.environ.get("LLAMAGEN_TESTS_OPTIMIZE"):
+  flags = os.environ.get("XLA_FLAGS", "")
+  if QUICK not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} {QUICK}".strip()
