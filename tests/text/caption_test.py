@@ -1,5 +1,9 @@
+import random
+import re
+
 import pytest
 
+from llamagen_jax.text import caption
 from llamagen_jax.text.caption import clean
 
 TABLE = [
@@ -74,12 +78,39 @@ VARIED = [
 ]
 
 
-@pytest.mark.parametrize("caption, expected", TABLE)
-def test_table(caption, expected):
-  assert clean(caption) == expected
+@pytest.mark.parametrize("given, expected", TABLE)
+def test_table(given, expected):
+  assert clean(given) == expected
 
 
 def test_cleaning_its_own_output_changes_nothing():
   assert len(VARIED) == 60
   changed = {c: clean(clean(c)) for c in VARIED if clean(clean(c)) != clean(c)}
   assert not changed
+
+
+def test_web_addresses_and_file_names_go_as_by_the_published_patterns():
+  """The linear forms remove the text that the plain patterns remove."""
+  domain = re.compile(
+    r"\b(?:[\w-]+\.)+(?:com|co|ru|net|org|edu|gov|it)\b(?:/\S*)?", re.DOTALL
+  )
+  file_name = re.compile(rf"\S+\.(?:{caption.FILES})")
+  parts = (
+    "a", "b.", "-", ".com", ".co", "com", ".it", " ", "/", "x", "é", ".", "..", "_",
+    "\n", "jpg", ".jpg", ".jpeg", ".mp4", "shop.", "1",
+  )  # fmt: skip
+  rng = random.Random(0)
+  for _ in range(5000):
+    text = "".join(rng.choices(parts, k=rng.randint(1, 14)))
+    assert caption._without_domains(text) == domain.sub("", text)
+    words = re.sub(r"\S++", lambda m: caption._without_file_name(m[0]), text)
+    assert words == file_name.sub("", text)
+
+
+@pytest.mark.parametrize(
+  "text", ["a.", "<p a='", "a1b1", "1", "1.", " ", "a.com/", "&"]
+)
+def test_long_captions_are_cut_before_they_are_cleaned(text):
+  """Their time is bounded: the quadratic patterns took half a minute for the first."""
+  long = text * (caption.MAX_CHARACTERS // len(text))
+  assert clean(long + "x" * 10**6) == clean((long + "xxxxxx")[: caption.MAX_CHARACTERS])
