@@ -32,7 +32,7 @@ from llamagen_jax.sampling.sample import (
   num_data_shards,
   sample_images,
 )
-from llamagen_jax.storage import user_path, write_json
+from llamagen_jax.storage import read_text, user_path, write_json
 from llamagen_jax.weights import bundle
 from llamagen_jax.weights.t5 import load_t5
 
@@ -184,7 +184,7 @@ def _labels(args: argparse.Namespace, gpt: bundle.Transformer) -> Labels:
     file = epath.Path(args.classes_file)
     if not file.exists():
       raise UserError(f"--classes-file={file}: no such file")
-    text = ",".join(file.read_text().splitlines())
+    text = read_text(file)
   labels = to_labels(text, gpt.class_names, classes)
   return Labels(np.repeat(np.array(labels, np.int32), args.count), gpt.class_names)
 

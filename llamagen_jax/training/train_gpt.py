@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from llamagen_jax.data.classes import Relabelled, match_classes
 from llamagen_jax.data.codes import CodeRecord, CodeSource
 from llamagen_jax.data.loader import Batch, Stream, epoch_batches
 from llamagen_jax.errors import UserError
@@ -55,6 +56,7 @@ def make_task(recipe: GPTRecipe) -> Task:
   options = r.data.batch_size, r.run.seed, r.data.workers
   if r.model.condition == "class":
     captions, stream = None, Stream(source, pick_crop, *options)
+    eval_source = with_labels_of(source, eval_source)
   else:
     captions = Captions(r.model, r.data.t5, r.data.t5_dtype, r.data.short_share)
     source = captions.open(source, r.data.texts)
@@ -75,6 +77,16 @@ def make_task(recipe: GPTRecipe) -> Task:
     load=functools.partial(load_weights, r, source) if r.init_from else None,
     max_skipped_in_a_row=r.guard.max_skipped_in_a_row,
   )
+
+
+def with_labels_of(
+  source: CodeSource, eval_source: CodeSource
+) -> CodeSource | Relabelled:
+  """Gives held-out codes the training codes' labels, where a class has another."""
+  names, eval_names = (s.manifest["class_names"] for s in (source, eval_source))
+  owners = f"data.codes={source.folder}", f"data.eval_codes={eval_source.folder}"
+  labels = match_classes(names, eval_names, *owners)
+  return eval_source if labels is None else Relabelled(eval_source, labels)
 
 
 def check_codes(source: CodeSource, config: GPTConfig) -> None:
@@ -116,7 +128,7 @@ class GPTEvaluation:
   """Evaluates on held-out images, and samples a grid of images."""
 
   recipe: GPTRecipe
-  source: CodeSource | PairSource  # held-out
+  source: CodeSource | Relabelled | PairSource  # held-out
   captions: Captions | None
   train_source: CodeSource | PairSource
   grid: SampleGrid

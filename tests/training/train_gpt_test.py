@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from llamagen_jax.gpt.model import embed_codes, init_gpt
 from llamagen_jax.gpt.objective import ObjectiveConfig, cross_entropy, objective
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.parallel.mesh import unbox
-from llamagen_jax.training import gpt_step
+from llamagen_jax.training import gpt_step, train_gpt
 from llamagen_jax.training.guard import GuardConfig, guard
 from llamagen_jax.training.optimizer import OptimizerConfig, make_optimizer
 from llamagen_jax.training.recipe import MeshConfig, RunConfig
@@ -178,3 +179,18 @@ def test_overfits_64_images():
   for _ in range(300):
     state, metrics = step(state, data)
   assert metrics["loss"] < 0.1
+
+
+def test_held_out_classes_have_the_labels_of_the_trained_ones(tmp_path):
+  folders = [tiny.write_codes(tmp_path / name) for name in ("train", "val")]
+  path = folders[1] / "manifest.json"
+  manifest = json.loads(path.read_text())
+  r = recipe()
+  data = dataclasses.replace(r.data, codes=str(folders[0]), eval_codes=str(folders[1]))
+  r = dataclasses.replace(r, data=data)
+  path.write_text(json.dumps(manifest | {"class_names": list("badc")}))
+  held_out = train_gpt.make_task(r).evaluate.source
+  assert [held_out[i].label for i in range(5)] == [1, 0, 3, 2, 1]
+  path.write_text(json.dumps(manifest | {"class_names": list("abce")}))
+  with pytest.raises(UserError, match="data.eval_codes=.*'e', are not among .*codes="):
+    train_gpt.make_task(r)
