@@ -1,19 +1,33 @@
 """Files and folders that a user names: local, `~/...`, or `gs://...` in a bucket."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
+import hashlib
 import json
+import logging as python_logging
 import os
 import pathlib
+import random
 import re
-from typing import IO, Any
+import tempfile
+import time
+from typing import IO, Any, TypeVar
 import uuid
 
+from absl import logging
 from etils import epath
+import fsspec
 
 from llamagen_jax.errors import UserError
 
 BUCKET = "gs://"
+RETRY_SECONDS = 600  # that a bucket may be out of order
+T = TypeVar("T")
+
+# gcsfs 2026.10 remembers listings for ever, so a host would not see the files that
+# another one writes; and it logs a traceback for every error that it raises.
+fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+python_logging.getLogger("gcsfs").setLevel(python_logging.CRITICAL)
 
 
 def user_path(path: str | os.PathLike) -> epath.Path:
@@ -61,21 +75,103 @@ def atomic_write(
 ) -> Iterator[IO[Any]]:
   """Opens a file that appears under its name only when it is complete.
 
+  A file for a bucket is collected on the local disk and uploaded at the end.
+
   Args:
     path: where the file is to be; its folder exists.
     mode: "wb" for bytes, "w" for UTF-8 text.
     shared: several processes may write the same file at the same time.
   """
   path = epath.Path(path)
+  encoding = None if "b" in mode else "utf-8"
+  if in_bucket(path):
+    with tempfile.TemporaryDirectory() as folder:
+      local = pathlib.Path(folder, "file")
+      with local.open(mode, encoding=encoding) as file:
+        yield file
+      upload(local, path)
+    return
   tag = f".{uuid.uuid4().hex}" if shared else ""
-  part = path.with_name(f".{path.name}{tag}.part")
+  part = pathlib.Path(path.with_name(f".{path.name}{tag}.part"))
   try:
-    with part.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+    with part.open(mode, encoding=encoding) as file:
       yield file
     part.replace(path)
   except BaseException:
     part.unlink(missing_ok=True)
     raise
+
+
+def upload(local: str | os.PathLike, path: epath.Path) -> None:
+  """Copies a local file into a bucket, where it appears whole or not at all."""
+  retry(lambda: _filesystem().put_file(os.fspath(local), os.fspath(path)))
+
+
+def sizes(folder: epath.Path) -> dict[str, int]:
+  """Returns name -> bytes of the files in a folder, of a bucket by one listing."""
+  if not in_bucket(folder):
+    with os.scandir(folder) as entries:
+      return {e.name: e.stat().st_size for e in entries if e.is_file()}
+  found = retry(lambda: _filesystem().ls(os.fspath(folder), detail=True))
+  return {
+    os.path.basename(entry["name"]): entry["size"]
+    for entry in found
+    if entry["type"] == "file"
+  }
+
+
+def sha256(path: epath.Path) -> str:
+  """Returns the checksum of a file's bytes, in hexadecimal."""
+
+  def read() -> str:
+    with path.open("rb") as file:
+      return hashlib.file_digest(file, "sha256").hexdigest()
+
+  return retry(read)
+
+
+def cache_folder() -> pathlib.Path:
+  """Returns the folder for files that can be made again; LLAMAGEN_CACHE moves it."""
+  named = os.environ.get("LLAMAGEN_CACHE", "~/.cache/llamagen_jax")
+  return pathlib.Path(named).expanduser()
+
+
+def retry(operation: Callable[[], T]) -> T:
+  """Does what reads or writes a bucket, again while the storage is out of order.
+
+  gcsfs itself tries six times, for about half a minute; an outage may take longer.
+
+  Raises:
+    OSError: the storage was out of order for RETRY_SECONDS.
+  """
+  deadline, pause = time.monotonic() + RETRY_SECONDS, 1.0
+  while True:
+    try:
+      return operation()
+    except Exception as error:
+      if not is_transient(error):
+        raise
+      reason = " ".join(str(error).split())[:200] or type(error).__name__
+      if time.monotonic() + pause > deadline:
+        raise OSError(f"no storage for {RETRY_SECONDS} s: {reason}") from error
+      logging.warning("storage: %s; again in %.0f s", reason, pause)
+      time.sleep(pause * random.uniform(0.8, 1.2))
+      pause = min(2 * pause, 60)
+
+
+def is_transient(error: BaseException) -> bool:
+  """Returns whether a storage's error passes by itself: HTTP 5xx, a cut connection."""
+  if isinstance(error, (ConnectionError, TimeoutError)):
+    return True
+  try:
+    from gcsfs.retry import is_retriable
+  except ImportError:
+    return False
+  return is_retriable(error)
+
+
+def _filesystem():
+  return fsspec.filesystem("gcs")
 
 
 def write_text(path: str | os.PathLike, text: str, *, shared: bool = False) -> None:
@@ -96,7 +192,8 @@ def read_json(path: str | os.PathLike) -> Any:
     UserError: the file is not JSON in UTF-8.
     FileNotFoundError: there is no such file.
   """
-  text = epath.Path(path).read_bytes()
+  path = epath.Path(path)
+  text = retry(path.read_bytes) if in_bucket(path) else path.read_bytes()
   try:
     return json.loads(text)
   except (ValueError, RecursionError) as error:  # ValueError: UTF-8's errors, too

@@ -6,7 +6,7 @@ number of hosts or chips, and a run that was killed goes on with the next shard.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import pathlib
@@ -16,20 +16,28 @@ from typing import Any
 from absl import logging
 import grain
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import tqdm
 
 from llamagen_jax.data.classes import shown_name
-from llamagen_jax.data.codes import CodeRecord, CodeShardSpec, CodeSource, CodeWriter
+from llamagen_jax.data.codes import (
+  KIND,
+  CodeRecord,
+  CodeShardSpec,
+  CodeSource,
+  CodeWriter,
+)
 from llamagen_jax.data.images import BadImage, CropSet, ImageDecoder
+from llamagen_jax.data.own_shards import write_own_shards
+from llamagen_jax.data.shards import verify
 from llamagen_jax.data.sources import NO_LABEL, ImageRecord, Source, open_source
 from llamagen_jax.data.workers import in_processes
 from llamagen_jax.errors import UserError
 from llamagen_jax.images import from_uint8, grid, save_png, to_uint8
 from llamagen_jax.parallel import hosts as cluster
 from llamagen_jax.parallel.mesh import make_mesh
+from llamagen_jax.storage import user_path
 from llamagen_jax.tokenizer import model
 from llamagen_jax.tokenizer.config import TokenizerConfig
 from llamagen_jax.weights import bundle
@@ -115,6 +123,7 @@ def main(argv: Sequence[str]) -> None:
   add("--max-bad-share", type=float, default=0.01, help="bad images that are let by")
   add("--workers", type=int, default=0, help="processes that decode; 0 = threads")
   add("--check", type=int, default=0, help="random codes to draw in OUT/check.png")
+  add("--verify", action="store_true", help="compare the checksums of all shards")
   cluster.add_flags(parser)
   args = parser.parse_args(argv)
   cluster.initialize_distributed(args)
@@ -141,7 +150,15 @@ def main(argv: Sequence[str]) -> None:
     workers=args.workers,
   )
   seconds = time.perf_counter() - started
-  if jax.process_index() == 0:
+  if manifest is None:
+    print(
+      f"this host's shards are in {args.out}: copy those of all hosts into one folder,"
+      " and run this command on it once more, on one host"
+    )
+  elif jax.process_index() == 0:
+    if args.verify:
+      count = verify(user_path(args.out), KIND)
+      print(f"{count} files have the checksums that were written")
     print(report(manifest, args.out, encoded / seconds))
     if args.check:
       print(check(encoder, source, args.out, crop_set, args.check, decoder))
@@ -159,14 +176,15 @@ def extract(
   decoder: ImageDecoder,
   max_bad_share: float,
   workers: int,
-) -> tuple[dict[str, Any], int]:
-  """Writes the code shards of a source; shards that are finished are not redone.
+) -> tuple[Mapping[str, Any] | None, int]:
+  """Writes the code shards of a source; finished shards are not written again.
 
   Bad images are left out and named in the manifest, and end the run above
   `max_bad_share` of the source.
 
   Returns:
-    the manifest, and how many images this host went through now.
+    the manifest, or None where the hosts do not share a folder, and how many images
+    this host went through now.
   """
   config = encoder.config
   if crop_set.side % config.downsample:
@@ -174,7 +192,7 @@ def extract(
       f"image size {crop_set.side} is not a multiple of the tokenizer's"
       f" downsampling {config.downsample}"
     )
-  plan = CodeShardSpec(
+  spec = CodeShardSpec(
     tokenizer=encoder.identity,
     tokenizer_config=dataclasses.asdict(config),
     image_size=crop_set.side,
@@ -188,55 +206,22 @@ def extract(
     samples=len(source),
     shards=min(shards, len(source)),
   )
-  host, hosts = jax.process_index(), jax.process_count()
-  if host > 0:
-    _wait_for_all("plan")  # which host 0 writes
-  writer = CodeWriter(out, plan)
-  if host == 0:
-    _wait_for_all("plan")
-  manifest = writer.finished()
-  # No host goes on to write, and to finish, before every host has looked.
-  _wait_for_all("looked")
-  if manifest is not None:
-    return manifest, 0
+  writer = CodeWriter(out, spec, max_bad_share)
+  transform, encoded = _Crops(crop_set, decoder), 0
 
-  mine = range(host, plan.shards, hosts)
-  transform = _Crops(crop_set, decoder)
-  bad = encoded = 0
-  with tqdm.tqdm(
-    total=sum(len(plan.shard_range(i)) for i in mine),
-    desc="extract",
-    unit="image",
-    dynamic_ncols=True,
-    disable=host > 0,
-  ) as bar:
-    for index in mine:
-      samples = plan.shard_range(index)
-      if writer.is_done(index):
-        bar.update(len(samples))
-        continue
-      skipped: list[str] = []
-      found = _without_bad(_read(source, samples, transform, workers), skipped, bar)
-      batches = _batched(found, batch_size * encoder.chips)
-      records = _records(batches, encoder, batch_size * encoder.chips)
-      writer.write_shard(index, records, skipped)
-      encoded += len(samples)
-      bad += len(skipped)
-      if bad > max_bad_share * len(source):
-        raise UserError(
-          f"{bad} bad images so far in {source_spec} (the log names them): more"
-          f" than --max-bad-share={max_bad_share} of its {len(source)}"
-        )
-  _wait_for_all("shards")
-  if host == 0:
-    writer.finish()
-  _wait_for_all("manifest")
-  return writer.finished(), encoded
+  def write(index: int, bar: tqdm.tqdm) -> None:
+    nonlocal encoded
+    samples, skipped = spec.shard_range(index), []
+    read = _read(source, samples, transform, workers)
+    usable = _without_bad(read, skipped, bar)
+    batches = _batched(usable, batch_size * encoder.chips)
+    records = _records(batches, encoder, batch_size * encoder.chips)
+    writer.write_shard(index, records, skipped)
+    encoded += len(samples)
 
-
-def _wait_for_all(name: str) -> None:
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(f"extract {name}")
+  sizes = [len(spec.shard_range(i)) for i in range(spec.shards)]
+  manifest = write_own_shards(writer.shards, sizes, write, writer.finish, unit="image")
+  return manifest, encoded
 
 
 def _read(source, samples: range, transform, workers: int) -> Iterator[dict[str, Any]]:
@@ -292,7 +277,7 @@ def _unbatch(batch, codes) -> Iterator[CodeRecord]:
 def report(manifest: dict[str, Any], out: str, speed: float) -> str:
   """What a finished folder holds, in lines for the user."""
   skipped = [problem for shard in manifest["shards"] for problem in shard["skipped"]]
-  size = sum(shard["bytes"] for shard in manifest["shards"])
+  size = sum(shard["files"][KIND]["bytes"] for shard in manifest["shards"])
   lines = [
     f"{manifest['records']} images x {len(manifest['crops'])} crops in {out},"
     f" {len(skipped)} skipped, {manifest['codes_used']} of"
@@ -351,7 +336,7 @@ def check(
   again = np.asarray(encoder.encode(padded))[:count, 0]
   images = np.concatenate([crops, encoder.decode(rows)])
   sheet = grid(images, columns=count, labels=labels + [""] * count)
-  path = pathlib.Path(out) / "check.png"
+  path = user_path(out) / "check.png"
   save_png(path, sheet)
   return (
     f"{path}: crops above their decoded codes; {np.mean(again == rows):.1%} of the"

@@ -1,18 +1,18 @@
 """`llamagen extract-text`: the captions of caption shards to T5 feature shards."""
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import functools
 import pathlib
 from typing import Any
 
-from array_record.python import array_record_module
 import jax
 import numpy as np
 import tqdm
 
-from llamagen_jax.data.captions import WRITER_OPTIONS, CaptionSource
+from llamagen_jax.data.captions import CaptionSource
 from llamagen_jax.data.features import BFLOAT16, KIND, FeatureRecord
+from llamagen_jax.data.own_shards import write_own_shards
 from llamagen_jax.data.shards import ShardWriter
 from llamagen_jax.parallel import hosts as cluster
 from llamagen_jax.parallel.mesh import AXES, to_global
@@ -45,7 +45,12 @@ def main(argv: Sequence[str]) -> None:
     dtype=args.dtype,
   )
   if manifest is None:
-    print(f"this host's shards are in {args.out}; other hosts have not finished")
+    print(
+      f"this host's shards are in {args.out}: copy those of all hosts into one folder,"
+      " and run this command on it once more, on one host"
+    )
+    return
+  if jax.process_index() > 0:
     return
   size = sum(s["files"][KIND]["bytes"] for s in manifest["shards"])
   records, rows = manifest["records"], manifest["rows"]
@@ -63,11 +68,13 @@ def extract_text(
   tokens: int,
   batch_size: int,
   dtype: str,
-) -> dict[str, Any] | None:
+) -> Mapping[str, Any] | None:
   """Writes the features of caption shards, one shard for one.
 
-  Every host does whole shards on its own chips. Finished shards are not done
-  again. Returns the manifest, or None while other hosts still write.
+  Every host does whole shards on its own chips; finished shards are not written again.
+
+  Returns:
+    the manifest, or None where the hosts do not share a folder.
   """
   source = CaptionSource(captions)
   mesh = _local_mesh()
@@ -84,17 +91,16 @@ def extract_text(
   folder = ShardWriter(out, plan, len(ranges))
   batch_size = -(-batch_size // mesh.size) * mesh.size
   run = functools.partial(_encode, encoder, mesh, tokens, batch_size)
-  mine = range(jax.process_index(), len(ranges), jax.process_count())
-  total = sum(len(ranges[i]) for i in mine)
-  with tqdm.tqdm(total=total, desc="features", unit="caption") as bar:
-    for index in mine:
-      if folder.is_done(index):
-        bar.update(len(ranges[index]))
-      else:
-        _write_shard(folder, index, source, ranges[index], run, batch_size, bar)
-  return folder.finish(
-    lambda infos: {n: sum(i[n] for i in infos) for n in ("records", "rows", "empty")}
-  )
+
+  def write(index: int, bar: tqdm.tqdm) -> None:
+    _write_shard(folder, index, source, ranges[index], run, batch_size, bar)
+
+  def totals(infos: list[dict[str, Any]]) -> dict[str, Any]:
+    return {n: sum(i[n] for i in infos) for n in ("records", "rows", "empty")}
+
+  finish = functools.partial(folder.finish, totals)
+  sizes = [len(samples) for samples in ranges]
+  return write_own_shards(folder, sizes, write, finish, unit="caption")
 
 
 def _local_mesh() -> jax.sharding.Mesh:
@@ -104,22 +110,20 @@ def _local_mesh() -> jax.sharding.Mesh:
 
 
 def _write_shard(folder, index, source, samples, run, batch_size, bar) -> None:
-  name = folder.file_name(KIND, index)
-  writer = array_record_module.ArrayRecordWriter(str(folder.part(name)), WRITER_OPTIONS)
-  rows = empty = 0
+  tokens = empty = 0
   size = WINDOW * batch_size
-  for start in range(samples.start, samples.stop, size):
-    window = [source[i] for i in range(start, min(start + size, samples.stop))]
-    texts = [text for c in window for text in (c.caption, c.short)]
-    features = run(texts)
-    for sample, long, short in zip(window, features[0::2], features[1::2], strict=True):
-      writer.write(FeatureRecord(sample.key, long, short).pack())
-      rows += len(long) + len(short)
-      empty += not len(long)
-    bar.update(len(window))
-  writer.close()
-  info = {"records": len(samples), "rows": rows, "empty": empty}
-  folder.commit(index, {KIND: name}, info)
+  with folder.records(KIND, index) as writer:
+    for start in range(samples.start, samples.stop, size):
+      window = [source[i] for i in range(start, min(start + size, samples.stop))]
+      features = run([text for c in window for text in (c.caption, c.short)])
+      pairs = zip(features[0::2], features[1::2], strict=True)
+      for sample, (long, short) in zip(window, pairs, strict=True):
+        writer.write(FeatureRecord(sample.key, long, short).pack())
+        tokens += len(long) + len(short)
+        empty += not len(long)
+      bar.update(len(window))
+  info = {"records": len(samples), "rows": tokens, "empty": empty}
+  folder.commit(index, {KIND: folder.file_name(KIND, index)}, info)
 
 
 def _encode(

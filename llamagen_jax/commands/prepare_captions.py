@@ -12,13 +12,12 @@ import pathlib
 from typing import Any
 
 from absl import logging
-from array_record.python import array_record_module
 import tqdm
 
 from llamagen_jax.data import shards
 from llamagen_jax.data.caption_files import CaptionFiles, open_files
 from llamagen_jax.data.caption_records import CaptionedImage, FieldNames
-from llamagen_jax.data.captions import KIND, WRITER_OPTIONS, Caption
+from llamagen_jax.data.captions import KIND, Caption
 from llamagen_jax.data.images import BadImage, ImageDecoder, SmallImage
 from llamagen_jax.data.sources import ImageRecord
 from llamagen_jax.data.workers import end_with_parent
@@ -157,27 +156,25 @@ def _write_shard(
   folder: shards.ShardWriter, files: CaptionFiles, decoder: ImageDecoder, index: int
 ) -> None:
   names = {kind: folder.file_name(kind, index) for kind in ("text", "images")}
-  writers = {
-    kind: array_record_module.ArrayRecordWriter(str(folder.part(n)), WRITER_OPTIONS)
-    for kind, n in names.items()
-  }
   rejected: list[str] = []
   reasons, records, shorts = collections.Counter(), 0, 0
-  for record in files.read(index):
-    problem = record.problem or _problem(record, decoder)
-    if problem:
-      reason, _, detail = problem.partition(": ")
-      reasons[reason] += 1
-      fields = record.key, reason, detail
-      rejected.append("\t".join(" ".join(field.split()) for field in fields))
-      continue
-    caption = Caption(record.key, record.caption, record.short, record.source)
-    writers["text"].write(caption.pack())
-    writers["images"].write(record.image)
-    records += 1
-    shorts += bool(record.short)
-  for writer in writers.values():
-    writer.close()
+  with (
+    folder.records("text", index) as texts,
+    folder.records("images", index) as images,
+  ):
+    for record in files.read(index):
+      problem = record.problem or _problem(record, decoder)
+      if problem:
+        reason, _, detail = problem.partition(": ")
+        reasons[reason] += 1
+        fields = record.key, reason, detail
+        rejected.append("\t".join(" ".join(field.split()) for field in fields))
+        continue
+      caption = Caption(record.key, record.caption, record.short, record.source)
+      texts.write(caption.pack())
+      images.write(record.image)
+      records += 1
+      shorts += bool(record.short)
   if rejected:
     name = f"rejected-{index:05d}-of-{files.shards:05d}.txt"
     write_text(folder.folder / name, "\n".join(rejected) + "\n")

@@ -13,16 +13,12 @@ between them. The manifest counts both.
 
 import dataclasses
 import json
-import pathlib
-from typing import Any
-
-import grain
+import os
 
 from llamagen_jax.data import shards
+from llamagen_jax.storage import user_path
 
 KIND = "captions"
-# Training reads at random, and images cannot be compressed any further.
-WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +41,10 @@ class Caption:
 class CaptionSource:
   """Random access to the captions of a finished folder; checked when opened."""
 
-  def __init__(self, folder: str | pathlib.Path):
-    self.folder = pathlib.Path(folder)
+  def __init__(self, folder: str | os.PathLike):
+    self.folder = user_path(folder)
     self.manifest = shards.read_manifest(self.folder, KIND)
-    self._records = grain.sources.ArrayRecordDataSource(
-      shards.paths(self.folder, self.manifest, "text")
-    )
+    self._records = shards.open_records(self.folder, self.manifest, "text")
 
   def __len__(self) -> int:
     return len(self._records)
@@ -60,8 +54,8 @@ class CaptionSource:
 
   @property
   def identity(self) -> str:
-    """Names the captions and their order."""
-    return captions_identity(self.manifest)
+    """Checksum of the captions of all shards, in their order."""
+    return shards.identity(self.manifest, "text")
 
   def shard_ranges(self) -> list[range]:
     """Returns the records that every shard holds."""
@@ -70,7 +64,3 @@ class CaptionSource:
       ranges.append(range(start, start + shard["records"]))
       start += shard["records"]
     return ranges
-
-
-def captions_identity(manifest: dict[str, Any]) -> str:
-  return "-".join(s["files"]["text"]["sha256"][:16] for s in manifest["shards"][:4])

@@ -7,14 +7,14 @@ that cleaning left nothing of has no rows.
 """
 
 import dataclasses
-import pathlib
+import os
 import struct
 
-import grain
 import ml_dtypes
 import numpy as np
 
 from llamagen_jax.data import shards
+from llamagen_jax.storage import user_path
 
 KIND = "features"
 HEADER = struct.Struct("<HHH")
@@ -46,13 +46,11 @@ class FeatureRecord:
 class FeatureSource:
   """Random access to a finished folder of features; checked when it is opened."""
 
-  def __init__(self, folder: str | pathlib.Path):
-    self.folder = pathlib.Path(folder)
+  def __init__(self, folder: str | os.PathLike):
+    self.folder = user_path(folder)
     self.manifest = shards.read_manifest(self.folder, KIND)
     self.dim = self.manifest["dim"]
-    self._records = grain.sources.ArrayRecordDataSource(
-      shards.paths(self.folder, self.manifest, KIND)
-    )
+    self._records = shards.open_records(self.folder, self.manifest, KIND)
 
   def __len__(self) -> int:
     return len(self._records)

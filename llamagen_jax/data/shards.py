@@ -1,134 +1,249 @@
-"""Folders of shards that several processes write and a kill cannot spoil.
+"""Folders of shards, local or in a bucket, that a kill cannot spoil.
 
 `plan.json` says what every shard has in common. A shard is written under hidden
-names, renamed, and vouched for by a small JSON file until `manifest.json`, which
-is written last, takes over all of these. A folder without it is not finished.
+names, renamed, and vouched for by a small JSON file, `shard-*.json`, until
+`manifest.json`, which is written last, takes over all of these. A folder without a
+manifest is not finished. Several processes may write shards of their own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import concurrent.futures
+import contextlib
+import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 from typing import Any
-import uuid
+
+from array_record.python import array_record_module
+from etils import epath
+import grain
 
 from llamagen_jax.errors import UserError
+from llamagen_jax.storage import (
+  cache_folder,
+  in_bucket,
+  read_json,
+  sha256,
+  sizes,
+  upload,
+  user_path,
+  write_json,
+)
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
+# Training reads single records at random, and neither codes nor images compress.
+WRITER_OPTIONS = "group_size:1,uncompressed"
+REQUESTS = 16  # small files that are read from a bucket at the same time
 
 
 class ShardWriter:
   """A folder that is being written; every shard by one process at a time."""
 
-  def __init__(self, folder: str | pathlib.Path, plan: Mapping[str, Any], shards: int):
-    """Begins the folder, or goes on with one that was begun by the same plan."""
-    self.folder, self.shards = pathlib.Path(folder), shards
+  def __init__(self, folder: str | os.PathLike, plan: Mapping[str, Any], shards: int):
+    """Begins a folder, or continues one that was begun with the same plan.
+
+    Args:
+      folder: where the shards are to be.
+      plan: what they have in common; `kind` says of what they are.
+      shards: how many there will be.
+    """
+    self.folder, self.shards = user_path(folder), shards
+    self.kind = plan["kind"]
     self.folder.mkdir(parents=True, exist_ok=True)
     self._plan = as_json({"format": FORMAT_VERSION, **plan})
     path = self.folder / PLAN
-    found = json.loads(path.read_text()) if path.exists() else self._plan
-    for name in self._plan.keys() | found.keys():
-      if found.get(name) != self._plan.get(name):
-        raise UserError(
-          f"{self.folder} was begun with other settings: {name} is"
-          f" {found.get(name)!r} there, {self._plan.get(name)!r} here; choose another"
-          " folder"
-        )
-    write_json(path, self._plan)
+    if path.exists():
+      found = read_json(path)
+      for name in self._plan.keys() | found.keys():
+        if found.get(name) != self._plan.get(name):
+          raise UserError(
+            f"{self.folder} was begun with other settings: {name} is"
+            f" {found.get(name)!r} there, {self._plan.get(name)!r} here; choose another"
+            " folder"
+          )
+    else:
+      write_json(path, self._plan, shared=True)
+    self._names = set(sizes(self.folder))
 
   def file_name(self, kind: str, index: int) -> str:
     return f"{kind}-{index:05d}-of-{self.shards:05d}.array_record"
 
   def part(self, name: str) -> pathlib.Path:
-    """Where a file is written until its shard is whole."""
-    return self.folder / f".{name}.part"
+    """Returns the local path under which a file is written until its shard is whole."""
+    if not in_bucket(self.folder):
+      return pathlib.Path(self.folder, f".{name}.part")
+    # The same name after a kill: the next process writes over what the last one left.
+    digest = hashlib.sha256(os.fspath(self.folder).encode()).hexdigest()[:16]
+    folder = cache_folder() / "uploads" / digest
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
+
+  @contextlib.contextmanager
+  def records(
+    self, kind: str, index: int
+  ) -> Iterator[array_record_module.ArrayRecordWriter]:
+    """Opens the ArrayRecord file of one kind of a shard, to be committed later."""
+    path = self.part(self.file_name(kind, index))
+    writer = array_record_module.ArrayRecordWriter(str(path), WRITER_OPTIONS)
+    try:
+      yield writer
+    finally:
+      writer.close()
 
   def is_done(self, index: int) -> bool:
-    return self.is_finished() or self._info(index).exists()
+    """Returns whether a shard was whole when the folder was opened, or is since."""
+    return self.is_finished() or self._info_name(index) in self._names
 
   def is_finished(self) -> bool:
-    return (self.folder / MANIFEST).exists()
+    return MANIFEST in self._names
 
   def commit(self, index: int, files: Mapping[str, str], info: dict[str, Any]) -> None:
-    """Renames the parts of a shard's files {kind: name} and vouches for them."""
+    """Publishes a shard's files {kind: name} and vouches for them with `info`."""
     described = {}
     for kind, name in files.items():
       part = self.part(name)
       size = part.stat().st_size
       described[kind] = {"file": name, "bytes": size, "sha256": sha256(part)}
-      part.rename(self.folder / name)
-    write_json(self._info(index), {"files": described, **info})
+      if in_bucket(self.folder):
+        upload(part, self.folder / name)
+        part.unlink()
+      else:
+        part.replace(self.folder / name)
+    name = self._info_name(index)
+    write_json(self.folder / name, {"files": described, **info})
+    self._names.add(name)
+
+  def infos(self) -> dict[int, dict[str, Any]]:
+    """Returns the infos of all shards that are done by now, of any process."""
+    self._names = set(sizes(self.folder))
+    if self.is_finished():
+      return dict(enumerate(read_json(self.folder / MANIFEST)["shards"]))
+    done = [i for i in range(self.shards) if self._info_name(i) in self._names]
+    paths = [self.folder / self._info_name(i) for i in done]
+    with concurrent.futures.ThreadPoolExecutor(REQUESTS) as pool:
+      return dict(zip(done, pool.map(read_json, paths), strict=True))
 
   def finish(
     self, totals: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
   ) -> dict[str, Any] | None:
     """Writes the manifest once all shards are there; None while some are missing.
 
-    Hosts may do this at the same time, and a kill may come in between.
+    Several processes may do this at the same time, and a kill may come in between.
 
     Args:
-      totals: what the manifest says of all shards, from the infos of each.
+      totals: makes the manifest's fields about all shards of their infos, and may
+        take out of these what the manifest does not need a shard.
     """
-    if not all(self.is_done(i) for i in range(self.shards)):
+    try:
+      infos = self.infos()
+    except FileNotFoundError:  # another process wrote the manifest meanwhile
+      infos = self.infos()
+    if len(infos) < self.shards:
       return None
     if not self.is_finished():
-      try:
-        infos = [json.loads(self._info(i).read_text()) for i in range(self.shards)]
-      except FileNotFoundError:  # another host was faster, and tidies up
-        pass
-      else:
-        manifest = {**self._plan, **totals(infos), "shards": infos}
-        write_json(self.folder / MANIFEST, manifest)
+      infos = [infos[i] for i in range(self.shards)]
+      manifest = {**self._plan, **totals(infos), "shards": infos}
+      write_json(self.folder / MANIFEST, manifest, shared=True)
+      self._names.add(MANIFEST)
     for index in range(self.shards):
-      self._info(index).unlink(missing_ok=True)
-    return read_manifest(self.folder, self._plan["kind"])
+      if self._info_name(index) in self._names:
+        (self.folder / self._info_name(index)).unlink(missing_ok=True)
+    return read_manifest(self.folder, self.kind)
 
-  def _info(self, index: int) -> pathlib.Path:
-    return self.folder / f"shard-{index:05d}-of-{self.shards:05d}.json"
+  def _info_name(self, index: int) -> str:
+    return f"shard-{index:05d}-of-{self.shards:05d}.json"
 
 
-def read_manifest(folder: pathlib.Path, kind: str) -> dict[str, Any]:
-  """Reads a finished folder's manifest; every file must be there and whole."""
+def read_manifest(folder: epath.Path, kind: str) -> dict[str, Any]:
+  """Reads a finished folder's manifest; every file must be there and whole.
+
+  Raises:
+    UserError: the folder is not finished, of another kind, or damaged.
+  """
   path = folder / MANIFEST
-  if not path.exists():
+  try:
+    manifest = read_json(path)
+  except (FileNotFoundError, NotADirectoryError) as error:
     state = "not finished" if (folder / PLAN).exists() else "not found"
-    raise UserError(f"{kind} {folder}: no {MANIFEST} ({state})")
-  manifest = json.loads(path.read_text())
+    raise UserError(f"{kind} {folder}: no {MANIFEST} ({state})") from error
   found = manifest.get("kind"), manifest.get("format")
   if found != (kind, FORMAT_VERSION):
     raise UserError(
       f"{path}: kind {found[0]!r}, format {found[1]!r}; expected {kind!r}, format"
       f" {FORMAT_VERSION}"
     )
-  for shard in manifest["shards"]:
-    for file in shard["files"].values():
-      place = folder / file["file"]
-      size = place.stat().st_size if place.exists() else None
-      if size != file["bytes"]:
-        state = "missing" if size is None else f"{size} bytes"
-        raise UserError(f"{place}: {state}, expected {file['bytes']} bytes")
+  there = sizes(folder)
+  for file in _files(manifest):
+    size = there.get(file["file"])
+    if size != file["bytes"]:
+      state = "missing" if size is None else f"{size} bytes"
+      raise UserError(
+        f"{folder / file['file']}: {state}, expected {file['bytes']} bytes"
+      )
   return manifest
 
 
-def paths(folder: pathlib.Path, manifest: Mapping[str, Any], kind: str) -> list[str]:
-  """The files of one kind, in the order of the shards."""
-  return [str(folder / shard["files"][kind]["file"]) for shard in manifest["shards"]]
+def verify(folder: epath.Path, kind: str) -> int:
+  """Reads every file and compares its checksum; returns how many there are.
+
+  Raises:
+    UserError: a file is not what was written.
+  """
+  files = _files(read_manifest(folder, kind))
+  for file in files:
+    found = sha256(folder / file["file"])
+    if found != file["sha256"]:
+      raise UserError(
+        f"{folder / file['file']}: sha256 {found[:12]}.., expected"
+        f" {file['sha256'][:12]}.."
+      )
+  return len(files)
 
 
-def sha256(path: pathlib.Path) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+def open_records(
+  folder: epath.Path, manifest: Mapping[str, Any], kind: str
+) -> grain.sources.ArrayRecordDataSource:
+  """Returns the records of one kind of file, in the order of the shards.
+
+  The manifest says how many records a shard has, so that no file is opened before
+  one of its records is asked for. ArrayRecord reads buckets itself.
+  """
+  return grain.sources.ArrayRecordDataSource(
+    [
+      _WholeFile(
+        str(folder / shard["files"][kind]["file"]), shard["records"], shard["records"]
+      )
+      for shard in manifest["shards"]
+    ]
+  )
+
+
+def identity(manifest: Mapping[str, Any], kind: str) -> str:
+  """Returns a checksum of all files of one kind, in their order."""
+  digest = hashlib.sha256()
+  for shard in manifest["shards"]:
+    digest.update(bytes.fromhex(shard["files"][kind]["sha256"]))
+  return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class _WholeFile:
+  """A file whose number of records is known; see array_record's FileInstruction."""
+
+  filename: str
+  take: int
+  examples_in_shard: int
+  skip: int = 0
+
+
+def _files(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+  return [file for shard in manifest["shards"] for file in shard["files"].values()]
 
 
 def as_json(value: Any) -> Any:
-  """The value as it will be read back: tuples become lists."""
+  """Returns the value as it will be read back: tuples become lists."""
   return json.loads(json.dumps(value))
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes at once or not at all, whoever else writes the same."""
-  part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-  part.write_text(json.dumps(value, indent=1))
-  part.rename(path)

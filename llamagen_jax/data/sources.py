@@ -351,10 +351,8 @@ class CaptionImageSource:
   class_names: tuple[str, ...] = ()
 
   def __init__(self, folder: str | pathlib.Path):
-    self._captions = CaptionSource(folder)
-    self._records = grain.sources.ArrayRecordDataSource(
-      shards.paths(self._captions.folder, self._captions.manifest, "images")
-    )
+    captions = self._captions = CaptionSource(folder)
+    self._records = shards.open_records(captions.folder, captions.manifest, "images")
 
   def __len__(self) -> int:
     return len(self._captions)

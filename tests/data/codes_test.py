@@ -11,8 +11,8 @@ from llamagen_jax.data.codes import (
   CodeSource,
   CodeWriter,
   perplexity,
-  verify,
 )
+from llamagen_jax.data.shards import verify
 from llamagen_jax.training.train_gpt import check_codes
 
 PLAN = CodeShardSpec(
@@ -35,10 +35,14 @@ def record(i: int) -> CodeRecord:
   return CodeRecord(f"dir/{i}.png", i % 3, codes)
 
 
+def shard_name(index: int) -> str:
+  return f"codes-{index:05d}-of-{PLAN.shards:05d}.array_record"
+
+
 def write(folder, plan=PLAN, shards=None):
   writer = CodeWriter(folder, plan)
   for i in range(plan.shards) if shards is None else shards:
-    if not writer.is_done(i):
+    if not writer.shards.is_done(i):
       writer.write_shard(i, map(record, plan.shard_range(i)), [])
   return writer
 
@@ -55,15 +59,15 @@ def test_records_come_back_in_the_order_of_the_source(tmp_path):
   used = {c for i in range(10) for c in record(i).codes.ravel()}
   assert manifest["codes_used"] == len(used)
   check_codes(source, MODEL)
-  verify(tmp_path)
+  verify(tmp_path, "codes")
 
 
 def test_unfinished_work_is_resumed_by_shard_and_looks_unfinished(tmp_path):
   whole, cut = tmp_path / "whole", tmp_path / "cut"
   write(whole).finish()
   write(cut, shards=[0, 2])
-  before = (cut / PLAN.shard_name(0)).stat().st_mtime_ns
-  with pytest.raises(UserError, match="no manifest.json .extraction is not finished"):
+  before = (cut / shard_name(0)).stat().st_mtime_ns
+  with pytest.raises(UserError, match="no manifest.json .not finished"):
     CodeSource(cut)
 
   def dies():
@@ -72,11 +76,11 @@ def test_unfinished_work_is_resumed_by_shard_and_looks_unfinished(tmp_path):
 
   with pytest.raises(KeyboardInterrupt):
     CodeWriter(cut, PLAN).write_shard(1, dies(), [])
-  assert not CodeWriter(cut, PLAN).is_done(1)
+  assert not CodeWriter(cut, PLAN).shards.is_done(1)
   write(cut).finish()
-  assert (cut / PLAN.shard_name(0)).stat().st_mtime_ns == before
+  assert (cut / shard_name(0)).stat().st_mtime_ns == before
   for i in range(3):
-    name = PLAN.shard_name(i)
+    name = shard_name(i)
     assert (cut / name).read_bytes() == (whole / name).read_bytes()
   manifests = [json.loads((f / "manifest.json").read_text()) for f in (whole, cut)]
   assert manifests[0] == manifests[1]
@@ -91,7 +95,7 @@ def test_a_folder_of_other_settings_is_not_written_over(tmp_path):
 
 def test_damage_is_named(tmp_path):
   write(tmp_path).finish()
-  shard = tmp_path / PLAN.shard_name(1)
+  shard = tmp_path / shard_name(1)
   content = shard.read_bytes()
   shard.write_bytes(content[: len(content) // 2])
   with pytest.raises(
@@ -104,7 +108,7 @@ def test_damage_is_named(tmp_path):
   middle = len(content) // 2
   shard.write_bytes(content[:middle] + b"?" + content[middle + 1 :])
   with pytest.raises(UserError, match=f"{shard.name}: sha256"):
-    verify(tmp_path)
+    verify(tmp_path, "codes")
   with pytest.raises(UserError, match="no manifest.json .not found"):
     CodeSource(tmp_path / "elsewhere")
 
