@@ -58,7 +58,7 @@ class ShardWriter:
     path = self.folder / PLAN
     if path.exists():
       found = read_json(path)
-      for name in self._plan.keys() | found.keys():
+      for name in self._plan | found:
         if found.get(name) != self._plan.get(name):
           raise UserError(
             f"{self.folder} was begun with other settings: {name} is"
