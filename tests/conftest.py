@@ -9,6 +9,8 @@ import os
 import pathlib
 import tempfile
 
+from tests.gcs import bucket, emulator  # noqa: F401, fixtures of all tests
+
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"llamagen_jax_tests_{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")

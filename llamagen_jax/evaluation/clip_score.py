@@ -16,6 +16,7 @@ from llamagen_jax.errors import UserError
 from llamagen_jax.evaluation.cached_features import CachedImageMap
 from llamagen_jax.evaluation.image_sets import READERS, Source
 from llamagen_jax.parallel.mesh import replicated, shard_tree
+from llamagen_jax.storage import read_text, text_lines, user_path
 from llamagen_jax.text.clip_tokens import ClipTokens
 from llamagen_jax.vision.clip import similarity
 from llamagen_jax.weights import bundle
@@ -84,12 +85,14 @@ def read_prompts(file: str | None, source: Source) -> list[str]:
   Raises:
     UserError: no such file, or not as many lines as images.
   """
-  path = pathlib.Path(file) if file else pathlib.Path(source.path) / CAPTIONS
+  path = user_path(file) if file else source.path / CAPTIONS
   if not path.is_file():
     raise UserError(
       f"CLIP score needs the images' prompts: no file {path}; --prompts names it"
     )
-  prompts = path.read_text("utf-8").removesuffix("\n").split("\n")
+  prompts = text_lines(read_text(path))
+  if not prompts[-1]:  # after the last line's end
+    prompts.pop()
   if len(prompts) != source.count:
     raise UserError(f"{path}: {len(prompts)} prompts for {source.count} images")
   return prompts

@@ -4,18 +4,25 @@ from collections.abc import Iterator, Sequence
 import csv
 import dataclasses
 import functools
-import pathlib
+import io
+import re
 
+from absl import logging
+from etils import epath
 import jax
 import numpy as np
 
 from llamagen_jax.errors import UserError
-from llamagen_jax.storage import write_text
+from llamagen_jax.storage import read_text, text_lines, user_path, write_text
 from llamagen_jax.text.encoder import TextEncoder
 from llamagen_jax.text.t5 import padded_features
 from llamagen_jax.weights.bundle import Transformer
 
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
+FILE = re.compile(
+  r"(?P<name>.*?\.(?P<suffix>txt|csv|tsv))(:(?P<column>.*))?", re.DOTALL | re.IGNORECASE
+)
+QUOTED = re.compile(r'"(?:[^"]|"")*+"')  # a field in quotes, its own doubled
+MAX_SHOWN = 300  # characters of a list of columns
 COLUMNS = ("prompt", "caption", "text")  # looked for, in any case
 NAME_LENGTH = 40  # characters next to an image
 CAPTIONS = "captions.txt"
@@ -42,7 +49,11 @@ class Prompts:
     prompts: Sequence[str],
     negative: str = "",
   ) -> "Prompts":
-    """Prompts for a transformer, which must have learned this encoder's features."""
+    """Makes prompts for a transformer, which must have learned this encoder's features.
+
+    Raises:
+      UserError: another encoder, or a prompt that is no text.
+    """
     if gpt.text_encoder and encoder.identity != gpt.text_encoder:
       raise UserError(
         f"the text encoder {encoder.identity[:12]} is not the one that the transformer"
@@ -53,18 +64,33 @@ class Prompts:
         f"the text encoder's features are {encoder.config.dim} wide, the model expects"
         f" {gpt.config.caption_dim}"
       )
+    for prompt in (*prompts, negative):
+      try:
+        prompt.encode()
+      except UnicodeEncodeError as error:
+        raise UserError(f"prompt {prompt[:NAME_LENGTH]!r}: not UTF-8") from error
     return cls(tuple(prompts), encoder, gpt.config.caption_tokens, negative)
 
   def __len__(self) -> int:
     return len(self.prompts)
 
   def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Features [B, P, C] and mask [B, P]; pairs of them [B, 2, ..] with a negative."""
+    """Encodes rows: features [B, P, C] and mask [B, P], or [B, 2, ..] with a negative.
+
+    Warns of prompts that cleaning leaves nothing of: their images show anything.
+    """
     texts = [self.prompts[row] for row in rows]
     unique = list(dict.fromkeys(texts))
     features, mask = self._encode(unique + [""] * (len(texts) - len(unique)))
-    places = [unique.index(text) for text in texts]
-    features, mask = features[places], mask[places]
+    for prompt, any_token in zip(unique, mask.any(axis=1), strict=False):
+      if not any_token:
+        logging.warning(
+          "prompt %r: nothing is left of it after cleaning, which removes addresses,"
+          " markup and Chinese characters; its image follows no text",
+          prompt[:NAME_LENGTH],
+        )  # fmt: skip
+    indices = [unique.index(text) for text in texts]
+    features, mask = features[indices], mask[indices]
     if not self.negative:
       return features, mask
     other, other_mask = self._negative
@@ -87,44 +113,62 @@ class Prompts:
 def read_prompts(spec: str) -> list[str]:
   """Reads FILE.txt, a prompt a line, or FILE.csv or FILE.tsv with `:COLUMN`.
 
-  Without a column it is the one called prompt, caption or text.
+  Without a column it is the one called prompt, caption or text. Files are in UTF-8,
+  local or in a bucket. Quotes are CSV's in .csv; in .tsv they are part of the prompt
+  unless they are around all of it.
 
   Raises:
-    UserError: no such file or column, or no prompts in it.
+    UserError: no such file or column, no prompts, or what is no text and where.
   """
-  name, _, column = spec.partition(":")
-  path = pathlib.Path(name)
-  if path.suffix not in (".txt", *DELIMITERS):
+  match = FILE.fullmatch(spec)
+  if not match:
     raise UserError(f"--prompt-file={spec}: expected .txt, .csv or .tsv")
+  name, suffix, column = match["name"], match["suffix"].lower(), match["column"]
+  path = user_path(name)
   if not path.is_file():
     raise UserError(f"--prompt-file={name}: no such file")
-  found = list(_lines(path) if path.suffix == ".txt" else _column(path, column))
-  if not found:
+  text = read_text(path)
+  if suffix == "txt":
+    found = text_lines(text)
+  else:
+    rows = _csv_rows(text, name) if suffix == "csv" else _tsv_rows(text)
+    found = _column(rows, column or "", name)
+  prompts = [prompt for line in found if (prompt := line.strip())]
+  if not prompts:
     raise UserError(f"--prompt-file={name}: no prompts in it")
-  return found
+  return prompts
 
 
-def _lines(path: pathlib.Path) -> Iterator[str]:
-  lines = (line.strip() for line in path.read_text("utf-8").splitlines())
-  return filter(None, lines)
+def _csv_rows(text: str, name: str) -> Iterator[list[str]]:
+  rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+  try:
+    yield from rows
+  except csv.Error as error:  # a quote that is not closed, or a huge field
+    raise UserError(f"--prompt-file={name}: line {rows.line_num}: {error}") from error
 
 
-def _column(path: pathlib.Path, column: str) -> Iterator[str]:
-  with path.open(encoding="utf-8", newline="") as file:
-    rows = csv.DictReader(file, delimiter=DELIMITERS[path.suffix])
-    columns = rows.fieldnames or []
-    wanted = [column] if column else COLUMNS
-    by_name = {name if column else name.lower(): name for name in columns}
-    key = next((by_name[name] for name in wanted if name in by_name), None)
-    if key is None:
-      raise UserError(
-        f"--prompt-file={path}: no column {' or '.join(wanted)}; its columns are"
-        f" {', '.join(columns)}"
-      )
-    yield from (text for row in rows if (text := (row[key] or "").strip()))
+def _tsv_rows(text: str) -> Iterator[list[str]]:
+  for line in text_lines(text):
+    yield [
+      field[1:-1].replace('""', '"') if QUOTED.fullmatch(field) else field
+      for field in line.split("\t")
+    ]
 
 
-def write_captions(folder: pathlib.Path, prompts: Sequence[str]) -> None:
-  """captions.txt: line n is the prompt of the n-th image by name."""
+def _column(rows: Iterator[list[str]], column: str, name: str) -> Iterator[str]:
+  columns = next(rows, [])
+  wanted = [column] if column else COLUMNS
+  known = columns if column else [name.strip().lower() for name in columns]
+  index = next((known.index(name) for name in wanted if name in known), None)
+  if index is None:
+    raise UserError(
+      f"--prompt-file={name}: no column {' or '.join(wanted)}; its columns are"
+      f" {', '.join(columns)[:MAX_SHOWN]}"
+    )
+  yield from (row[index] for row in rows if index < len(row))
+
+
+def write_captions(folder: epath.Path, prompts: Sequence[str]) -> None:
+  """Writes captions.txt: line n is the prompt of the n-th image by name."""
   lines = [" ".join(prompt.split()) for prompt in prompts]
   write_text(folder / CAPTIONS, "\n".join(lines) + "\n")

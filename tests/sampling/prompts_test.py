@@ -160,3 +160,56 @@ def test_bad_commands(run, capsys, flags, words):
   code, err = llamagen(capsys, run[0], [*flags, f"--out={run[0]}/x.png"])
   assert code == 2
   assert words in err[0]
+
+
+@pytest.mark.parametrize(
+  "name, content, expected",
+  [
+    ("a.txt", "\ufeffa\u2028cat\r\n\r\na\x0bdog\ra\x85fox\n".encode(),
+     ["a\u2028cat", "a\x0bdog", "a\x85fox"]),
+    ("a.csv", "\ufeffprompt,n\r\na cat,1\r\n".encode(), ["a cat"]),
+    ("a.csv", b'n,Caption\n1,"a ""red"" cat,\nup"\n2\n', ['a "red" cat,\nup']),
+    ("a.tsv", b'prompt\tn\n"an unclosed one\t1\na "b" c\t2\n"d ""e"""\t3\n\t4\n',
+     ['"an unclosed one', 'a "b" c', 'd "e"']),
+    ("A.TXT", b"a cat", ["a cat"]),
+  ],
+)  # fmt: skip
+def test_lines_end_at_newlines_only(tmp_path, name, content, expected):
+  (tmp_path / name).write_bytes(content)
+  assert read_prompts(f"{tmp_path}/{name}") == expected
+
+
+@pytest.mark.parametrize(
+  "name, content, words",
+  [
+    ("a.txt", "a café".encode("latin-1"), "byte 5 is 0xe9, expected text in UTF-8"),
+    ("a.txt", "\ufeffa café".encode() + b"\xff", "byte 10 is 0xff"),
+    ("a.txt", "a cat".encode("utf-16"), "byte 0 is 0xff.*found UTF-16"),
+    ("a.txt", "a cat".encode("utf-16-le"), "byte 1 is 0x00"),
+    ("a.csv", "prompt\na café".encode("latin-1"), "byte 12 is 0xe9"),
+    ("a.csv", b"prompt\n" + b"a" * 140_000, "line 2: field larger than field limit"),
+    ("a.csv", b'prompt,n\n"an unclosed one,1\na,2\n', "line 3: unexpected end of data"),
+    ("a.csv", b"", "no column prompt"),
+    ("a.tsv", b"prompt\n\n \n", "no prompts in it"),
+  ],
+)
+def test_what_is_no_text_is_named_with_its_place(tmp_path, name, content, words):
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(UserError, match=f"{name}.*{words}"):
+    read_prompts(f"{tmp_path}/{name}")
+
+
+def test_prompts_that_cleaning_empties_are_said(run, caplog):
+  _, gpt, encoder = run
+  prompts = Prompts.of(gpt, encoder, ["a cat", "山水", "a cat"])
+  _, mask = prompts.take(np.arange(3))
+  assert mask.any(axis=1).tolist() == [True, False, True]
+  assert caplog.text.count("nothing is left of it") == 1 and "'山水'" in caplog.text
+  with pytest.raises(UserError, match="prompt .*: not UTF-8"):
+    Prompts.of(gpt, encoder, ["a \ud83d"])
+
+
+@pytest.mark.extra
+def test_files_in_a_bucket(bucket):
+  (bucket / "a.csv").write_text("prompt\na cat\n")
+  assert read_prompts(f"{bucket}/a.csv:prompt") == ["a cat"]
