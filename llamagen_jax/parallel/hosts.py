@@ -27,7 +27,7 @@ FLAGS = {
 # A host that gives no sign of life for so long is dead, and ends the others.
 HEARTBEAT_SECONDS = 40
 FAILURE_KEY = "llamagen/failure"  # in the coordinator's store: {host, code, reason}
-NOTICE_SECONDS = 3  # that a failed coordinator stays, so that the others hear of it
+NOTICE_SECONDS = 5  # that the coordinator outlives a failure, so that all hear of it
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -104,7 +104,7 @@ def end_all_hosts(reason: str, code: int, details: str = "") -> None:
   failure = {"host": jax.process_index(), "code": code, "reason": reason}
   try:
     _store().key_value_set(FAILURE_KEY, json.dumps(failure))
-    time.sleep(NOTICE_SECONDS)
+    _let_others_leave()
   except (RuntimeError, ValueError):
     pass  # another host failed first, or the coordinator is gone
   sys.stdout.flush()
@@ -123,8 +123,15 @@ def _end_with_others() -> None:
     if failure["host"] != jax.process_index():
       message = f"llamagen: host {failure['host']} failed: {failure['reason']}"
       print(message, file=sys.stderr, flush=True)
+      _let_others_leave()
       os._exit(failure["code"])
     return
+
+
+def _let_others_leave() -> None:
+  """Waits on the coordinator: where it ends first, JAX aborts the other processes."""
+  if jax.process_index() == 0:
+    time.sleep(NOTICE_SECONDS)
 
 
 def _store():
