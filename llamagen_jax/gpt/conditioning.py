@@ -6,6 +6,7 @@ unconditional half of the batch.
 """
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -86,6 +87,30 @@ def embed_condition(config: GPTConfig, **kwargs) -> nn.Module:
   """The embedder that the config asks for."""
   kind = ClassEmbedding if config.condition == "class" else CaptionEmbedding
   return kind(config, **kwargs)
+
+
+def embed_prefix(
+  config: GPTConfig,
+  params: dict[str, Any],
+  condition: jax.Array,
+  drop_B: jax.Array,
+  guidance_beta_B: jax.Array | None = None,
+) -> jax.Array:
+  """Returns the tokens that a sequence starts with, [B, P, D].
+
+  Args:
+    config: of the model.
+    params: of the model, all of them.
+    condition: labels [B] or caption features [B, P, C].
+    drop_B: rows that get the unconditional embedding.
+    guidance_beta_B: guidance strengths of a guidance-free model.
+  """
+  embedder = embed_condition(config)
+  x_BPD = embedder.apply({"params": params["condition"]}, condition, drop_B)
+  if guidance_beta_B is None:
+    return x_BPD
+  guidance = GuidanceEmbedding(config)
+  return x_BPD + guidance.apply({"params": params["guidance"]}, guidance_beta_B)
 
 
 def visible_tokens(

@@ -123,6 +123,8 @@ def shardings(mesh: Mesh, boxed: Any) -> Any:
   def sharding(leaf):
     if not is_boxed(leaf):
       return NamedSharding(mesh, PartitionSpec())
+    if not jax.tree.leaves(leaf.value):  # the moments of a weight that is not trained
+      return leaf.value
     partition = spec(mesh, leaf.value.shape, leaf.names)
     for name, size, axes in zip(leaf.names, leaf.value.shape, partition, strict=True):
       wanted = [a for a in RULES.get(name, ()) if mesh.shape[a] > 1]

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.config import GPTConfig
-from llamagen_jax.gpt.flops import t5_flops, train_flops
+from llamagen_jax.gpt.flops import t5_flops
+from llamagen_jax.gpt.objective import ObjectivePhase
 from llamagen_jax.parallel.mesh import batch_sharding, replicated
 from llamagen_jax.pod import topology
 from llamagen_jax.pod.report import GIB, CompileReport, analysed
 from llamagen_jax.text.t5 import T5Config, init_t5, padded_features
-from llamagen_jax.training.gpt_step import GPTRecipe, init_state, train_step
+from llamagen_jax.training.gpt_step import GPTRecipe, init_state, train_step, work
 from llamagen_jax.training.state import abstract_state
 
 
@@ -74,7 +75,10 @@ class TrainReport(CompileReport):
 
 
 def compile_train_step(
-  recipe: GPTRecipe, where: str, encoder: T5Config | None = None
+  recipe: GPTRecipe,
+  where: str,
+  encoder: T5Config | None = None,
+  phase: ObjectivePhase | None = None,
 ) -> TrainReport:
   """Compiles the step that `train-gpt` runs for a topology, `v5e:2x4` say.
 
@@ -82,6 +86,7 @@ def compile_train_step(
     recipe: the config.
     where: the topology.
     encoder: shape of the T5 that runs along, if one does.
+    phase: of the objective; None = the last one of the run.
 
   Raises:
     UserError: an unknown topology, a mesh that is not its size, a batch that the
@@ -89,6 +94,7 @@ def compile_train_step(
       program that the compiler cannot place.
   """
   m, batch_size = recipe.mesh, recipe.data.batch_size
+  phase = phase or list(recipe.objective.phases().values())[-1]
   if encoder:
     _check_encoder(encoder, recipe.model)
   mesh = topology.mesh(where, m.data, m.fsdp, m.tensor)
@@ -102,14 +108,14 @@ def compile_train_step(
     state = abstract_state(functools.partial(init_state, recipe), mesh)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(
-      functools.partial(train_step, recipe),
+      functools.partial(train_step, recipe, phase=phase),
       donate_argnums=0,
       out_shardings=(places, replicated(mesh)),
     )
     rows = abstract_batch(recipe.model, batch_size, batch_sharding(mesh))
     found = analysed(step.lower(state, rows))
     along = compile_encoder(encoder, recipe, mesh) if encoder else None
-  flops = train_flops(recipe.model, batch_size) / mesh.size
+  flops = work(recipe, phase.patch).flops / mesh.size
   chip, steps = topology.chip(mesh), recipe.run.steps
   return TrainReport(chip, mesh.size, flops, found, steps, along)
 

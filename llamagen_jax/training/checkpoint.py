@@ -45,7 +45,8 @@ MAY_CHANGE_ON_RESUME = (
   "data.workers",
   "data.max_bad_share",
 )
-# Status codes of storage that answers again later, and the seconds to wait for it.
+# Words in the errors of storage that answers again later, and the seconds to wait:
+# TensorStore says so in the text of a ValueError. `storage.retry` knows gcsfs's errors.
 TRANSIENT = (
   "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "INTERNAL", "429", "500", "502",
   "503", "504", "timed out", "reset by peer", "Connection",

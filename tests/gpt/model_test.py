@@ -104,8 +104,14 @@ def test_causality_by_gradient(config):
 @pytest.mark.parametrize("kv_heads", [0, 2])
 @pytest.mark.parametrize(
   "config",
-  [TINY, TINY_CAPTION, dataclasses.replace(TINY, qk_norm=True)],
-  ids=["class", "caption", "qk_norm"],
+  [
+    TINY,
+    TINY_CAPTION,
+    dataclasses.replace(TINY, qk_norm=True),
+    dataclasses.replace(TINY, target_embedding=True),
+    dataclasses.replace(TINY_CAPTION, target_embedding=True),
+  ],
+  ids=["class", "caption", "qk_norm", "target", "caption_target"],
 )
 def test_cached_decoding_equals_the_full_forward(config, kv_heads):
   config = dataclasses.replace(config, kv_heads=kv_heads)
