@@ -88,7 +88,7 @@ def read_prompts(file: str | None, source: Source) -> list[str]:
   path = user_path(file) if file else source.path / CAPTIONS
   if not path.is_file():
     raise UserError(
-      f"CLIP score needs the images' prompts: no file {path}; --prompts names it"
+      f"CLIP score needs the images' prompts: no file {path}; --prompt-file names it"
     )
   prompts = text_lines(read_text(path))
   if not prompts[-1]:  # after the last line's end
