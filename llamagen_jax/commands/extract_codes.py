@@ -230,9 +230,9 @@ def extract(
 
   def write(index: int, bar: tqdm.tqdm) -> None:
     nonlocal encoded
-    samples, skipped = spec.shard_range(index), []
+    samples, skipped = spec.shard_range(index), {}
     read = _read(source, samples, transform, workers)
-    usable = _without_bad(read, skipped, bar)
+    usable = _without_bad(zip(samples, read, strict=True), skipped, bar)
     batches = _batched(usable, batch_size * encoder.chips)
     records = _records(batches, encoder, batch_size * encoder.chips)
     writer.write_shard(index, records, skipped)
@@ -252,12 +252,12 @@ def _read(source, samples: range, transform, workers: int) -> Iterator[dict[str,
   return iter(read)
 
 
-def _without_bad(found, skipped: list[str], bar) -> Iterator[dict[str, Any]]:
-  for image in found:
+def _without_bad(numbered, skipped: dict[int, str], bar) -> Iterator[dict[str, Any]]:
+  for number, image in numbered:
     bar.update()
     if image["problem"]:
       logging.warning("skipped image %s", image["problem"])
-      skipped.append(image["problem"])
+      skipped[number] = image["problem"]
     else:
       yield image
 
@@ -295,7 +295,7 @@ def _unbatch(batch, codes) -> Iterator[CodeRecord]:
 
 def report(manifest: dict[str, Any], out: str, speed: float) -> str:
   """What a finished folder holds, in lines for the user."""
-  skipped = [problem for shard in manifest["shards"] for problem in shard["skipped"]]
+  skipped = [why for shard in manifest["shards"] for why in shard["skipped"].values()]
   size = sum(shard["files"][KIND]["bytes"] for shard in manifest["shards"])
   lines = [
     f"{manifest['records']} images x {len(manifest['crops'])} crops in {out},"
@@ -343,7 +343,11 @@ def check(
   crops, rows, labels, same_label = [], [], [], 0
   for index in sorted(rng.choice(len(codes), count, replace=False)):
     record = codes[int(index)]
-    sample = _source_of(codes.manifest, source, int(index), record.key)
+    sample = source[codes.sample(int(index))]
+    if sample.key != record.key:
+      raise UserError(
+        f"--check: the source has {sample.key} where its codes say {record.key} is"
+      )
     picked = int(rng.integers(len(record.codes)))
     crops.append(crop_set(decoder(sample))[picked])
     rows.append(record.codes[picked].astype(np.int32))
@@ -361,18 +365,3 @@ def check(
     f"{path}: crops above their decoded codes; {np.mean(again == rows):.1%} of the"
     f" codes and {same_label} of {count} labels are confirmed by the source"
   )
-
-
-def _source_of(manifest: dict, source: Source, index: int, key: str) -> ImageRecord:
-  """The sample of a record: so many later than the record as were skipped before."""
-  samples, shards = manifest["samples"], manifest["shards"]
-  for i, shard in enumerate(shards):
-    if index < shard["records"]:
-      start = samples * i // len(shards) + index
-      for place in range(start, start + len(shard["skipped"]) + 1):
-        sample = source[place]
-        if sample.key == key:
-          return sample
-      break
-    index -= shard["records"]
-  raise UserError(f"--check: the source has no {key} where its codes say it is")

@@ -92,7 +92,7 @@ def end_all_hosts(reason: str, code: int, details: str = "") -> None:
   print(details, end="", file=sys.stderr)
   failure = {"host": jax.process_index(), "code": code, "reason": reason}
   try:
-    _store().key_value_set(FAILURE_KEY, json.dumps(failure))
+    store().key_value_set(FAILURE_KEY, json.dumps(failure))
     _let_others_leave()
   except (RuntimeError, ValueError):
     pass  # another host failed first, or the coordinator is gone
@@ -105,7 +105,7 @@ def _end_with_others() -> None:
   """Runs in a thread: waits until another host fails, and ends this process then."""
   while jax.distributed.is_initialized():
     try:
-      failure = json.loads(_store().blocking_key_value_get(FAILURE_KEY, 10_000))
+      failure = json.loads(store().blocking_key_value_get(FAILURE_KEY, 10_000))
     except (RuntimeError, ValueError, AttributeError):
       time.sleep(0.5)  # nothing yet, or the run is over
       continue
@@ -123,7 +123,7 @@ def _let_others_leave() -> None:
     time.sleep(NOTICE_SECONDS)
 
 
-def _store():
+def store():
   """Returns the client of the coordinator's key-value store; not public in JAX 0.10."""
   return jax._src.distributed.global_state.client
 
