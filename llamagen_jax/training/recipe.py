@@ -16,6 +16,7 @@ import ml_collections
 from llamagen_jax.errors import UserError
 
 T = TypeVar("T")
+TRACKERS = ("wandb", "trackio")  # with the same functions init, log and finish
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,13 @@ class RunConfig:
   save_every: int
   keep_last: int  # newest checkpoints kept
   keep_every: int  # checkpoints at multiples of this are kept too; 0 = none
+  tracker: str = "none"  # none | wandb | trackio; a package that shows runs, installed
+
+  def __post_init__(self):
+    if self.tracker not in ("none", *TRACKERS):
+      raise UserError(
+        f"run.tracker={self.tracker!r}: expected none or {' or '.join(TRACKERS)}"
+      )
 
 
 def parse_arg(arg: str | None, **defaults) -> ml_collections.ConfigDict:
