@@ -52,10 +52,11 @@ def main(argv: Sequence[str]) -> None:
     return
   if not args.samples:
     raise UserError("expected --samples or --sweep")
-  samples = open_image_set("--samples", args.samples)
+  as_stored = args.protocol != "custom"  # published scores do not turn photographs
+  samples = open_image_set("--samples", args.samples, as_stored=as_stored)
   protocol = PROTOCOLS[args.protocol]
   crop = protocol.side if protocol.crop_reference else None
-  reference = open_image_set("--reference", args.reference, crop)
+  reference = open_image_set("--reference", args.reference, crop, as_stored=as_stored)
   evaluate = score.Evaluator(args)
   evaluate.check(samples, reference)
   if args.export_adm and jax.process_index() == 0:

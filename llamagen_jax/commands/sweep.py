@@ -59,7 +59,8 @@ def run(args: Any) -> None:
   if not count:
     raise UserError(f"--protocol={args.protocol} has no number of samples: --count")
   folder, evaluate, results = epath.Path(args.out), None, {}
-  reference = open_image_set("--reference", args.reference)
+  as_stored = args.protocol != "custom"  # published scores do not turn photographs
+  reference = open_image_set("--reference", args.reference, as_stored=as_stored)
   protocol = PROTOCOLS[args.protocol]
   found = count_problems(protocol, count) + reference_problems(protocol, reference)
   if found and not args.mismatched:

@@ -15,7 +15,7 @@ from llamagen_jax.errors import UserError
 from llamagen_jax.evaluation import statistics
 from llamagen_jax.evaluation.cached_features import CACHE, CachedImageMap, Extractor
 from llamagen_jax.evaluation.clip_score import ClipScorer, read_prompts
-from llamagen_jax.evaluation.image_sets import Source
+from llamagen_jax.evaluation.image_sets import ImageSet
 from llamagen_jax.evaluation.protocols import (
   PROTOCOLS,
   Protocol,
@@ -79,7 +79,7 @@ class Evaluator:
     self._clip = ClipScorer(args.clip, values) if args.clip else None
     self._prompts = args.prompt_file
 
-  def check(self, samples: Source, reference: Source) -> list[str]:
+  def check(self, samples: ImageSet, reference: ImageSet) -> list[str]:
     """The pair's problems, where --mismatched allows them."""
     if not samples.count:
       raise UserError(f"{samples.path}: holds no images to evaluate")
@@ -91,7 +91,7 @@ class Evaluator:
       )
     return found
 
-  def __call__(self, samples: Source, reference: Source) -> dict[str, Any] | None:
+  def __call__(self, samples: ImageSet, reference: ImageSet) -> dict[str, Any] | None:
     """The result as JSON will hold it, on host 0. All hosts call this."""
     found, protocol = self.check(samples, reference), PROTOCOLS[self.name]
     prompts = read_prompts(self._prompts, samples) if self._clip else []
@@ -117,14 +117,14 @@ class Evaluator:
     }
 
 
-def _described(source: Source) -> dict[str, Any]:
+def _described(source: ImageSet) -> dict[str, Any]:
   return {
     "path": str(source.path), "sha256": source.sha256, "count": source.count,
   }  # fmt: skip
 
 
 def _scores(
-  protocol: Protocol, extract: Extractor, samples: Source, reference: Source
+  protocol: Protocol, extract: Extractor, samples: ImageSet, reference: ImageSet
 ) -> dict[str, float]:
   """By name, on host 0."""
   ours = extract(samples, "samples")
