@@ -1,4 +1,4 @@
-"""The part of `llamagen quickstart --text`: sentences to coloured digits.
+"""`llamagen quickstart --text`: from sentences to coloured digits, on a laptop.
 
 Real digits are coloured and placed on coloured grounds, each with a caption in plain
 English. A small T5 with fixed random weights reads the captions: it is never trained,

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from llamagen_jax.errors import UserError
-from llamagen_jax.options import option
 
 SCHEDULES = ("constant", "linear", "power-cosine")
 LARGEST = 2**31 - 1  # of integer settings, which devices keep as int32
@@ -22,6 +21,7 @@ class BatchSampling(NamedTuple):
   guidance_power: jax.Array
   guidance_start: jax.Array
   guidance_stop: jax.Array
+  guidance_beta: jax.Array
   temperature: jax.Array
   top_k: jax.Array
   top_p: jax.Array
@@ -41,22 +41,17 @@ class ActiveFilters(NamedTuple):
 class SamplingConfig:
   """Settings of one image; the stages of sampling follow the order of the fields."""
 
-  guidance_scale: float = option("strength of classifier-free guidance; 1 = off", 1.0)
-  guidance_schedule: str = option(
-    "course of the guidance over an image", "constant", choices=SCHEDULES
-  )
-  guidance_power: float = option("exponent of the power-cosine schedule", 2.75)
-  guidance_start: int = option("no guidance before this decode step", 0, unit="STEP")
-  guidance_stop: int = option(
-    "no guidance after this decode step; -1 = never stop", -1, unit="STEP"
-  )
-  temperature: float = option("logits are divided by it", 1.0)
-  top_k: int = option("sample from the k most probable codes; 0 = off", 0, unit="K")
-  top_p: float = option(
-    "sample from the most probable codes of this total probability; 1 = off", 1.0,
-    unit="P",
-  )  # fmt: skip
-  greedy: bool = option("take the most probable code, always", False)
+  guidance_scale: float = 1.0  # 1 = no guidance
+  guidance_schedule: str = "constant"  # constant | linear | power-cosine
+  guidance_power: float = 2.75  # of the power-cosine schedule
+  guidance_start: int = 0  # no guidance for that many codes at the start
+  guidance_stop: int = -1  # >= 0: no guidance after this decode step
+  guidance_beta: float = 1.0  # strength in a guidance-free model, about 1 / scale
+  temperature: float = 1.0
+  top_k: int = 0  # 0 = off
+  top_p: float = 1.0  # 1 = off
+  greedy: bool = False  # the most probable code, whatever the settings above
+  window: int = 1  # codes that a forward reads; decides the speed, not the codes
 
   def __post_init__(self):
     scale, power = self.guidance_scale, self.guidance_power
@@ -65,12 +60,27 @@ class SamplingConfig:
     start, stop = self.guidance_start, self.guidance_stop
     _check("guidance_start", start, 0 <= start <= LARGEST, f"0 .. {LARGEST}")
     _check("guidance_stop", stop, -1 <= stop <= LARGEST, f"-1 .. {LARGEST}")
+    beta = self.guidance_beta
+    _check("guidance_beta", beta, 0 < beta <= 1, "in (0, 1]")
     warm = 0 < self.temperature < math.inf
     _check("temperature", self.temperature, warm, "a number > 0")
     _check("top_k", self.top_k, 0 <= self.top_k <= LARGEST, f"0 .. {LARGEST}")
     _check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
+    _check("window", self.window, 1 <= self.window <= LARGEST, "1 or more")
     schedule, known = self.guidance_schedule, ", ".join(SCHEDULES)
     _check("guidance_schedule", schedule, schedule in SCHEDULES, f"one of {known}")
+
+  def check_model(self, guidance_embedding: bool) -> None:
+    """Refuses settings that a model cannot follow.
+
+    Raises:
+      UserError: guidance_beta for a model without the embedding of it.
+    """
+    if self.guidance_beta != 1 and not guidance_embedding:
+      raise UserError(
+        f"guidance_beta={self.guidance_beta}: the model was not trained without"
+        " guidance (GFT); set guidance_scale instead"
+      )
 
   def rows(self, batch: int) -> BatchSampling:
     """Returns these settings for every image of a batch, as host arrays [B]."""

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llamagen_jax.gpt.cache import Cache, cache_length, grow_cache, init_cache
 from llamagen_jax.gpt.cached import decoding_params, prefill_forward, step_forward
-from llamagen_jax.gpt.conditioning import attention_mask, embed_condition
+from llamagen_jax.gpt.conditioning import attention_mask, embed_prefix
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.model import embed_codes
 from llamagen_jax.gpt.sampling_config import (
@@ -29,10 +30,12 @@ from llamagen_jax.gpt.sampling_config import (
 )
 from llamagen_jax.sampling.guidance import guide, scale_at
 from llamagen_jax.sampling.logits import sample_codes
+from llamagen_jax.sampling.window import init_state, run_chunk, start_rows
 
 # A program is compiled for every length of the cache: a few, and no tiny ones.
 MOST_SEGMENTS = 8
 SHORTEST_SEGMENT = 32
+FORWARDS = 1  # of a chunk of windows
 
 
 class DecodeInputs(NamedTuple):
@@ -83,14 +86,74 @@ def generate(
   inputs = DecodeInputs(
     decoding_params(config, params), key, condition_mask, sampling.rows(batch)
   )
-  return generate_codes(config, sampling.active_filters, inputs, condition)
+  codes, _ = generate_codes(config, sampling, inputs, condition)
+  return codes
+
+
+def generate_codes(
+  config: GPTConfig,
+  sampling: SamplingConfig,
+  inputs: DecodeInputs,
+  condition: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Runs `generate` as one program.
+
+  Returns:
+    int32 codes [B, T], and the number of forwards that each image took, int32 [B].
+  """
+  sampling.check_model(config.guidance_embedding)
+  window, filters = sampling.window, sampling.active_filters
+  if window > 1:
+    return decode_windows(config, filters, window, inputs, condition)
+  codes = decode_codes(config, filters, inputs, condition)
+  return codes, np.full(len(codes), config.image_tokens, np.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "filters", "window"))
+def decode_windows(
+  config: GPTConfig,
+  filters: ActiveFilters,
+  window: int,
+  inputs: DecodeInputs,
+  condition: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Samples windows of codes; returns codes [B, T] and forwards [B], both int32.
+
+  The cache has its full length from the start, so that an image does not depend on how
+  fast its neighbours advance.
+  """
+  x_RPD, mask_RP = embed_rows(config, filters.guidance, inputs, condition)
+  state = init_state(config, len(x_RPD), window, FORWARDS)
+  state = start_rows(config, inputs.params, state, x_RPD, mask_RP)
+  repeated = inputs._replace(
+    keys=jnp.repeat(inputs.keys, window),
+    settings=jax.tree.map(lambda x: jnp.repeat(x, window), inputs.settings),
+  )
+  rows = 2 if filters.guidance else 1
+
+  def sample(logits_RLV, index_RL):
+    index_N = index_RL[::rows].reshape(-1)
+    logits = logits_RLV.reshape(-1, rows, window, config.vocab_size).swapaxes(1, 2)
+    logits = logits.reshape(-1, config.vocab_size)
+    code_N = sample_next_codes(config, filters, repeated, logits, index_N)
+    return jnp.repeat(code_N.reshape(-1, window), rows, axis=0)
+
+  def unfinished(state):
+    return jnp.any(state.count < config.image_tokens)
+
+  def chunk(state):
+    return run_chunk(config, window, FORWARDS, inputs.params, state, sample)
+
+  state = jax.lax.while_loop(unfinished, chunk, state)
+  codes_RT = state.codes[:, 1 : 1 + config.image_tokens]
+  return codes_RT[::rows], state.forwards[::rows]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "filters"))
-def generate_codes(
+def decode_codes(
   config: GPTConfig, filters: ActiveFilters, inputs: DecodeInputs, condition: jax.Array
 ) -> jax.Array:
-  """Runs `generate` as one program; returns int32 codes [B, T]."""
+  """Samples one code after the other; returns int32 codes [B, T]."""
   ends = cache_segment_ends(config)
   logits_RV, cache = prefill(config, filters, inputs, condition, ends[0])
   index = jnp.int32(0)
@@ -162,9 +225,12 @@ def embed_rows(
   negative = condition.ndim == 4  # with captions to lead away from
   condition = expand_for_guidance(condition, guidance, negative)
   drop_R = (jnp.arange(len(condition)) % 2 == 1) & (guidance and not negative)
-  embedder = embed_condition(config)
-  params = {"params": inputs.params["condition"]}
-  return embedder.apply(params, condition, drop_R), row_mask(inputs, guidance)
+  beta_R = None
+  if config.guidance_embedding:
+    beta_R = expand_for_guidance(inputs.settings.guidance_beta, guidance)
+    beta_R = jnp.where(drop_R, 1.0, beta_R)
+  x_RPD = embed_prefix(config, inputs.params, condition, drop_R, beta_R)
+  return x_RPD, row_mask(inputs, guidance)
 
 
 def row_mask(inputs: DecodeInputs, guidance: bool) -> jax.Array | None:
@@ -192,12 +258,21 @@ def sample_next_codes(
   logits_RV: jax.Array,
   index: jax.Array,
 ) -> jax.Array:
-  """Samples code number `index` of every image from its logits; int32 [B]."""
+  """Samples codes from their logits, int32 [B].
+
+  Args:
+    config: shape of the model.
+    filters: stages of sampling that some image needs.
+    inputs: keys and settings of the images.
+    logits_RV: of the codes, in pairs of rows with guidance.
+    index: number of the code; or [B], where every image has its own.
+  """
   if filters.guidance:
     pairs = logits_RV.reshape(-1, 2, config.vocab_size)
     scale_B = scale_at(inputs.settings, index, config.image_tokens)
     logits_RV = guide(pairs[:, 0], pairs[:, 1], scale_B)
-  keys_B = jax.vmap(jax.random.fold_in, (0, None))(inputs.keys, index)
+  index_B = jnp.broadcast_to(index, inputs.keys.shape)
+  keys_B = jax.vmap(jax.random.fold_in)(inputs.keys, index_B)
   return sample_codes(logits_RV, keys_B, inputs.settings, filters)
 
 

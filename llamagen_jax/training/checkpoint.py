@@ -42,7 +42,6 @@ MAY_CHANGE_ON_RESUME = (
   "run.save_every",
   "run.keep_last",
   "run.keep_every",
-  "run.tracker",
   "data.workers",
   "data.max_bad_share",
 )
