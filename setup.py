@@ -14,6 +14,7 @@ CORE = [
   "array_record>=0.8",
   "clu>=0.0.12",
   "etils[epath]>=1.12",
+  "filelock>=3.16",  # of JAX, to bound its cache of programs
   "flax>=0.12.8,<0.14",
   "grain>=0.2.18,<0.4",
   "importlib_resources>=6.5",  # tensorflow-datasets imports it without asking for it

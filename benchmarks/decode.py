@@ -22,12 +22,12 @@ from llamagen_jax.gpt.config import PRESETS, GPTConfig
 from llamagen_jax.gpt.model import init_gpt
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.parallel.mesh import unbox
-from llamagen_jax.runtime import ask_for_large_pages
+from llamagen_jax.runtime import prepare
 from llamagen_jax.sampling.decode import generate
 
 
 def main() -> None:
-  ask_for_large_pages()
+  prepare()
   parser = argparse.ArgumentParser(description=__doc__)
   add = parser.add_argument
   add("--preset", default="B", choices=PRESETS)

@@ -32,7 +32,7 @@ from llamagen_jax import generate
 from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.gpt.config import PRESETS, GPTConfig
 from llamagen_jax.gpt.sampling_config import SamplingConfig
-from llamagen_jax.runtime import ask_for_large_pages
+from llamagen_jax.runtime import prepare
 from llamagen_jax.serving.engine import CHUNK, Engine
 from llamagen_jax.serving.image_model import ImageModel
 from llamagen_jax.serving.protocol import Finished
@@ -52,7 +52,7 @@ MIXED = (
 
 
 def main() -> None:
-  ask_for_large_pages()
+  prepare()
   parser = argparse.ArgumentParser(description=__doc__)
   add = parser.add_argument
   add("--preset", default="B", choices=PRESETS)

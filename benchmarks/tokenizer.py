@@ -12,13 +12,13 @@ import jax.numpy as jnp
 
 from benchmarks.machine import best_seconds, matmul_peak
 from llamagen_jax.parallel.mesh import unbox
-from llamagen_jax.runtime import ask_for_large_pages
+from llamagen_jax.runtime import prepare
 from llamagen_jax.tokenizer import model
 from llamagen_jax.tokenizer.config import PRESETS, TokenizerConfig
 
 
 def main() -> None:
-  ask_for_large_pages()
+  prepare()
   parser = argparse.ArgumentParser(description=__doc__)
   add = parser.add_argument
   add("--preset", default="VQ-16", choices=PRESETS)

@@ -23,7 +23,7 @@ from llamagen_jax.gpt.config import PRESETS, GPTConfig
 from llamagen_jax.gpt.flops import train_flops
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.parallel.mesh import make_mesh
-from llamagen_jax.runtime import ask_for_large_pages
+from llamagen_jax.runtime import prepare
 from llamagen_jax.training import gpt_step
 from llamagen_jax.training.optimizer import OptimizerConfig
 from llamagen_jax.training.recipe import MeshConfig, RunConfig
@@ -31,7 +31,7 @@ from llamagen_jax.training.state import abstract_state, init_state
 
 
 def main() -> None:
-  ask_for_large_pages()
+  prepare()
   parser = argparse.ArgumentParser(description=__doc__)
   add = parser.add_argument
   add("--preset", default="B", choices=PRESETS)

@@ -92,7 +92,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.objective = {
     "label_smoothing": 0.0,  # share of the target spread over all codes
     "z_loss": 0.0,  # weight of log(Z)**2 in what is minimised; 1e-4 is usual
-    "accumulate": 1,  # slices of a batch in turn: less memory, the same step
+    "accumulate": 1,  # slices of a batch in turn, to save memory
     "kind": "likelihood",  # or guidance-free, contrastive; see configs/finetune.py
     "patch_phases": (),  # first phases, (side of a patch of codes, steps)
     "random_order": (0, 0),  # random orders up to a step, none from another on
@@ -125,6 +125,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "save_every": 10 if local else 5_000,
     "keep_last": 2,
     "keep_every": 0 if local else 100_000,
+    "tracker": "none",  # or wandb, trackio: the log goes there, too
   }
   RECIPES.get(arg.recipe, lambda *_: None)(config, steps)
   return config

@@ -55,7 +55,7 @@ def main() -> None:
     args.gpt, args.tokenizer, t5=args.t5, name=args.name, slots=args.slots,
     tensor=args.tensor, dtype=args.dtype,
   )  # fmt: skip
-  serve.start(http_options={"host": args.host, "port": args.port})
+  serve.start(http_options={"host": args.address, "port": args.port})
   held = options.slots + (options.queue or options.slots)
   deployment = Replica.options(
     autoscaling_config={
@@ -69,7 +69,9 @@ def main() -> None:
     ray_actor_options={"num_cpus": args.cpus, "resources": json.loads(args.resources)},
   )
   serve.run(deployment.bind(options, os.environ.get(KEY, "")), route_prefix=ROUTE)
-  print(f"serving at http://{args.host}:{args.port}/v1/images/generations", flush=True)
+  print(
+    f"serving at http://{args.address}:{args.port}/v1/images/generations", flush=True
+  )
   stopped = threading.Event()
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: stopped.set())
@@ -81,7 +83,7 @@ def _parse() -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  add, default = parser.add_argument, Options("", "")
+  add, default = parser.add_argument, Options()
   add("--gpt", required=True, type=_seen_by_all, help="bundle of the transformer")
   add("--tokenizer", required=True, type=_seen_by_all, help="bundle of the tokenizer")
   add("--t5", default="", type=_seen_by_all, help="folder of its T5, for captions")
@@ -93,7 +95,7 @@ def _parse() -> argparse.Namespace:
   add("--most-replicas", type=int, default=1, help="when requests pile up")
   add("--resources", default="{}", help='of a replica, as JSON: {"TPU": 4}')
   add("--cpus", type=float, default=1, help="of a replica")
-  add("--host", default="127.0.0.1", help="address that Ray's proxies listen at")
+  add("--address", default="127.0.0.1", help="address that Ray's proxies listen at")
   add("--port", type=int, default=8000)
   return parser.parse_args()
 

@@ -38,7 +38,7 @@ def write_codes(folder: pathlib.Path, records: int = 20, config: GPTConfig = GPT
   for shard in range(plan.shards):
     codes = rng.integers(0, config.vocab_size, (records, 2, config.image_tokens))
     rows = [CodeRecord(f"{i}", i % 4, codes[i]) for i in plan.shard_range(shard)]
-    writer.write_shard(shard, rows, [])
+    writer.write_shard(shard, rows, {})
   writer.finish()
   return folder
 

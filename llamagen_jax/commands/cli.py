@@ -1,61 +1,95 @@
-"""`llamagen <verb>`: one table from verbs to the modules that do the work."""
+"""`llamagen VERB`: one table from verbs to the modules that do the work."""
 
 import importlib
 import sys
 import traceback
 
+import llamagen_jax
+from llamagen_jax import logs, runtime
 from llamagen_jax.errors import RunFailed, Stopped, UserError
-from llamagen_jax.runtime import ask_for_large_pages
 
-# verb: (module with a `main(argv)`, what it does)
-VERBS = {
-  "quickstart": ("quickstart", "the whole pipeline on real handwritten digits"),
-  "train-tokenizer": ("train_tokenizer", "train a VQ tokenizer on images"),
-  "reconstruct": ("reconstruct", "measure what a tokenizer keeps"),
-  "extract-codes": ("extract_codes", "images to code shards"),
-  "prepare-captions": ("prepare_captions", "images with captions to caption shards"),
-  "extract-text": ("extract_text", "caption shards to shards of T5 features"),
-  "train-gpt": ("train_gpt", "train a transformer on code shards"),
-  "export-bundle": ("export_bundle", "a bundle of a run's checkpoint, at any time"),
-  "compile-for-pod": ("compile_for_pod", "prove that a config fits a pod, without one"),
-  "sample": ("sample", "draw images"),
-  "serve": ("serve", "draw images over HTTP, with a web demo"),
-  "evaluate": ("evaluate", "FID and its kin of two sets of images"),
-  "import-weights": ("import_weights", "published weights to a bundle"),
-  "export-weights": ("export_weights", "a bundle to published weights"),
+# verb: (module with a `main(argv)`, one line for the help), in groups
+GROUPS = {
+  "try it": {
+    "quickstart": ("quickstart", "the whole pipeline on handwritten digits"),
+  },
+  "prepare data": {
+    "extract-codes": ("extract_codes", "images to code shards"),
+    "prepare-captions": ("prepare_captions", "images with captions to caption shards"),
+    "extract-text": ("extract_text", "caption shards to shards of T5 features"),
+  },
+  "train": {
+    "train-tokenizer": ("train_tokenizer", "train a VQ tokenizer on images"),
+    "train-gpt": ("train_gpt", "train a transformer on code shards"),
+    "export-bundle": ("export_bundle", "the bundle of a run's checkpoint, at any time"),
+    "compile-for-pod": (
+      "compile_for_pod",
+      "prove that a config fits a pod without one",
+    ),
+  },
+  "generate": {
+    "sample": ("sample", "generate images of classes or prompts"),
+    "serve": ("serve", "generate images over HTTP, with a web demo"),
+  },
+  "measure": {
+    "evaluate": ("evaluate", "FID and other scores of a set of images"),
+    "reconstruct": ("reconstruct", "measure how well a tokenizer keeps images"),
+  },
+  "weights": {
+    "import-weights": ("import_weights", "published weights to a bundle"),
+    "export-weights": ("export_weights", "a bundle to published weights"),
+  },
 }
+VERBS = {verb: entry for group in GROUPS.values() for verb, entry in group.items()}
+
+FINISHED, FAILED, USER_ERROR, STOPPED = 0, 1, 2, 75
+EXIT_CODES = """exit codes:
+  0   finished
+  1   failed
+  2   a mistake in a flag, a config or a file; the message names it
+  75  stopped, by a signal or Ctrl-C; the same command goes on"""
 
 
 def main() -> None:
-  ask_for_large_pages()
+  runtime.prepare()
+  logs.show()
   sys.exit(run(sys.argv[1:]))
 
 
 def run(argv: list[str]) -> int:
   """Runs a verb; returns the exit code."""
-  if not argv or argv[0] in ("-h", "--help"):
+  if not argv or argv[0] in ("-h", "--help", "help"):
     print(_usage())
-    return 0 if argv else 2
+    return FINISHED if argv else USER_ERROR
+  if argv[0] == "--version":
+    print(f"llamagen_jax {llamagen_jax.__version__}")
+    return FINISHED
   verb, *rest = argv
   if verb not in VERBS:
     print(
       f"llamagen: no verb {verb!r}; expected one of {', '.join(VERBS)}", file=sys.stderr
     )
-    return 2
+    return USER_ERROR
   try:
     importlib.import_module(f"llamagen_jax.commands.{VERBS[verb][0]}").main(rest)
   except Stopped as stopped:
-    print(f"llamagen {verb}: {stopped}", file=sys.stderr)
-    return 75  # EX_TEMPFAIL: the same command goes on
+    return _end(verb, stopped, STOPPED)
+  except KeyboardInterrupt:
+    return _end(verb, "stopped; the same command goes on or begins again", STOPPED)
   except (UserError, RunFailed) as error:
-    print(f"llamagen {verb}: {error}", file=sys.stderr)
-    code = 2 if isinstance(error, UserError) else 1
+    code = USER_ERROR if isinstance(error, UserError) else FAILED
+    _end(verb, error, code)
     _end_all_hosts(str(error), code)
     return code
   except Exception as error:  # a bug: with one host the traceback tells of it
-    _end_all_hosts(f"{type(error).__name__}: {error}", 1, traceback.format_exc())
+    _end_all_hosts(f"{type(error).__name__}: {error}", FAILED, traceback.format_exc())
     raise
-  return 0
+  return FINISHED
+
+
+def _end(verb: str, message: object, code: int) -> int:
+  print(f"llamagen {verb}: {message}", file=sys.stderr)
+  return code
 
 
 def _end_all_hosts(reason: str, code: int, details: str = "") -> None:
@@ -66,5 +100,7 @@ def _end_all_hosts(reason: str, code: int, details: str = "") -> None:
 
 
 def _usage() -> str:
-  rows = [f"  {verb:16} {what}" for verb, (_, what) in VERBS.items()]
-  return "\n".join(["usage: llamagen VERB ..., with --help for its flags", "", *rows])
+  lines = ["usage: llamagen VERB [flags]", "       llamagen VERB --help", ""]
+  for group, verbs in GROUPS.items():
+    lines += [f"{group}:", *(f"  {v:16} {text}" for v, (_, text) in verbs.items())]
+  return "\n".join([*lines, "", EXIT_CODES])

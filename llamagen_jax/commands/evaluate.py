@@ -1,34 +1,62 @@
-"""`llamagen evaluate`: two sets of images in, a table of scores out.
+"""Compares a set of images with a reference: FID, IS, precision, recall, CLIP score.
 
-With --sweep it draws the samples itself, for every value of a sampling setting.
+With --sweep it generates the samples itself, for each value of a sampling setting.
+
+llamagen evaluate --protocol=adm --samples=x.npz \\
+    --reference=VIRTUAL_imagenet256_labeled.npz --inception=inception
+llamagen evaluate --protocol=adm --sweep=guidance=1.5:2.25:0.25 --gpt=c2i_L_384 \\
+    --tokenizer=vq16 --reference=VIRTUAL_imagenet256_labeled.npz \\
+    --inception=inception --out=sweep
 """
 
-import argparse
 from collections.abc import Sequence
+import dataclasses
 
 import jax
 
-from llamagen_jax.commands import sweep
+from llamagen_jax.commands import arguments, sweep
 from llamagen_jax.errors import UserError
 from llamagen_jax.evaluation import score
 from llamagen_jax.evaluation.image_sets import open_image_set
 from llamagen_jax.evaluation.protocols import PROTOCOLS
 from llamagen_jax.images import save_npz
+from llamagen_jax.options import option
 from llamagen_jax.parallel import hosts
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(hosts.HostOptions, sweep.SweepOptions, score.EvaluationOptions):
+  """Options of evaluate."""
+
+  samples: str | None = option(
+    "npz (arr_0 uint8 [N, H, W, 3]) or folder of images", None, unit="PATH"
+  )
+  reference: str = option("the same, or an npz with mu and sigma", unit="PATH")
+  out: str | None = option(
+    "JSON of the result, or folder of a sweep; default: beside the samples", None,
+    unit="PATH",
+  )  # fmt: skip
+  export_adm: str | None = option(
+    "write the samples as an npz for OpenAI's evaluator, too", None, unit="FILE"
+  )
+
+
 def main(argv: Sequence[str]) -> None:
-  args = _parse(argv)
+  args = arguments.parse(Options, "evaluate", argv, __doc__)
+  for name in ("protocol", "inception"):
+    if not getattr(args, name):
+      raise UserError(f"--{name} is required")
   hosts.initialize_distributed(args)
   if args.sweep:
     sweep.run(args)
     return
   if not args.samples:
     raise UserError("expected --samples or --sweep")
-  samples = open_image_set("--samples", args.samples)
+  as_stored = args.protocol != "custom"  # published scores do not turn photographs
+  samples = open_image_set("--samples", args.samples, as_stored=as_stored)
   protocol = PROTOCOLS[args.protocol]
   crop = protocol.side if protocol.crop_reference else None
-  reference = open_image_set("--reference", args.reference, crop)
+  reference = open_image_set("--reference", args.reference, crop, as_stored=as_stored)
   evaluate = score.Evaluator(args)
   evaluate.check(samples, reference)
   if args.export_adm and jax.process_index() == 0:
@@ -39,18 +67,3 @@ def main(argv: Sequence[str]) -> None:
     out = args.out or f"{str(samples.path).rstrip('/')}.scores.json"
     score.write(result, out)
     print(f"{score.table(result)}\nwritten to {out}")
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-  parser = argparse.ArgumentParser("llamagen evaluate", description=__doc__)
-  add = parser.add_argument
-  add("--samples", help="npz (arr_0 uint8 [N,H,W,3]) or folder")
-  add("--reference", required=True, help="the same, or an npz with mu and sigma")
-  add(
-    "--out", help="JSON of the result; default: next to the samples; folder of a sweep"
-  )
-  add("--export-adm", help="also write the samples as npz for OpenAI's evaluator")
-  score.add_flags(parser, required=True)
-  sweep.add_flags(parser)
-  hosts.add_flags(parser)
-  return parser.parse_args(argv)

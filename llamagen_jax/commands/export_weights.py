@@ -1,13 +1,18 @@
-"""`llamagen export-weights`: a bundle to a file that the original loads."""
+"""Writes a bundle as a file of weights that the original LlamaGen loads.
 
-import argparse
+llamagen export-weights --bundle=gpt/bundle --out=gpt.safetensors
+"""
+
 from collections.abc import Sequence
+import dataclasses
 import pathlib
 
 import jax
 import numpy as np
 
+from llamagen_jax.commands import arguments
 from llamagen_jax.errors import UserError
+from llamagen_jax.options import option
 from llamagen_jax.weights import bundle
 from llamagen_jax.weights.files import write_weights
 from llamagen_jax.weights.gpt import gpt_to_torch
@@ -18,11 +23,16 @@ USAGE_BUFFER = ("quantize.codebook_used", 65536)
 SUFFIXES = (".pt", ".safetensors")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """Options of export-weights."""
+
+  bundle: str = option("of a transformer or a tokenizer", unit="FOLDER")
+  out: str = option("x.pt or x.safetensors", unit="FILE")
+
+
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser("llamagen export-weights", description=__doc__)
-  parser.add_argument("--bundle", required=True, help="transformer or tokenizer")
-  parser.add_argument("--out", required=True, help="x.pt or x.safetensors")
-  args = parser.parse_args(argv)
+  args = arguments.parse(Options, "export-weights", argv, __doc__)
   jax.config.update("jax_platforms", "cpu")  # a chip may be in another's hands
   out = pathlib.Path(args.out)
   if out.suffix not in SUFFIXES:

@@ -1,11 +1,13 @@
-"""`llamagen extract-codes`: images to code shards, for training transformers.
+"""Encodes images to code shards, for training transformers.
 
 Every host encodes whole shards of its own on its own chips. An image's codes are
 computed by the same program wherever it lies, so the shards do not depend on the
 number of hosts or chips, and a run that was killed goes on with the next shard.
+
+llamagen extract-codes --tokenizer=vq16/bundle --source=folder:/data/images \\
+    --image-size=256 --out=codes --check=8
 """
 
-import argparse
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import functools
@@ -20,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import tqdm
 
+from llamagen_jax.commands import arguments
 from llamagen_jax.data.classes import shown_name
 from llamagen_jax.data.codes import (
   KIND,
@@ -35,6 +38,7 @@ from llamagen_jax.data.sources import NO_LABEL, ImageRecord, Source, open_source
 from llamagen_jax.data.workers import in_processes
 from llamagen_jax.errors import UserError
 from llamagen_jax.images import from_uint8, grid, save_png, to_uint8
+from llamagen_jax.options import option
 from llamagen_jax.parallel import hosts as cluster
 from llamagen_jax.parallel.mesh import make_mesh
 from llamagen_jax.storage import user_path
@@ -104,28 +108,43 @@ def _decode(config, params, codes_Bhw):
   return to_uint8(model.decode(config, params, codes_Bhw))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(cluster.HostOptions):
+  """Options of extract-codes."""
+
+  tokenizer: str = option("bundle of the tokenizer", unit="FOLDER")
+  source: str = option(
+    "images: folder:, jsonl:, arrayrecord:, captions: or tfds:", unit="KIND:PATH"
+  )
+  out: str = option("code shards to write", unit="FOLDER")
+  image_size: int = option("side of the crops", unit="PIXELS", at_least=1)
+  crops: str = option("crops of an image", "five", choices=("center", "five"))
+  ranges: str = option(
+    "crop ranges: shorter sides that crops are cut from, in image sizes", "1.1,1.05"
+  )
+  mirror: bool = option("take every crop mirrored, too", True)
+  shards: int = option("files to write", 64, at_least=1)
+  batch_size: int = option(
+    "images at a time on every device", 16, unit="IMAGES", at_least=1
+  )
+  min_side: int = option("smaller images are bad ones", 16, unit="PIXELS")
+  background: str = option("behind transparent pixels", "white", unit="COLOUR")
+  ignore_exif: bool = option(
+    "leave turned photographs as stored, as the published ImageNet models did", False
+  )
+  max_bad_share: float = option(
+    "share of the images that may be bad; above it the command fails", 0.01,
+    unit="SHARE",
+  )  # fmt: skip
+  workers: int = option("processes that decode; 0 = threads", 0, at_least=0)
+  check: int = option(
+    "random images whose codes are decoded, in OUT/check.png", 0, unit="IMAGES"
+  )
+  verify: bool = option("compare the checksums of all shards", False)
+
+
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser("llamagen extract-codes", description=__doc__)
-  add = parser.add_argument
-  add("--tokenizer", required=True, help="bundle of the tokenizer")
-  add("--source", required=True, help="images: folder:, jsonl:, arrayrecord:, tfds:")
-  add("--out", required=True, help="folder of code shards to write")
-  add("--image-size", type=int, required=True, help="side of the crops in pixels")
-  add("--crops", default="five", help="center or five (default)")
-  add("--ranges", default="1.1,1.05", help="crop ranges (default 1.1,1.05)")
-  add("--no-mirror", action="store_true", help="leave out the mirrored crops")
-  add("--shards", type=int, default=64, help="files to write (default 64)")
-  add("--batch-size", type=int, default=16, help="images a step on every chip")
-  add("--min-side", type=int, default=16, help="smaller images are bad ones")
-  add("--background", default="white", help="colour behind transparent pixels")
-  add("--ignore-exif", action="store_true", help="leave turned photographs as stored,"
-      " as the published ImageNet models did")  # fmt: skip
-  add("--max-bad-share", type=float, default=0.01, help="bad images that are let by")
-  add("--workers", type=int, default=0, help="processes that decode; 0 = threads")
-  add("--check", type=int, default=0, help="random codes to draw in OUT/check.png")
-  add("--verify", action="store_true", help="compare the checksums of all shards")
-  cluster.add_flags(parser)
-  args = parser.parse_args(argv)
+  args = arguments.parse(Options, "extract-codes", argv, __doc__)
   cluster.initialize_distributed(args)
   try:
     ranges = tuple(float(r) for r in args.ranges.split(","))
@@ -134,7 +153,7 @@ def main(argv: Sequence[str]) -> None:
       f"--ranges={args.ranges}: expected numbers, such as 1.1,1.05"
     ) from error
   decoder = ImageDecoder(args.min_side, args.background, args.ignore_exif)
-  crop_set = CropSet(args.image_size, args.crops, ranges, not args.no_mirror)
+  crop_set = CropSet(args.image_size, args.crops, ranges, args.mirror)
   started = time.perf_counter()
   encoder, source = Encoder(args.tokenizer), open_source(args.source)
   manifest, encoded = extract(
@@ -211,9 +230,9 @@ def extract(
 
   def write(index: int, bar: tqdm.tqdm) -> None:
     nonlocal encoded
-    samples, skipped = spec.shard_range(index), []
+    samples, skipped = spec.shard_range(index), {}
     read = _read(source, samples, transform, workers)
-    usable = _without_bad(read, skipped, bar)
+    usable = _without_bad(zip(samples, read, strict=True), skipped, bar)
     batches = _batched(usable, batch_size * encoder.chips)
     records = _records(batches, encoder, batch_size * encoder.chips)
     writer.write_shard(index, records, skipped)
@@ -233,12 +252,12 @@ def _read(source, samples: range, transform, workers: int) -> Iterator[dict[str,
   return iter(read)
 
 
-def _without_bad(found, skipped: list[str], bar) -> Iterator[dict[str, Any]]:
-  for image in found:
+def _without_bad(numbered, skipped: dict[int, str], bar) -> Iterator[dict[str, Any]]:
+  for number, image in numbered:
     bar.update()
     if image["problem"]:
       logging.warning("skipped image %s", image["problem"])
-      skipped.append(image["problem"])
+      skipped[number] = image["problem"]
     else:
       yield image
 
@@ -276,7 +295,7 @@ def _unbatch(batch, codes) -> Iterator[CodeRecord]:
 
 def report(manifest: dict[str, Any], out: str, speed: float) -> str:
   """What a finished folder holds, in lines for the user."""
-  skipped = [problem for shard in manifest["shards"] for problem in shard["skipped"]]
+  skipped = [why for shard in manifest["shards"] for why in shard["skipped"].values()]
   size = sum(shard["files"][KIND]["bytes"] for shard in manifest["shards"])
   lines = [
     f"{manifest['records']} images x {len(manifest['crops'])} crops in {out},"
@@ -324,7 +343,11 @@ def check(
   crops, rows, labels, same_label = [], [], [], 0
   for index in sorted(rng.choice(len(codes), count, replace=False)):
     record = codes[int(index)]
-    sample = _source_of(codes.manifest, source, int(index), record.key)
+    sample = source[codes.sample(int(index))]
+    if sample.key != record.key:
+      raise UserError(
+        f"--check: the source has {sample.key} where its codes say {record.key} is"
+      )
     picked = int(rng.integers(len(record.codes)))
     crops.append(crop_set(decoder(sample))[picked])
     rows.append(record.codes[picked].astype(np.int32))
@@ -342,18 +365,3 @@ def check(
     f"{path}: crops above their decoded codes; {np.mean(again == rows):.1%} of the"
     f" codes and {same_label} of {count} labels are confirmed by the source"
   )
-
-
-def _source_of(manifest: dict, source: Source, index: int, key: str) -> ImageRecord:
-  """The sample of a record: so many later than the record as were skipped before."""
-  samples, shards = manifest["samples"], manifest["shards"]
-  for i, shard in enumerate(shards):
-    if index < shard["records"]:
-      start = samples * i // len(shards) + index
-      for place in range(start, start + len(shard["skipped"]) + 1):
-        sample = source[place]
-        if sample.key == key:
-          return sample
-      break
-    index -= shard["records"]
-  raise UserError(f"--check: the source has no {key} where its codes say it is")

@@ -1,7 +1,10 @@
-"""`llamagen extract-text`: the captions of caption shards to T5 feature shards."""
+"""Encodes the captions of caption shards to shards of T5 features.
 
-import argparse
+llamagen extract-text --t5=/data/flan-t5-xl --captions=captions --out=features
+"""
+
 from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
 import functools
 import pathlib
 from typing import Any
@@ -10,10 +13,12 @@ import jax
 import numpy as np
 import tqdm
 
+from llamagen_jax.commands import arguments
 from llamagen_jax.data.captions import CaptionSource
 from llamagen_jax.data.features import BFLOAT16, KIND, FeatureRecord
 from llamagen_jax.data.own_shards import write_own_shards
 from llamagen_jax.data.shards import ShardWriter
+from llamagen_jax.options import option
 from llamagen_jax.parallel import hosts as cluster
 from llamagen_jax.parallel.mesh import AXES, to_global
 from llamagen_jax.text.encoder import TextEncoder
@@ -24,17 +29,22 @@ WINDOW = 32  # batches whose captions are sorted by length before they are encod
 SHORTEST = 16  # tokens of the shortest batch; others are twice, four times .. of it
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(cluster.HostOptions):
+  """Options of extract-text."""
+
+  t5: str = option("T5 v1.1 or flan-T5 from Hugging Face", unit="FOLDER")
+  captions: str = option("shards that prepare-captions wrote", unit="FOLDER")
+  out: str = option("feature shards to write", unit="FOLDER")
+  tokens: int = option("longer captions are cut", 120, unit="TOKENS", at_least=1)
+  batch_size: int = option(
+    "captions at a time on every host", 256, unit="CAPTIONS", at_least=1
+  )
+  dtype: str = option("of the encoder", "bfloat16", choices=("float32", "bfloat16"))
+
+
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser("llamagen extract-text", description=__doc__)
-  add = parser.add_argument
-  add("--t5", required=True, help="folder of a T5 v1.1 or flan-T5 from Hugging Face")
-  add("--captions", required=True, help="folder that prepare-captions wrote")
-  add("--out", required=True, help="folder of feature shards to write")
-  add("--tokens", type=int, default=120, help="longer captions are cut (default 120)")
-  add("--batch-size", type=int, default=256, help="captions at a time, on every host")
-  add("--dtype", default="bfloat16", help="of the encoder: bfloat16 or float32")
-  cluster.add_flags(parser)
-  args = parser.parse_args(argv)
+  args = arguments.parse(Options, "extract-text", argv, __doc__)
   cluster.initialize_distributed(args)
   manifest = extract_text(
     args.t5,

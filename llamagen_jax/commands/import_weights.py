@@ -1,17 +1,22 @@
-"""`llamagen import-weights`: a published file of weights to a bundle."""
+"""Reads a published file of weights, and writes a bundle.
 
-import argparse
+llamagen import-weights --list
+llamagen import-weights --file=vq_ds16_c2i.pt --out=vq16
+llamagen import-weights --file=c2i_L_384.pt --tokenizer=vq16 --out=c2i_L_384
+"""
+
 from collections.abc import Mapping, Sequence
 import dataclasses
 import pathlib
 
 import jax
 
-from llamagen_jax.commands import sampling_flags
+from llamagen_jax.commands import arguments, sampling_flags
 from llamagen_jax.data.classes import imagenet_names
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.config import PRESETS
 from llamagen_jax.gpt.sampling_config import SamplingConfig
+from llamagen_jax.options import option
 from llamagen_jax.tokenizer.config import TokenizerConfig
 from llamagen_jax.weights import bundle, inception
 from llamagen_jax.weights.files import Stored, read_weights
@@ -22,20 +27,36 @@ from llamagen_jax.weights.tokenizer import tokenizer_from_torch
 TOKENIZER_TENSOR = "quantize.embedding.weight"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(sampling_flags.SamplingOverrides):
+  """Options of import-weights."""
+
+  list: bool = option("print the published checkpoints and stop", False)
+  file: str | None = option("a .pt or .safetensors file", None, unit="FILE")
+  hub: str | None = option(
+    "download this published checkpoint from the Hugging Face hub", None, unit="NAME"
+  )
+  out: str | None = option("the new bundle", None, unit="FOLDER")
+  tokenizer: str | None = option(
+    "bundle of the tokenizer whose codes a transformer generates", None, unit="FOLDER"
+  )
+  model: str | None = option(
+    "the published checkpoint it is, where its file name is another", None, unit="NAME"
+  )
+  image_size: int | None = option(
+    "side of the images of a transformer that is not a published one", None,
+    unit="PIXELS",
+  )  # fmt: skip
+  num_heads: int | None = option(
+    "attention heads of a transformer of an unpublished size", None, unit="HEADS"
+  )
+  key: str | None = option(
+    "entry of the file to take; default: ema, model, module, ..", None, unit="ENTRY"
+  )
+
+
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser("llamagen import-weights", description=__doc__)
-  add = parser.add_argument
-  add("--list", action="store_true", help="print the published checkpoints and stop")
-  add("--file", help="a .pt or .safetensors file")
-  add("--hub", help="download this published checkpoint from the Hugging Face hub")
-  add("--out", help="folder of the new bundle")
-  add("--tokenizer", help="bundle of the tokenizer whose codes a transformer draws")
-  add("--name", help="the published checkpoint it is, where its file name is another")
-  add("--image-size", type=int, help="of a transformer that is not a published one")
-  add("--num-heads", type=int, help="of a transformer of an unpublished size")
-  add("--key", help="entry of the file to take; default: ema, model, module, ..")
-  sampling_flags.add_sampling_flags(parser, "the best FID's, stored in the bundle")
-  args = parser.parse_args(argv)
+  args = arguments.parse(Options, "import-weights", argv, __doc__)
   jax.config.update("jax_platforms", "cpu")  # a chip may be in another's hands
   if args.list:
     print(table())
@@ -43,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
   if bool(args.file) == bool(args.hub) or not args.out:
     raise UserError("expected --out and one of --file and --hub (or --list alone)")
   _check_name("--hub", args.hub)
-  _check_name("--name", args.name)
+  _check_name("--model", args.model)
   out = pathlib.Path(args.out)
   if (out / bundle.CONFIG).exists():
     raise UserError(f"--out={out} is a bundle already: choose another folder")
@@ -51,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
   if args.hub and not PUBLISHED[args.hub].is_tokenizer:
     _read_tokenizer(args)  # before a long download
   file = pathlib.Path(args.file) if args.file else download(args.hub)
-  name = args.name or args.hub or identify(file)
+  name = args.model or args.hub or identify(file)
   weights, key = read_weights(file, args.key)
   if TOKENIZER_TENSOR in weights:
     text = _import_tokenizer(weights, out)
@@ -96,7 +117,7 @@ def _import_tokenizer(weights: Mapping[str, Stored], out: pathlib.Path) -> str:
   )
 
 
-def _read_tokenizer(args: argparse.Namespace) -> tuple[TokenizerConfig, str]:
+def _read_tokenizer(args: Options) -> tuple[TokenizerConfig, str]:
   if not args.tokenizer:
     raise UserError(
       "--tokenizer is required for a transformer: the bundle of the tokenizer whose"
@@ -109,14 +130,14 @@ def _import_gpt(
   weights: Mapping[str, Stored],
   out: pathlib.Path,
   name: str | None,
-  args: argparse.Namespace,
+  args: Options,
 ) -> str:
   tokenizer_config, identity = _read_tokenizer(args)
   known = PUBLISHED.get(name)
   image_size = args.image_size or (known.image_size if known else None)
   if image_size is None:
     raise UserError(
-      "the name of the file tells nothing about it: give --image-size, or --name with"
+      "the name of the file tells nothing about it: give --image-size, or --model with"
       " one of --list"
     )
   if image_size % tokenizer_config.downsample:
@@ -130,7 +151,7 @@ def _import_gpt(
   if known and shape != PRESETS.get(known.model):
     raise UserError(
       f"{name} is a {known.model}, (layers, heads, dim) {PRESETS.get(known.model)}; the"
-      f" file holds {shape}: give another --name"
+      f" file holds {shape}: give another --model"
     )
   if config.vocab_size != tokenizer_config.codebook_size:
     raise UserError(

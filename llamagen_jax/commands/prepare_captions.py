@@ -1,6 +1,10 @@
-"""`llamagen prepare-captions`: images with captions, from anywhere, to shards."""
+"""Writes images with captions, from the usual kinds of files, to caption shards.
 
-import argparse
+llamagen prepare-captions --source='webdataset:/data/laion/*.tar' --out=captions
+llamagen prepare-captions --source=jsonl:/data/list.jsonl --image-folder=/data \\
+    --caption-key=text --min-side=64 --out=captions
+"""
+
 import collections
 from collections.abc import Iterator, Sequence
 import concurrent.futures
@@ -14,6 +18,7 @@ from typing import Any
 from absl import logging
 import tqdm
 
+from llamagen_jax.commands import arguments
 from llamagen_jax.data import shards
 from llamagen_jax.data.caption_files import CaptionFiles, open_files
 from llamagen_jax.data.caption_records import CaptionedImage, FieldNames
@@ -22,47 +27,52 @@ from llamagen_jax.data.images import BadImage, ImageDecoder, SmallImage
 from llamagen_jax.data.sources import ImageRecord
 from llamagen_jax.data.workers import end_with_parent
 from llamagen_jax.errors import UserError
+from llamagen_jax.options import option
 from llamagen_jax.storage import write_text
 
 MAX_EXAMPLE = 300  # characters of a rejected record in the last message
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """Options of prepare-captions."""
+
+  source: str = option(
+    "webdataset:TARS, parquet:FILES, jsonl:FILES, coco:ANNOTATIONS.json or folder:PATH;"
+    " *, ? and {00..99} stand for several files", unit="KIND:PATH",
+  )  # fmt: skip
+  out: str = option("caption shards to write", unit="FOLDER")
+  image_folder: str = option(
+    "where paths of images start; default: the folder of the list", "", unit="FOLDER"
+  )
+  caption_key: str = option(
+    "field of the caption, where there are several", "", unit="FIELD"
+  )
+  short_key: str = option(
+    "field of a short caption; none if not given", "", unit="FIELD"
+  )
+  image_key: str = option(
+    "field or column of the image, or of its path", "", unit="FIELD"
+  )
+  min_side: int = option("smaller images are left out", 256, unit="PIXELS")
+  shards: int = option("files to write of jsonl, coco, folder", 64, at_least=1)
+  workers: int = option("processes; 0 = one a core", 0, at_least=0)
+  hosts: int = option("how many hosts share the work", 1, at_least=1)
+  host: int = option("which of them this one is, from 0", 0, at_least=0)
+
+
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser("llamagen prepare-captions", description=__doc__)
-  add = parser.add_argument
-  add(
-    "--source",
-    required=True,
-    help="webdataset:TARS, parquet:FILES, jsonl:FILES, coco:ANNOTATIONS.json or"
-    " folder:PATH; *, ? and {00..99} stand for several files",
-  )
-  add("--out", required=True, help="folder of caption shards to write")
-  add(
-    "--images",
-    default="",
-    help="folder that paths of images start in; default: the list's",
-  )
-  add("--caption-key", default="", help="field of the caption, where there are several")
-  add("--short-key", default="", help="field of a short caption; none if not given")
-  add("--image-key", default="", help="field or column of the image, or of its path")
-  add(
-    "--min-side", type=int, default=256, help="images with a smaller side are left out"
-  )
-  add("--shards", type=int, default=64, help="files to write of jsonl, coco, folder")
-  add("--workers", type=int, default=os.cpu_count() or 1, help="processes")
-  add("--hosts", type=int, default=1, help="machines that share the work")
-  add("--host", type=int, default=0, help="which of them this one is, from 0")
-  args = parser.parse_args(argv)
+  args = arguments.parse(Options, "prepare-captions", argv, __doc__)
   if not 0 <= args.host < args.hosts:
     raise UserError(f"--host={args.host}: expected 0 .. {args.hosts - 1}")
   manifest = prepare(
     args.source,
     args.out,
     keys=FieldNames(args.caption_key, args.short_key, args.image_key),
-    images=args.images,
+    images=args.image_folder,
     min_side=args.min_side,
     shard_count=args.shards,
-    workers=args.workers,
+    workers=args.workers or os.cpu_count() or 1,
     hosts=args.hosts,
     host=args.host,
   )

@@ -1,11 +1,13 @@
-"""`llamagen quickstart`: the whole pipeline on real handwritten digits, on a laptop.
+"""Runs the whole pipeline on real handwritten digits, on a laptop.
 
 Digits -> VQ tokenizer -> codes -> class-conditional transformer -> images, judged
 by a classifier that was fitted on real digits only. Every step is one of the other
 verbs with a config from `configs/`; a rerun continues where the last one stopped.
+
+llamagen quickstart
+llamagen quickstart --text --workdir=quickstart_text
 """
 
-import argparse
 from collections.abc import Sequence
 import contextlib
 import dataclasses
@@ -19,6 +21,7 @@ import time
 import numpy as np
 from PIL import Image
 
+from llamagen_jax.commands import arguments
 from llamagen_jax.commands.classifier import classify, fit_classifier
 from llamagen_jax.commands.extract_codes import Encoder, extract
 from llamagen_jax.data.images import CenterImage, CropSet, ImageDecoder
@@ -28,8 +31,10 @@ from llamagen_jax.errors import UserError
 from llamagen_jax.evaluation.reconstruction import reconstruct
 from llamagen_jax.evaluation.statistics import frechet_distance
 from llamagen_jax.images import grid, save_png
+from llamagen_jax.options import option
 from llamagen_jax.parallel.mesh import make_mesh
 from llamagen_jax.sampling.sample import sample
+from llamagen_jax.storage import local_path
 from llamagen_jax.training import train_gpt as gpt_train
 from llamagen_jax.training import train_tokenizer as tokenizer_train
 from llamagen_jax.weights import bundle
@@ -55,17 +60,21 @@ FULL = Size("", digits=500, ranges=(1.1,), samples=1000, classifier_epochs=6)
 FAST = Size("fast", digits=20, ranges=(1.1,), samples=50, classifier_epochs=1)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """Options of quickstart."""
+
+  workdir: str = option("everything is written there", "quickstart", unit="FOLDER")
+  text: bool = option("coloured digits of captions in plain English", False)
+  fast: bool = option("a smoke run of every step, under a minute", False)
+
+
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser("llamagen quickstart", description=__doc__)
-  add = parser.add_argument
-  add("--workdir", default="quickstart", help="everything lands here")
-  add("--text", action="store_true", help="coloured digits, drawn from sentences")
-  add("--fast", action="store_true", help="a smoke run of every step, under a minute")
-  args = parser.parse_args(argv)
+  args = arguments.parse(Options, "quickstart", argv, __doc__)
   if args.fast:  # nearly all of its time is compilation
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
-  run(pathlib.Path(args.workdir), FAST if args.fast else FULL, args.text)
+  run(local_path(args.workdir, "--workdir"), FAST if args.fast else FULL, args.text)
 
 
 def run(workdir: pathlib.Path, size: Size, text: bool = False) -> dict[str, float]:

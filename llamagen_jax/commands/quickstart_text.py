@@ -1,4 +1,4 @@
-"""`llamagen quickstart --text`: from sentences to coloured digits, on a laptop.
+"""The part of `llamagen quickstart --text`: sentences to coloured digits.
 
 Real digits are coloured and placed on coloured grounds, each with a caption in plain
 English. A small T5 with fixed random weights reads the captions: it is never trained,

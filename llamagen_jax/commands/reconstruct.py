@@ -1,10 +1,12 @@
-"""`llamagen reconstruct`: encodes and decodes a source, and measures what is kept.
+"""Encodes and decodes a source of images, and measures the reconstructions.
 
 Writes reconstructions.npz and originals.npz (`arr_0`, uint8, in the source's order), a
 grid of images and metrics.json; with --protocol also rFID, in scores.json.
+
+llamagen reconstruct --tokenizer=vq16/bundle --source=folder:/data/val \\
+    --image-size=256 --out=reconstructions
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 import dataclasses
 import json
@@ -16,6 +18,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 import tqdm
 
+from llamagen_jax.commands import arguments
 from llamagen_jax.data.images import CenterImage, ImageDecoder
 from llamagen_jax.data.loader import epoch_batches
 from llamagen_jax.data.sources import open_source
@@ -31,6 +34,7 @@ from llamagen_jax.images import (
   save_png,
   to_uint8,
 )
+from llamagen_jax.options import option
 from llamagen_jax.parallel import hosts
 from llamagen_jax.parallel.mesh import make_mesh, replicated
 from llamagen_jax.weights import bundle
@@ -39,8 +43,35 @@ from llamagen_jax.weights.lpips import load_lpips
 SETS = ("originals", "reconstructions")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(hosts.HostOptions, score.EvaluationOptions):
+  """Options of reconstruct."""
+
+  tokenizer: str = option("bundle of the tokenizer", unit="FOLDER")
+  source: str = option(
+    "images: folder:, jsonl:, arrayrecord:, captions: or tfds:", unit="KIND:PATH"
+  )
+  out: str = option("everything is written there", unit="FOLDER")
+  image_size: int = option("side of the centre crop", unit="PIXELS", at_least=1)
+  batch_size: int = option(
+    "images at a time on every device", 16, unit="IMAGES", at_least=1
+  )
+  lpips: str = option(
+    "weights of LPIPS and VGG16, to measure LPIPS, too", "", unit="FILES"
+  )
+  shown: int = option("images in the grid", 8, unit="IMAGES")
+  min_side: int = option("smaller images are bad ones", 16, unit="PIXELS")
+  background: str = option("behind transparent pixels", "white", unit="COLOUR")
+  ignore_exif: bool = option(
+    "leave turned photographs as stored, as the published ImageNet models did; a"
+    " protocol does so anyway", False,
+  )  # fmt: skip
+
+
 def main(argv: Sequence[str]) -> None:
-  args = _parse(argv)
+  args = arguments.parse(Options, "reconstruct", argv, __doc__)
+  if args.protocol and not args.inception:
+    raise UserError(f"--protocol={args.protocol} needs --inception")
   hosts.initialize_distributed(args)
   mesh = make_mesh()
   tokenizer = bundle.load_tokenizer(args.tokenizer, mesh)
@@ -102,35 +133,13 @@ def main(argv: Sequence[str]) -> None:
       print(score.table(result))
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-  parser = argparse.ArgumentParser("llamagen reconstruct", description=__doc__)
-  add = parser.add_argument
-  add("--tokenizer", required=True, help="bundle of the tokenizer")
-  add("--source", required=True, help="images: folder:, jsonl:, arrayrecord:, tfds:")
-  add("--out", required=True, help="folder to write")
-  add("--image-size", type=int, required=True, help="side of the centre crop")
-  add("--batch-size", type=int, default=16, help="images a step on every chip")
-  add("--lpips", default="", help="LPIPS's and VGG16's weights, to measure LPIPS too")
-  add("--shown", type=int, default=8, help="images in the grid")
-  add("--min-side", type=int, default=16, help="smaller images are bad ones")
-  add("--background", default="white", help="colour behind transparent pixels")
-  add("--ignore-exif", action="store_true", help="leave turned photographs as stored,"
-      " as the published ImageNet models did; a protocol does so anyway")  # fmt: skip
-  score.add_flags(parser, required=False)
-  hosts.add_flags(parser)
-  args = parser.parse_args(argv)
-  if args.protocol and not args.inception:
-    raise UserError(f"--protocol={args.protocol} needs --inception")
-  return args
-
-
-def _written_side(args: argparse.Namespace) -> int:
+def _written_side(args: Options) -> int:
   """Larger images than the protocol's are resized to it, as the original's are."""
   side = PROTOCOLS[args.protocol].side if args.protocol else None
   return min(args.image_size, side or args.image_size)
 
 
-def _evaluator(args: argparse.Namespace, count: int) -> score.Evaluator:
+def _evaluator(args: Options, count: int) -> score.Evaluator:
   """Refuses before the long work what would be refused after it."""
   protocol = PROTOCOLS[args.protocol]
   if protocol.reference_statistics:

@@ -1,11 +1,14 @@
-"""`llamagen sample`: classes or prompts in, images out."""
+"""Generates images of classes or prompts.
 
-import argparse
+llamagen sample --gpt=c2i_L_384 --tokenizer=vq16 --classes=207,360-362 --out=x.png
+llamagen sample --gpt=t2i/bundle --tokenizer=vq16 --t5=/data/flan-t5-xl \\
+    --prompts "a red fox on a green hill" --count=4 --out=foxes
+llamagen sample --gpt=c2i_L_384 --tokenizer=vq16 --fid-batch=50000 --out=x.npz
+"""
+
 from collections.abc import Sequence
 import dataclasses
-import glob
 import math
-import os
 from typing import Any
 
 from etils import epath
@@ -14,11 +17,12 @@ import numpy as np
 from PIL import Image
 
 import llamagen_jax
-from llamagen_jax.commands import sampling_flags
+from llamagen_jax.commands import arguments, sampling_flags
 from llamagen_jax.data.classes import to_labels
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.images import grid, save_npz, save_png
+from llamagen_jax.options import option
 from llamagen_jax.parallel import hosts
 from llamagen_jax.parallel.mesh import make_mesh
 from llamagen_jax.sampling import fid_batch
@@ -38,13 +42,80 @@ from llamagen_jax.weights.t5 import load_t5
 
 BATCH_SIZE = 16
 EVALUATED_SIDE = 256  # published scores are of images of this side
-LEAST_THREADS = 8  # so that up to 8 fake devices draw what one does
+LABELS = fid_batch.LABELS
 LABELLED_SIDE = 64  # smaller images are too narrow for a name
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(hosts.HostOptions, sampling_flags.SamplingOverrides):
+  """Options of sample."""
+
+  gpt: str = option("bundle of the transformer", unit="FOLDER", group="models")
+  tokenizer: str = option("bundle of the tokenizer", unit="FOLDER", group="models")
+  t5: str | None = option(
+    "the T5 that the transformer was trained with", None, unit="FOLDER", group="models"
+  )
+  classes: str | None = option(
+    "indices, names and ranges: 207,360-362,'golden retriever'", None,
+    group="images to generate",
+  )  # fmt: skip
+  classes_file: str | None = option(
+    "the same in a file, also one a line", None, unit="FILE", group="images to generate"
+  )
+  prompts: tuple[str, ...] | None = option(
+    "texts, in quotes", None, group="images to generate"
+  )
+  prompt_file: str | None = option(
+    "the same: x.txt, a prompt a line, or x.csv or x.tsv and the column after a colon",
+    None, unit="FILE", group="images to generate",
+  )  # fmt: skip
+  negative_prompt: str = option(
+    "text that guidance leads away from", "", group="images to generate"
+  )
+  count: int = option(
+    "images a class or prompt", 1, unit="IMAGES", at_least=1,
+    group="images to generate",
+  )  # fmt: skip
+  fid_batch: int | None = option(
+    "this many images of classes of all kinds, for an evaluation", None,
+    unit="IMAGES", at_least=1, group="images to generate",
+  )  # fmt: skip
+  labels: str = option(
+    "classes of --fid-batch", "uniform", choices=LABELS,
+    group="images to generate",
+  )  # fmt: skip
+  seed: int = option("of the random numbers", 0, group="images to generate")
+  out: str = option(
+    "x.png (a grid), x.npz (arr_0), or a new folder", unit="PATH", group="output"
+  )
+  png_folder: str | None = option(
+    "--fid-batch writes its images here, too", None, unit="FOLDER", group="output"
+  )
+  image_size: int | None = option(
+    "side of the images written; default: as generated, and at most"
+    f" {EVALUATED_SIDE} for --fid-batch", None, unit="PIXELS", at_least=1,
+    group="output",
+  )  # fmt: skip
+  batch_size: int = option(
+    "images at a time on every device", BATCH_SIZE, unit="IMAGES", at_least=1,
+    group="computation",
+  )  # fmt: skip
+  tensor: int = option(
+    "devices that share one model", 1, unit="DEVICES", at_least=1, group="computation"
+  )
+  dtype: str | None = option(
+    "of the transformer's activations; default: float32 on CPU, else bfloat16", None,
+    choices=("float32", "bfloat16"), group="computation",
+  )  # fmt: skip
+
+
 def main(argv: Sequence[str]) -> None:
-  args = _parse(argv)
-  steady_reductions()
+  run(arguments.parse(Options, "sample", argv, __doc__))
+
+
+def run(args: Options) -> None:
+  """Generates and writes what the options ask for."""
+  _check(args)
   hosts.initialize_distributed(args)
   out = user_path(args.out)
   mesh = make_mesh(tensor=args.tensor)
@@ -53,7 +124,11 @@ def main(argv: Sequence[str]) -> None:
   tokenizer = bundle.load_tokenizer(args.tokenizer, mesh)
   check_pair(gpt, tokenizer)
 
-  conditions = _prompts(args, gpt, dtype) if _of_prompts(args) else _labels(args, gpt)
+  conditions = (
+    _prompts(args, gpt, dtype)
+    if args.prompts or args.prompt_file
+    else _labels(args, gpt)
+  )
   drawn_side = gpt.config.grid * tokenizer.config.downsample
   side = drawn_side
   batch_size = args.batch_size
@@ -87,51 +162,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"{len(job.conditions)} images in {out}, {seconds}")
 
 
-def steady_reductions() -> None:
-  """Makes sums on CPU independent of the number of threads, so of fake devices.
-
-  XLA's library for reductions splits them by threads, which shows in the last bits
-  of an image. The flag must be set before JAX starts. A version that does not know
-  it would not start; nor would libtpu, so it is left alone where there is a TPU.
-
-  XLA takes a thread a device or, if more, NPROC; how it cuts a loop for them decides
-  which numbers the vector unit rounds. Two cores are 6 % slower with eight threads.
-  """
-  known = jax.__version__.startswith("0.10.")
-  if known and not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/[0-9]*"):
-    flag = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
-    os.environ.setdefault("NPROC", str(max(LEAST_THREADS, os.cpu_count() or 1)))
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-  parser = argparse.ArgumentParser("llamagen sample", description=__doc__)
-  add = parser.add_argument
-  add("--gpt", required=True, help="bundle of the transformer")
-  add("--tokenizer", required=True, help="bundle of the tokenizer")
-  add("--out", required=True, help="x.png (a grid), x.npz (arr_0), or a new folder")
-  add("--classes", help="indices, names and ranges: 207,360-362,'golden retriever'")
-  add("--classes-file", help="the same in a file, also one a line")
-  add("--prompts", nargs="+", help="texts to draw, in quotes")
-  add("--prompt-file", help="the same: x.txt, a prompt a line, or x.csv or x.tsv and"
-      " the column after a colon")  # fmt: skip
-  add("--negative-prompt", default="", help="what guidance leads away from")
-  add("--t5", help="folder of the T5 that the transformer was trained with")
-  add("--count", type=_positive, default=1, help="images a class or prompt")
-  add("--fid-batch", type=_positive, help="this many images of classes of all kinds")
-  add("--labels", choices=fid_batch.LABELS, default="uniform", help="of --fid-batch")
-  add("--png-folder", help="--fid-batch also writes its images here")
-  add("--image-size", type=_positive, help="side of the images written; default: as"
-      f" drawn, and at most {EVALUATED_SIDE} for --fid-batch")  # fmt: skip
-  add("--batch-size", type=_positive, default=BATCH_SIZE, help="images at a time on"
-      f" every device (default {BATCH_SIZE})")  # fmt: skip
-  add("--tensor", type=_positive, default=1, help="devices that share one model")
-  add("--dtype", choices=("float32", "bfloat16"), help="of the transformer's"
-      " activations; default: float32 on CPU, else bfloat16")  # fmt: skip
-  add("--seed", type=int, default=0)
-  sampling_flags.add_sampling_flags(parser, "the bundle's")
-  hosts.add_flags(parser)
-  args = parser.parse_args(argv)
+def _check(args: Options) -> None:
   check_seed(args.seed, "--seed")
   sources = ("classes", "classes_file", "prompts", "prompt_file", "fid_batch")
   if sum(bool(getattr(args, name)) for name in sources) != 1:
@@ -146,21 +177,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     raise UserError(f"--out={args.out}: expected a name that ends in {expected}")
   if args.png_folder and not args.fid_batch:
     raise UserError("--png-folder goes with --fid-batch: give a folder as --out")
-  return args
 
 
-def _positive(text: str) -> int:
-  value = int(text)
-  if value < 1:
-    raise argparse.ArgumentTypeError(f"{value}: expected 1 or more")
-  return value
-
-
-def _of_prompts(args: argparse.Namespace) -> bool:
-  return bool(args.prompts or args.prompt_file)
-
-
-def _prompts(args: argparse.Namespace, gpt: bundle.Transformer, dtype: str) -> Prompts:
+def _prompts(args: Options, gpt: bundle.Transformer, dtype: str) -> Prompts:
   if gpt.config.condition != "caption":
     raise UserError(f"--gpt={args.gpt} draws classes: give --classes")
   if not args.t5:  # a bundle names its encoder, and does not hold it
@@ -171,7 +190,7 @@ def _prompts(args: argparse.Namespace, gpt: bundle.Transformer, dtype: str) -> P
   return Prompts.of(gpt, encoder, repeated, args.negative_prompt)
 
 
-def _labels(args: argparse.Namespace, gpt: bundle.Transformer) -> Labels:
+def _labels(args: Options, gpt: bundle.Transformer) -> Labels:
   """Labels int32, one an image."""
   classes = gpt.config.num_classes
   if gpt.config.condition != "class":
@@ -190,7 +209,7 @@ def _labels(args: argparse.Namespace, gpt: bundle.Transformer) -> Labels:
 
 
 def _settings(
-  args: argparse.Namespace,
+  args: Options,
   gpt: bundle.Transformer,
   tokenizer: bundle.Tokenizer,
   job: SamplingJob,

@@ -1,6 +1,11 @@
-"""`llamagen serve`: images over HTTP, by the API of OpenAI, and a web demo."""
+"""Serves images over HTTP, by the API of OpenAI, with a web demo.
 
-import argparse
+With LLAMAGEN_API_KEY in the environment, requests need that key.
+
+llamagen serve --workdir=quickstart
+llamagen serve --gpt=c2i_L_384 --tokenizer=vq16 --address=0.0.0.0
+"""
+
 import asyncio
 from collections.abc import Sequence
 import contextlib
@@ -10,65 +15,99 @@ import os
 import pathlib
 import signal
 import socket
+from typing import Any
 
 from absl import logging
 import jax
 
+from llamagen_jax.commands import arguments
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.cached import decoding_params
+from llamagen_jax.options import option
 from llamagen_jax.parallel.mesh import make_mesh
+from llamagen_jax.storage import local_path
 from llamagen_jax.weights import bundle
 from llamagen_jax.weights.t5 import load_t5
 
-try:
-  import uvicorn
+SERVER = ("fastapi", "prometheus_client", "uvicorn")  # of the extra `serve`
+missing = [name for name in SERVER if importlib.util.find_spec(name) is None]
+if missing:
+  raise UserError(f"{missing[0]} is missing: pip install 'llamagen_jax[serve]'")
 
-  from llamagen_jax.serving.api import make_app
-  from llamagen_jax.serving.engine import CHUNK, Engine
-  from llamagen_jax.serving.image_model import ImageModel
-  from llamagen_jax.serving.service import Limits, Service
-  from llamagen_jax.serving.store import Store
-  from llamagen_jax.serving.worker import Worker
-except ImportError as error:
-  raise UserError(
-    f"{error.name} is missing: pip install 'llamagen_jax[serve]'"
-  ) from error
+import uvicorn  # noqa: E402
+
+from llamagen_jax.serving.api import make_app  # noqa: E402
+from llamagen_jax.serving.engine import CHUNK, Engine  # noqa: E402
+from llamagen_jax.serving.image_model import ImageModel  # noqa: E402
+from llamagen_jax.serving.service import Limits, Service  # noqa: E402
+from llamagen_jax.serving.store import Store  # noqa: E402
+from llamagen_jax.serving.worker import Worker  # noqa: E402
 
 KEY = "LLAMAGEN_API_KEY"  # the variable; a flag would be seen in the list of processes
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-  """What a server draws with."""
+  """Models and limits."""
 
-  gpt: str  # folder of the bundle
-  tokenizer: str
-  t5: str = ""  # folder of the text encoder, for a transformer of captions
-  name: str = ""  # of the model; "" = that of the folder
-  slots: int = 16  # images drawn at once with guidance, twice as many without
-  chunk: int = CHUNK  # codes between two moments at which requests join and leave
-  queue: int = 0  # images that may wait; 0 = as many as there are slots
-  images: int = 10  # of one request
-  seconds: float = 300.0  # until a request is given up
-  body_bytes: int = 1_000_000
-  tensor: int = 1  # devices that share one model
-  dtype: str = ""  # of activations; "" = float32 on CPU, else bfloat16
+  gpt: str = option("bundle of the transformer", "", unit="FOLDER")
+  tokenizer: str = option("bundle of the tokenizer", "", unit="FOLDER")
+  t5: str = option("the T5 that the transformer was trained with", "", unit="FOLDER")
+  name: str = option("of the model; default: its folder's", "")
+  slots: int = option(
+    "images generated at once with guidance, twice as many without", 16,
+    unit="IMAGES", at_least=1,
+  )  # fmt: skip
+  chunk: int = option(
+    "codes between two moments at which requests join and leave", CHUNK,
+    unit="CODES", at_least=1,
+  )  # fmt: skip
+  queue: int = option(
+    "images that may wait, more are answered with 429; default: as many as slots, so"
+    " that nobody waits for long", 0, unit="IMAGES", at_least=0,
+  )  # fmt: skip
+  max_images: int = option("images of one request, at most", 10, at_least=1)
+  seconds: float = option("after which a request is given up", 300.0, unit="SECONDS")
+  body_bytes: int = option("of a request, at most", 1_000_000, unit="BYTES", at_least=1)
+  tensor: int = option("devices that share one model", 1, unit="DEVICES", at_least=1)
+  dtype: str = option(
+    "of the transformer's activations; default: float32 on CPU, else bfloat16", "",
+    choices=("float32", "bfloat16"),
+  )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeOptions(Options):
+  """Options of serve."""
+
+  workdir: str = option(
+    "of a quickstart, in place of --gpt, --tokenizer and --t5", "", unit="FOLDER"
+  )
+  address: str = option("address to listen at", LOOPBACK[0])
+  port: int = option("0 = any that is free", 8000, at_least=0)
+  store: str | None = option("images that get a URL", None, unit="FOLDER")
+  demo: bool | None = option(
+    "serve the web page at /demo; default: if gradio is installed", None
+  )
 
 
 def main(argv: Sequence[str]) -> None:
-  args = _parse(argv)
-  with _listen(args.host, args.port) as listening:
-    key, store = os.environ.get(KEY, ""), Store(args.store)
-    if args.host not in LOOPBACK and not key:
-      logging.warning("--host=%s without %s: anybody may draw", args.host, KEY)
-    service = make_service(_options(args))
+  args = _complete(arguments.parse(ServeOptions, "serve", argv, __doc__))
+  with _listen(args.address, args.port) as listening:
+    key = os.environ.get(KEY, "")
+    store = Store(local_path(args.store, "--store") if args.store else None)
+    if args.address not in LOOPBACK and not key:
+      logging.warning(
+        "--address=%s without %s: anybody may use the server", args.address, KEY
+      )
+    service = make_service(args)
     app = make_app(service, store, key)
     if args.demo:
       from llamagen_jax.serving.demo import PATH, mount_demo
 
       mount_demo(app, service, key)
-    where = f"http://{args.host}:{listening.getsockname()[1]}"
+    where = f"http://{args.address}:{listening.getsockname()[1]}"
     print(f"{service.image_model.name} at {where}/v1/images/generations", flush=True)
     if args.demo:
       print(f"demo at {where}{PATH}", flush=True)
@@ -87,7 +126,7 @@ def make_service(options: Options) -> Service:
     o.name or _name(o.gpt), gpt, bundle.load_tokenizer(o.tokenizer), encoder
   )
   worker = Worker(Engine(gpt, o.slots, o.chunk), image_model.render, o.queue or o.slots)
-  return Service(image_model, worker, Limits(o.images, o.seconds, o.body_bytes))
+  return Service(image_model, worker, Limits(o.max_images, o.seconds, o.body_bytes))
 
 
 def _name(folder: str) -> str:
@@ -96,68 +135,26 @@ def _name(folder: str) -> str:
   return path.parent.name if path.name == "bundle" else path.name
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    "llamagen serve", description=__doc__,
-    epilog=f"With {KEY} in the environment, requests need that key.",
-  )  # fmt: skip
-  add, default = parser.add_argument, Options("", "")
-  add("--gpt", help="bundle of the transformer")
-  add("--tokenizer", help="bundle of the tokenizer")
-  add("--t5", default="", help="folder of the T5 that the transformer was trained with")
-  add("--workdir", type=pathlib.Path, help="of a quickstart, instead of these three")
-  add("--name", default="", help="of the model; default: its folder's")
-  add("--host", default=LOOPBACK[0], help="address to listen at (default %(default)s)")
-  add("--port", type=int, default=8000, help="0 = any (default %(default)s)")
-  add("--slots", type=int, default=default.slots, help="images drawn at once, with"
-      " guidance; twice as many without (default %(default)s)")  # fmt: skip
-  add("--chunk", type=int, default=default.chunk, help="codes between two moments at"
-      " which requests join and leave (default %(default)s)")  # fmt: skip
-  add("--queue", type=int, default=default.queue, help="images that may wait; more"
-      " are answered with 429 (default: as many as there are slots, so that nobody"
-      " waits for long)")  # fmt: skip
-  add("--images", type=int, default=default.images, help="most of one request"
-      " (default %(default)s)")  # fmt: skip
-  add("--seconds", type=float, default=default.seconds, help="after which a request is"
-      " given up (default %(default)s)")  # fmt: skip
-  add("--body-bytes", type=int, default=default.body_bytes, help="of a request, at most"
-      " (default %(default)s)")  # fmt: skip
-  add("--tensor", type=int, default=1, help="devices that share one model")
-  add("--dtype", default="", choices=("float32", "bfloat16"), help="of the"
-      " transformer's activations; default: float32 on CPU, else bfloat16")  # fmt: skip
-  add("--store", type=pathlib.Path, help="folder of images that get a URL")
-  add("--demo", action=argparse.BooleanOptionalAction, help="serve the web page at"
-      " /demo; default: if gradio is there")  # fmt: skip
-  args = parser.parse_args(argv)
-  _complete(args)
-  for name in ("slots", "chunk", "images", "body_bytes", "tensor"):
-    if getattr(args, name) < 1:
-      flag = name.replace("_", "-")
-      raise UserError(f"--{flag}={getattr(args, name)}: expected 1 or more")
-  return args
-
-
-def _complete(args: argparse.Namespace) -> None:
-  """Fills in what follows from other flags and from what is installed."""
+def _complete(args: ServeOptions) -> ServeOptions:
+  """Returns the options with what follows from others and from what is installed."""
+  found: dict[str, Any] = {}
   if args.workdir:
     if args.gpt or args.tokenizer or args.t5:
       raise UserError("--workdir stands for --gpt, --tokenizer and --t5: give one kind")
-    args.gpt, args.tokenizer = (
-      str(args.workdir / part / "bundle") for part in ("gpt", "tokenizer")
-    )
-    encoder = args.workdir / "t5"
-    args.t5 = str(encoder) if encoder.exists() else ""
-    args.name = args.name or args.workdir.resolve().name
-  if not args.gpt or not args.tokenizer:
+    workdir = pathlib.Path(args.workdir).expanduser()
+    encoder = workdir / "t5"
+    found = {part: str(workdir / part / "bundle") for part in ("gpt", "tokenizer")}
+    found |= {
+      "t5": str(encoder) if encoder.exists() else "",
+      "name": args.name or workdir.resolve().name,
+    }
+  elif not args.gpt or not args.tokenizer:
     raise UserError("expected --gpt and --tokenizer, or --workdir of a quickstart")
   installed = importlib.util.find_spec("gradio") is not None
   if args.demo and not installed:
     raise UserError("--demo needs gradio: pip install 'llamagen_jax[demo]'")
-  args.demo = installed if args.demo is None else args.demo
-
-
-def _options(args: argparse.Namespace) -> Options:
-  return Options(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Options)})
+  demo = installed if args.demo is None else args.demo
+  return dataclasses.replace(args, demo=demo, **found)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -166,7 +163,7 @@ def _listen(host: str, port: int) -> socket.socket:
   try:
     return socket.create_server((host, port), family=family)
   except (OSError, OverflowError) as error:
-    raise UserError(f"--host={host} --port={port}: {error}") from error
+    raise UserError(f"--address={host} --port={port}: {error}") from error
 
 
 def _run(app, service: Service, listening: socket.socket) -> None:

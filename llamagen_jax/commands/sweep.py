@@ -4,15 +4,14 @@ Every value is a set of samples and a result of its own in the folder, so that a
 that was killed goes on, and a longer one takes what is there.
 """
 
-import argparse
+import dataclasses
 import decimal
 from typing import Any
 
 from etils import epath
 from matplotlib import figure
 
-from llamagen_jax.commands import sample as sampling
-from llamagen_jax.commands import sampling_flags
+from llamagen_jax.commands import sample, sampling_flags
 from llamagen_jax.errors import UserError
 from llamagen_jax.evaluation import score
 from llamagen_jax.evaluation.image_sets import open_image_set
@@ -21,6 +20,8 @@ from llamagen_jax.evaluation.protocols import (
   count_problems,
   reference_problems,
 )
+from llamagen_jax.gpt.sampling_config import SamplingConfig
+from llamagen_jax.options import option
 from llamagen_jax.weights.published import PUBLISHED
 
 SETTINGS = {
@@ -30,22 +31,27 @@ SETTINGS = {
 DRAWN = ("FID", "IS")
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-  group = parser.add_argument_group("a sweep")
-  add = group.add_argument
-  add("--sweep", metavar="NAME=START:STOP:STEP", help="draw and evaluate samples for"
-      " every value, both ends included, such as guidance=1.5:2.25:0.25; NAME is one of"
-      f" {', '.join(SETTINGS)}")  # fmt: skip
-  add("--gpt", help="bundle of the transformer that draws")
-  add("--tokenizer", help="bundle of the tokenizer")
-  add("--count", type=int, help="samples a value; default: the protocol's")
-  add("--seed", type=int, default=0, help="of the samples")
-  add("--batch-size", type=int, default=sampling.BATCH_SIZE, help="samples at a time"
-      f" on every device (default {sampling.BATCH_SIZE})")  # fmt: skip
-  sampling_flags.add_sampling_flags(parser, "the bundle's")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepOptions(sampling_flags.SamplingOverrides):
+  """A sweep."""
+
+  sweep: str | None = option(
+    "generate and evaluate samples for each value, both ends included, such as"
+    f" guidance=1.5:2.25:0.25; NAME is one of {', '.join(SETTINGS)}", None,
+    unit="NAME=START:STOP:STEP",
+  )  # fmt: skip
+  gpt: str | None = option("bundle of the transformer", None, unit="FOLDER")
+  tokenizer: str | None = option("bundle of the tokenizer", None, unit="FOLDER")
+  count: int | None = option(
+    "samples a value; default: the protocol's", None, unit="IMAGES", at_least=1
+  )
+  seed: int = option("of the samples", 0)
+  batch_size: int = option(
+    "samples at a time on every device", sample.BATCH_SIZE, unit="IMAGES", at_least=1
+  )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Any) -> None:
   """Draws, evaluates and plots, one value after the other."""
   setting, values = parse(args.sweep)
   _check(args, setting)
@@ -53,7 +59,8 @@ def run(args: argparse.Namespace) -> None:
   if not count:
     raise UserError(f"--protocol={args.protocol} has no number of samples: --count")
   folder, evaluate, results = epath.Path(args.out), None, {}
-  reference = open_image_set("--reference", args.reference)
+  as_stored = args.protocol != "custom"  # published scores do not turn photographs
+  reference = open_image_set("--reference", args.reference, as_stored=as_stored)
   protocol = PROTOCOLS[args.protocol]
   found = count_problems(protocol, count) + reference_problems(protocol, reference)
   if found and not args.mismatched:
@@ -61,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
                     " evaluates anyway)")  # fmt: skip
   for value in values:
     samples = folder / f"{args.sweep.partition('=')[0]}-{value}.npz"
-    sampling.main(_sampling_argv(args, setting, value, count, samples))
+    sample.run(_sample_options(args, setting, value, count, samples))
     evaluate = evaluate or score.Evaluator(args)
     result = evaluate(open_image_set("--sweep", samples), reference)
     if result is None:
@@ -90,7 +97,7 @@ def parse(text: str) -> tuple[str, list[decimal.Decimal]]:
   return SETTINGS[name], values
 
 
-def _check(args: argparse.Namespace, setting: str) -> None:
+def _check(args: Any, setting: str) -> None:
   missing = [name for name in ("gpt", "tokenizer", "out") if not getattr(args, name)]
   if missing:
     raise UserError(f"--sweep needs --{missing[0]}")
@@ -104,19 +111,13 @@ def _check(args: argparse.Namespace, setting: str) -> None:
     raise UserError(f"--inception={args.inception}: no such file or folder")
 
 
-def _sampling_argv(args, setting: str, value, count: int, out) -> list[str]:
-  given = sampling_flags.given(args) | {setting: value}
-  argv = [
-    f"--gpt={args.gpt}", f"--tokenizer={args.tokenizer}", f"--out={out}",
-    f"--fid-batch={count}", f"--seed={args.seed}", f"--batch-size={args.batch_size}",
-  ]  # fmt: skip
-  for name, chosen in given.items():
-    flag = name.replace("_", "-")
-    if isinstance(chosen, bool):
-      argv.append(f"--{flag}" if chosen else f"--no-{flag}")
-    else:
-      argv.append(f"--{flag}={chosen}")
-  return argv
+def _sample_options(args: Any, setting: str, value, count: int, out) -> sample.Options:
+  kind = type(getattr(SamplingConfig(), setting))
+  return sample.Options(
+    gpt=args.gpt, tokenizer=args.tokenizer, out=str(out), fid_batch=count,
+    seed=args.seed, batch_size=args.batch_size,
+    **(sampling_flags.given(args) | {setting: kind(value)}),
+  )  # fmt: skip
 
 
 def summary(results: dict[float, dict[str, Any]]) -> str:

@@ -125,7 +125,9 @@ class Coco:
   @classmethod
   def open(cls, files, images: str, shards: int) -> "Coco":
     if len(files) > 1 or not images:
-      raise UserError("coco: one annotation file, and --images=FOLDER of its images")
+      raise UserError(
+        "coco: one annotation file, and --image-folder=FOLDER of its images"
+      )
     fields = read_json(user_path(files[0]))
     lists = [
       fields.get(name) if isinstance(fields, dict) else None

@@ -5,7 +5,7 @@ A record is one image: label int32, key length uint16, key (UTF-8), codes uint16
 """
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 import dataclasses
 import os
 import struct
@@ -88,9 +88,15 @@ class CodeWriter:
     self._check_skipped()
 
   def write_shard(
-    self, index: int, records: Iterable[CodeRecord], skipped: Iterable[str]
+    self, index: int, records: Iterable[CodeRecord], skipped: Mapping[int, str]
   ) -> None:
-    """Writes one shard. `skipped` is read after the records are exhausted.
+    """Writes one shard.
+
+    Args:
+      index: of the shard.
+      records: of the samples in `spec.shard_range(index)`, in their order.
+      skipped: why samples have no record, by their number in the source; read after
+        the records are exhausted.
 
     Raises:
       UserError: too much of the source is skipped by now.
@@ -105,7 +111,7 @@ class CodeWriter:
     info = {
       "records": label_counts.total(),
       "label_counts": {str(k): label_counts[k] for k in sorted(label_counts)},
-      "skipped": list(skipped),
+      "skipped": dict(skipped),
       "code_counts": code_counts.tolist(),
     }
     self.shards.commit(index, {KIND: self.shards.file_name(KIND, index)}, info)
@@ -157,9 +163,16 @@ class CodeSource:
     self.manifest = shards.read_manifest(self.folder, KIND)
     self.crops = len(self.manifest["crops"])
     self._records = shards.open_records(self.folder, self.manifest, KIND)
+    skipped = [int(i) for x in self.manifest["shards"] for i in x["skipped"]]
+    # So many records lie before the k-th sample that was skipped.
+    self._skipped_before = np.array(skipped, np.int64) - np.arange(len(skipped))
 
   def __len__(self) -> int:
     return len(self._records)
+
+  def sample(self, index: int) -> int:
+    """Returns the number in the source of a record's sample."""
+    return index + int(np.searchsorted(self._skipped_before, index, side="right"))
 
   def __getitem__(self, index: int) -> CodeRecord:
     return CodeRecord.unpack(self._records[index], self.crops)

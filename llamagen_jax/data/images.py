@@ -1,5 +1,7 @@
 """Images decoded and cut to size: Grain transforms of a source's records."""
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 import io
 import math
@@ -10,7 +12,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from llamagen_jax.data.sources import ImageRecord, Source
-from llamagen_jax.errors import UserError
+from llamagen_jax.errors import UserError, first_line
 
 MOST_REPLACEMENTS = 20  # bad images in a row that end a run
 MAX_PIXELS = 2**27  # 0.4 GB as RGB, in every thread that decodes
@@ -65,10 +67,23 @@ class ImageDecoder:
 
   def decode(self, file: IO[bytes], key: str) -> Image.Image:
     """Decodes an open file to RGB; raises BadImage, whose message begins with `key`."""
+    with self._open(file, key) as image:
+      return _to_rgb(_upright(image, self.ignore_exif), self.background)
+
+  def size(self, file: IO[bytes], key: str) -> tuple[int, int]:
+    """Returns (width, height) of an upright image, from its header alone."""
+    with self._open(file, key) as image:
+      width, height = image.size
+      turned = not self.ignore_exif and _orientation(image) > 4
+      return (height, width) if turned else (width, height)
+
+  @contextlib.contextmanager
+  def _open(self, file: IO[bytes], key: str) -> Iterator[Image.Image]:
+    """Opens an image of a fit size; all errors of its body are BadImage, too."""
     try:
       with Image.open(file, formats=FORMATS) as image:
         self._check_size(image, key)
-        return _to_rgb(_upright(image, self.ignore_exif), self.background)
+        yield image
     except BadImage:
       raise
     except Image.DecompressionBombError as error:
@@ -76,21 +91,8 @@ class ImageDecoder:
     except UnidentifiedImageError as error:  # its text names an address in memory
       raise BadImage(f"{key}: cannot be decoded (no known format)") from error
     except Exception as error:  # Pillow's decoders raise nearly anything
-      reason = str(error).partition(" <_io.BytesIO")[0] or type(error).__name__
+      reason = first_line(error).partition(" <_io.BytesIO")[0]
       raise BadImage(f"{key}: cannot be decoded ({reason})") from error
-
-  def size(self, file: IO[bytes], key: str) -> tuple[int, int]:
-    """Returns (width, height) of an upright image, from its header alone."""
-    try:
-      with Image.open(file, formats=FORMATS) as image:
-        self._check_size(image, key)
-        width, height = image.size
-        turned = not self.ignore_exif and _orientation(image) > 4
-        return (height, width) if turned else (width, height)
-    except BadImage:
-      raise
-    except Exception as error:
-      raise BadImage(f"{key}: cannot be decoded (no known format)") from error
 
   def _check_size(self, image: Image.Image, key: str) -> None:
     """Bounds the work that an image makes, before its pixels are read."""

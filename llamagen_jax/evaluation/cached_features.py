@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 import numpy as np
 import tqdm
 
-from llamagen_jax.evaluation.image_sets import Source
+from llamagen_jax.evaluation.image_sets import ImageSet
 from llamagen_jax.parallel.mesh import replicated, shard_tree, to_global
 from llamagen_jax.vision.inception import extract_features
 from llamagen_jax.weights import bundle
@@ -41,7 +41,7 @@ class CachedImageMap:
 
   def __call__(
     self,
-    source: Source,
+    source: ImageSet,
     what: str,
     identity: str,
     apply: Callable[..., dict[str, jax.Array]],
@@ -119,7 +119,7 @@ class Extractor:
     self.identity = bundle.fingerprint(self._params)
     self._head = np.asarray(params["head"], np.float64)
 
-  def __call__(self, source: Source, what: str) -> dict[str, np.ndarray]:
+  def __call__(self, source: ImageSet, what: str) -> dict[str, np.ndarray]:
     """Features on host 0; `what` names the images in the progress bar."""
 
     def apply(images):

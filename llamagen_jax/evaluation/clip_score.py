@@ -14,7 +14,7 @@ from PIL import Image
 
 from llamagen_jax.errors import UserError
 from llamagen_jax.evaluation.cached_features import CachedImageMap
-from llamagen_jax.evaluation.image_sets import READERS, Source
+from llamagen_jax.evaluation.image_sets import READERS, ImageSet
 from llamagen_jax.parallel.mesh import replicated, shard_tree
 from llamagen_jax.storage import read_text, text_lines, user_path
 from llamagen_jax.text.clip_tokens import ClipTokens
@@ -40,7 +40,9 @@ class ClipScorer:
     self._params = shard_tree(params, replicated(values.mesh))
     self.identity = bundle.fingerprint(self._params)
 
-  def __call__(self, source: Source, prompts: Sequence[str], prefix: str) -> np.ndarray:
+  def __call__(
+    self, source: ImageSet, prompts: Sequence[str], prefix: str
+  ) -> np.ndarray:
     """Cosine similarity of every image and its prompt [N] on host 0.
 
     Other hosts get an empty array.
@@ -76,7 +78,7 @@ def fit(image: np.ndarray, side: int) -> np.ndarray:
   return np.asarray(resized.crop((left, top, left + side, top + side)))
 
 
-def read_prompts(file: str | None, source: Source) -> list[str]:
+def read_prompts(file: str | None, source: ImageSet) -> list[str]:
   """One a line and an image, in the order of the images' names or of the npz.
 
   Args:
@@ -88,7 +90,7 @@ def read_prompts(file: str | None, source: Source) -> list[str]:
   path = user_path(file) if file else source.path / CAPTIONS
   if not path.is_file():
     raise UserError(
-      f"CLIP score needs the images' prompts: no file {path}; --prompts names it"
+      f"CLIP score needs the images' prompts: no file {path}; --prompt-file names it"
     )
   prompts = text_lines(read_text(path))
   if not prompts[-1]:  # after the last line's end

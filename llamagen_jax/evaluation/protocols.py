@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from llamagen_jax.errors import UserError
-from llamagen_jax.evaluation.image_sets import Source
+from llamagen_jax.evaluation.image_sets import ImageSet
 from llamagen_jax.gpt.config import PRESETS
 from llamagen_jax.tokenizer.config import TokenizerConfig
 from llamagen_jax.weights.published import PUBLISHED
@@ -71,7 +71,7 @@ RFID = {
 }  # fmt: skip
 
 
-def problems(protocol: Protocol, samples: Source, reference: Source) -> list[str]:
+def problems(protocol: Protocol, samples: ImageSet, reference: ImageSet) -> list[str]:
   """Why the pair does not give this protocol's score; empty if it does."""
   found = sample_problems(protocol, samples) + reference_problems(protocol, reference)
   if samples.sha256 == reference.sha256:
@@ -79,7 +79,7 @@ def problems(protocol: Protocol, samples: Source, reference: Source) -> list[str
   return found
 
 
-def sample_problems(protocol: Protocol, samples: Source) -> list[str]:
+def sample_problems(protocol: Protocol, samples: ImageSet) -> list[str]:
   found = count_problems(protocol, samples.count) + _size_problems(
     protocol, "samples", samples
   )
@@ -99,7 +99,7 @@ def count_problems(protocol: Protocol, count: int) -> list[str]:
   return [f"{count} samples, expected {protocol.samples}: FID falls with their number"]
 
 
-def reference_problems(protocol: Protocol, reference: Source) -> list[str]:
+def reference_problems(protocol: Protocol, reference: ImageSet) -> list[str]:
   found = _size_problems(protocol, "reference", reference)
   wanted = protocol.reference_images
   if wanted and reference.count != wanted:
@@ -117,7 +117,7 @@ def reference_problems(protocol: Protocol, reference: Source) -> list[str]:
   return found
 
 
-def _size_problems(protocol: Protocol, name: str, source: Source) -> list[str]:
+def _size_problems(protocol: Protocol, name: str, source: ImageSet) -> list[str]:
   wanted = (protocol.side, protocol.side)
   if protocol.side is None or source.size in (None, wanted):
     return []

@@ -1,7 +1,7 @@
 """Two sets of images and a protocol -> a result: scores and all they depend on."""
 
-import argparse
 from collections.abc import Mapping
+import dataclasses
 import json
 import os
 from typing import Any
@@ -15,7 +15,7 @@ from llamagen_jax.errors import UserError
 from llamagen_jax.evaluation import statistics
 from llamagen_jax.evaluation.cached_features import CACHE, CachedImageMap, Extractor
 from llamagen_jax.evaluation.clip_score import ClipScorer, read_prompts
-from llamagen_jax.evaluation.image_sets import Source
+from llamagen_jax.evaluation.image_sets import ImageSet
 from llamagen_jax.evaluation.protocols import (
   PROTOCOLS,
   Protocol,
@@ -24,6 +24,7 @@ from llamagen_jax.evaluation.protocols import (
   published_model,
   published_scores,
 )
+from llamagen_jax.options import option
 from llamagen_jax.parallel.mesh import make_mesh
 from llamagen_jax.weights.inception import load_inception
 
@@ -31,32 +32,40 @@ SPLIT = 5000  # images a split of the Inception Score
 MAX_REFERENCE = 10_000  # reference images of precision and recall
 
 
-def add_flags(parser: argparse.ArgumentParser, required: bool) -> None:
-  """What every verb that evaluates can be told."""
-  group = parser.add_argument_group("evaluation")
-  add = group.add_argument
-  about = "; ".join(f"{name}: {p.about}" for name, p in PROTOCOLS.items())
-  add("--protocol", required=required, choices=PROTOCOLS, help=about)
-  add("--inception", required=required, help="its bundle (import-weights), or"
-      " pt_inception-2015-12-05-6726825d.pth")  # fmt: skip
-  add("--model", help="compare with this published checkpoint (import-weights --list);"
-      " default: the one that the samples' settings fit")  # fmt: skip
-  add("--mismatched", action="store_true", help="evaluate what the protocol refuses")
-  add("--inception-batch", type=int, default=32, help="images at a time on every"
-      " device (default 32)")  # fmt: skip
-  add("--clip", help="folder of a CLIP, of transformers or open_clip, for the CLIP"
-      " score")  # fmt: skip
-  add("--prompts", help="text file, a line for every image (default: captions.txt"
-      " in the samples' folder)")  # fmt: skip
-  add("--cache", default=CACHE, help=f"folder of features (default {CACHE})")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+  """Evaluation."""
+
+  protocol: str | None = option(
+    "; ".join(f"{name}: {p.about}" for name, p in PROTOCOLS.items()), None,
+    choices=tuple(PROTOCOLS),
+  )  # fmt: skip
+  inception: str | None = option(
+    "its bundle (import-weights), or pt_inception-2015-12-05-6726825d.pth", None,
+    unit="PATH",
+  )  # fmt: skip
+  model: str | None = option(
+    "compare with this published checkpoint (import-weights --list); default: the one"
+    " that the samples' settings fit", None, unit="NAME",
+  )  # fmt: skip
+  mismatched: bool = option("evaluate what the protocol refuses", False)
+  inception_batch: int = option(
+    "images at a time on every device", 32, unit="IMAGES", at_least=1
+  )
+  clip: str | None = option(
+    "CLIP of transformers or open_clip, for the CLIP score", None, unit="FOLDER"
+  )
+  prompt_file: str | None = option(
+    "text file, a line for every image (default: captions.txt in the samples' folder)",
+    None, unit="FILE",
+  )  # fmt: skip
+  cache: str = option("features that were computed before", CACHE, unit="FOLDER")
 
 
 class Evaluator:
-  """The flags of `add_flags`, ready to evaluate pairs of sources."""
+  """Evaluates pairs of sources as the options say."""
 
-  def __init__(self, args: argparse.Namespace):
-    if args.inception_batch < 1:
-      raise UserError(f"--inception-batch={args.inception_batch}: expected 1 or more")
+  def __init__(self, args: EvaluationOptions):
     if args.model:
       published_scores(args.protocol, args.model)
     self.name, self._model = args.protocol, args.model
@@ -68,9 +77,9 @@ class Evaluator:
     if needed and not args.clip:
       raise UserError(f"--protocol={self.name} needs --clip, the folder of a CLIP")
     self._clip = ClipScorer(args.clip, values) if args.clip else None
-    self._prompts = args.prompts
+    self._prompts = args.prompt_file
 
-  def check(self, samples: Source, reference: Source) -> list[str]:
+  def check(self, samples: ImageSet, reference: ImageSet) -> list[str]:
     """The pair's problems, where --mismatched allows them."""
     if not samples.count:
       raise UserError(f"{samples.path}: holds no images to evaluate")
@@ -82,7 +91,7 @@ class Evaluator:
       )
     return found
 
-  def __call__(self, samples: Source, reference: Source) -> dict[str, Any] | None:
+  def __call__(self, samples: ImageSet, reference: ImageSet) -> dict[str, Any] | None:
     """The result as JSON will hold it, on host 0. All hosts call this."""
     found, protocol = self.check(samples, reference), PROTOCOLS[self.name]
     prompts = read_prompts(self._prompts, samples) if self._clip else []
@@ -108,14 +117,14 @@ class Evaluator:
     }
 
 
-def _described(source: Source) -> dict[str, Any]:
+def _described(source: ImageSet) -> dict[str, Any]:
   return {
     "path": str(source.path), "sha256": source.sha256, "count": source.count,
   }  # fmt: skip
 
 
 def _scores(
-  protocol: Protocol, extract: Extractor, samples: Source, reference: Source
+  protocol: Protocol, extract: Extractor, samples: ImageSet, reference: ImageSet
 ) -> dict[str, float]:
   """By name, on host 0."""
   ours = extract(samples, "samples")

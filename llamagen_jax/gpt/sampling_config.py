@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from llamagen_jax.errors import UserError
+from llamagen_jax.options import option
 
 SCHEDULES = ("constant", "linear", "power-cosine")
 LARGEST = 2**31 - 1  # of integer settings, which devices keep as int32
@@ -41,17 +42,31 @@ class ActiveFilters(NamedTuple):
 class SamplingConfig:
   """Settings of one image; the stages of sampling follow the order of the fields."""
 
-  guidance_scale: float = 1.0  # 1 = no guidance
-  guidance_schedule: str = "constant"  # constant | linear | power-cosine
-  guidance_power: float = 2.75  # of the power-cosine schedule
-  guidance_start: int = 0  # no guidance for that many codes at the start
-  guidance_stop: int = -1  # >= 0: no guidance after this decode step
-  guidance_beta: float = 1.0  # strength in a guidance-free model, about 1 / scale
-  temperature: float = 1.0
-  top_k: int = 0  # 0 = off
-  top_p: float = 1.0  # 1 = off
-  greedy: bool = False  # the most probable code, whatever the settings above
-  window: int = 1  # codes that a forward reads; decides the speed, not the codes
+  guidance_scale: float = option("strength of classifier-free guidance; 1 = off", 1.0)
+  guidance_schedule: str = option(
+    "course of the guidance over an image", "constant", choices=SCHEDULES
+  )
+  guidance_power: float = option("exponent of the power-cosine schedule", 2.75)
+  guidance_start: int = option(
+    "no guidance for that many codes at the start of an image", 0, unit="CODES"
+  )
+  guidance_stop: int = option(
+    "no guidance after this decode step; -1 = never stop", -1, unit="STEP"
+  )
+  guidance_beta: float = option(
+    "strength of a model trained without guidance, about 1 / guidance scale", 1.0
+  )
+  temperature: float = option("logits are divided by it", 1.0)
+  top_k: int = option("sample from the k most probable codes; 0 = off", 0, unit="K")
+  top_p: float = option(
+    "sample from the most probable codes of this total probability; 1 = off", 1.0,
+    unit="P",
+  )  # fmt: skip
+  greedy: bool = option("take the most probable code, always", False)
+  window: int = option(
+    "codes that a forward reads; more need fewer forwards for the same codes, up to"
+    " rounding", 1, unit="CODES",
+  )  # fmt: skip
 
   def __post_init__(self):
     scale, power = self.guidance_scale, self.guidance_power

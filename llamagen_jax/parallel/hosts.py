@@ -4,7 +4,7 @@ All hosts of a TPU slice run the same command. On a TPU VM they find each other;
 elsewhere three flags name the coordinator, the number of hosts and this one.
 """
 
-import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,56 +13,45 @@ import sys
 import threading
 import time
 
-from absl import flags, logging
+from absl import logging
 import jax
 from jax.experimental import multihost_utils
 
 from llamagen_jax.errors import UserError
+from llamagen_jax.options import option
 
-FLAGS = {
-  "coordinator": (str, "HOST:PORT of host 0, for several hosts that are not TPU VMs."),
-  "hosts": (int, "How many hosts run."),
-  "host": (int, "Which one this is, from 0."),
-}
 # A host that gives no sign of life for so long is dead, and ends the others.
 HEARTBEAT_SECONDS = 40
 FAILURE_KEY = "llamagen/failure"  # in the coordinator's store: {host, code, reason}
 NOTICE_SECONDS = 5  # that the coordinator outlives a failure, so that all hear of it
 
 
-def define_flags(values: flags.FlagValues) -> None:
-  """Defines the three flags for a verb with a config."""
-  for name, (kind, text) in FLAGS.items():
-    define = flags.DEFINE_string if kind is str else flags.DEFINE_integer
-    define(name, None, text, flag_values=values)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HostOptions:
+  """Several hosts; TPU VMs find each other without these."""
+
+  coordinator: str | None = option("address of host 0", None, unit="HOST:PORT")
+  hosts: int | None = option("how many hosts run the command", None, at_least=1)
+  host: int | None = option("which of them this one is, from 0", None, at_least=0)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-  """Adds the three flags for a verb without a config."""
-  group = parser.add_argument_group("several hosts")
-  for name, (kind, text) in FLAGS.items():
-    group.add_argument(f"--{name}", type=kind, help=text)
-
-
-def initialize_distributed(values: flags.FlagValues | argparse.Namespace) -> None:
+def initialize_distributed(options: HostOptions) -> None:
   """Joins the other hosts, once. To be called before anything asks for a device."""
   if jax.distributed.is_initialized():
     return
-  if isinstance(values, flags.FlagValues):
-    named = {name: values[name].value for name in FLAGS}
-  else:
-    named = {name: getattr(values, name) for name in FLAGS}
+  names = [field.name for field in dataclasses.fields(HostOptions)]
+  named = {name: getattr(options, name) for name in names}
   missing = [name for name, value in named.items() if value is None]
-  options = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
+  timeout = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
   if not missing:
     try:
-      jax.distributed.initialize(*named.values(), **options)
+      jax.distributed.initialize(*named.values(), **timeout)
     except ValueError as error:
       raise UserError(f"--coordinator, --hosts, --host: {error}") from error
   elif len(missing) < len(named):
     raise UserError(f"--coordinator, --hosts and --host go together: no --{missing[0]}")
   elif on_tpu_vm() and not is_single_host():
-    jax.distributed.initialize(**options)
+    jax.distributed.initialize(**timeout)
   if jax.distributed.is_initialized():
     logging.info("host %d of %d", jax.process_index(), jax.process_count())
     threading.Thread(target=_end_with_others, daemon=True).start()
@@ -103,7 +92,7 @@ def end_all_hosts(reason: str, code: int, details: str = "") -> None:
   print(details, end="", file=sys.stderr)
   failure = {"host": jax.process_index(), "code": code, "reason": reason}
   try:
-    _store().key_value_set(FAILURE_KEY, json.dumps(failure))
+    store().key_value_set(FAILURE_KEY, json.dumps(failure))
     _let_others_leave()
   except (RuntimeError, ValueError):
     pass  # another host failed first, or the coordinator is gone
@@ -116,7 +105,7 @@ def _end_with_others() -> None:
   """Runs in a thread: waits until another host fails, and ends this process then."""
   while jax.distributed.is_initialized():
     try:
-      failure = json.loads(_store().blocking_key_value_get(FAILURE_KEY, 10_000))
+      failure = json.loads(store().blocking_key_value_get(FAILURE_KEY, 10_000))
     except (RuntimeError, ValueError, AttributeError):
       time.sleep(0.5)  # nothing yet, or the run is over
       continue
@@ -134,7 +123,7 @@ def _let_others_leave() -> None:
     time.sleep(NOTICE_SECONDS)
 
 
-def _store():
+def store():
   """Returns the client of the coordinator's key-value store; not public in JAX 0.10."""
   return jax._src.distributed.global_state.client
 

@@ -12,6 +12,8 @@ import time
 
 import jax
 
+from llamagen_jax.parallel.hosts import store
+
 STOP_FOLDER = "llamagen/stop/"  # keys of the coordinator's store
 POLL_SECONDS = 0.5
 _meetings = collections.Counter()
@@ -75,8 +77,3 @@ def gather(
       return None
     time.sleep(POLL_SECONDS)
   return [value for _, value in sorted(found)]
-
-
-def store():
-  """Returns the client of the coordinator's key-value store; not public in JAX 0.10."""
-  return jax._src.distributed.global_state.client

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import dataclasses
 import functools
 
-from absl import logging
 from jax.sharding import Mesh
 import numpy as np
 
@@ -36,42 +35,23 @@ class PairSource:
 
   def __init__(self, codes: CodeSource, texts: CaptionSource | FeatureSource):
     self.codes, self.texts = codes, texts
-    if len(codes) > len(texts):
+    if codes.manifest["samples"] != len(texts):
       raise UserError(
-        f"{codes.folder} has {len(codes)} samples, {texts.folder} only {len(texts)}:"
-        " they are not of the same captions"
+        f"{codes.folder} was made of {codes.manifest['samples']} samples,"
+        f" {texts.folder} has {len(texts)}: they are not of the same captions"
       )
-    self._places = None if len(codes) == len(texts) else self._match()
 
   def __len__(self) -> int:
     return len(self.codes)
 
   def __getitem__(self, index: int) -> Pair:
-    record = self.codes[index]
-    text = self.texts[index if self._places is None else int(self._places[index])]
+    record, text = self.codes[index], self.texts[self.codes.sample(index)]
     if record.key != text.key:
-      raise self._stranger(record.key)
+      raise UserError(
+        f"sample {record.key} of {self.codes.folder} is not where {self.texts.folder}"
+        " should have it: they are not of the same captions"
+      )
     return record, text
-
-  def _match(self) -> np.ndarray:
-    """Where the text of every code record is: a walk along the keys of both."""
-    logging.info("%s lacks samples: reading all keys", self.codes.folder)
-    places, place = np.empty(len(self.codes), np.int64), 0
-    for index in range(len(self.codes)):
-      key = self.codes[index].key
-      while place < len(self.texts) and self.texts[place].key != key:
-        place += 1
-      if place == len(self.texts):
-        raise self._stranger(key)
-      places[index] = place
-      place += 1
-    return places
-
-  def _stranger(self, key: str) -> UserError:
-    return UserError(
-      f"sample {key} of {self.codes.folder} is not where {self.texts.folder} should"
-      " have it: they are not of the same captions"
-    )
 
 
 @dataclasses.dataclass(frozen=True)

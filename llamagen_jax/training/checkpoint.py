@@ -42,6 +42,7 @@ MAY_CHANGE_ON_RESUME = (
   "run.save_every",
   "run.keep_last",
   "run.keep_every",
+  "run.tracker",
   "data.workers",
   "data.max_bad_share",
 )

@@ -1,6 +1,7 @@
 """What a run leaves to look at: metrics.jsonl, event files, a loss curve."""
 
 from collections.abc import Mapping, Sequence
+import importlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from matplotlib import figure
 import numpy as np
 import tensorboardX
 
+from llamagen_jax.errors import UserError
 from llamagen_jax.storage import atomic_write, in_bucket, write_text
 
 BUCKET_SECONDS = 60  # between two uploads of the rows to a bucket, which cannot append
@@ -26,7 +28,7 @@ class MetricsLog:
   files are written whole, at every evaluation and at most once a minute between.
   """
 
-  def __init__(self, workdir: os.PathLike, start: int):
+  def __init__(self, workdir: os.PathLike, start: int, tracker: str = "none"):
     self._workdir = epath.Path(workdir)
     self._path = self._workdir / "metrics.jsonl"
     self._rows = [row for row in read_rows(self._path) if row["step"] <= start]
@@ -36,6 +38,7 @@ class MetricsLog:
       self._temporary = tempfile.TemporaryDirectory()
       self._events_folder = pathlib.Path(self._temporary.name)
     self._write_rows()
+    self._tracker = _start_tracker(tracker, self._workdir.name)
     self._events = tensorboardX.SummaryWriter(
       os.fspath(self._events_folder), purge_step=start + 1
     )
@@ -50,6 +53,8 @@ class MetricsLog:
       self._write_rows()
     for name, value in metrics.items():
       self._events.add_scalar(name, value, step)
+    if self._tracker is not None:
+      self._tracker.log(dict(metrics), step=step)
 
   def write_image(self, step: int, name: str, pixels: np.ndarray) -> None:
     """Adds a uint8 [H, W, 3] image to the event files."""
@@ -78,6 +83,8 @@ class MetricsLog:
 
   def close(self) -> None:
     """Ends the event files."""
+    if self._tracker is not None:
+      self._tracker.finish()
     self._events.close()
     self._upload()
     if self._bucket:
@@ -94,6 +101,20 @@ class MetricsLog:
       for path in self._events_folder.iterdir():
         with atomic_write(self._workdir / path.name) as file:
           file.write(path.read_bytes())
+
+
+def _start_tracker(name: str, run: str):
+  """Returns the package that shows runs, begun or resumed; None for "none"."""
+  if name == "none":
+    return None
+  try:
+    tracker = importlib.import_module(name)
+  except ImportError as error:
+    raise UserError(f"run.tracker={name!r} is not installed: pip install {name}") from (
+      error
+    )
+  tracker.init(project="llamagen_jax", name=run, resume="allow")
+  return tracker
 
 
 def read_rows(path: os.PathLike) -> list[dict[str, float]]:

@@ -1,27 +1,22 @@
-"""The trainers' command line: a config file, overrides, and a work folder.
+"""Configs of the trainers: sections of a ConfigDict, and the dataclasses they become.
 
-`--config=configs/c2i_imagenet.py:L,image_size=384 --config.optimizer.lr=3e-4`.
-A config is a ConfigDict of sections only until `build` turns a section into the
-dataclass that the code uses; from there on every field has a type and a reader.
+A config is a ConfigDict only until `build` turns its sections into dataclasses; from
+there on every field has a type and a reader.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import dataclasses
-import importlib.resources
-import pathlib
-import re
+import difflib
+import inspect
 import typing
 from typing import Any, TypeVar
 
-from absl import flags
-from etils import epath
 import ml_collections
-from ml_collections import config_flags
 
 from llamagen_jax.errors import UserError
-from llamagen_jax.parallel import hosts
 
 T = TypeVar("T")
+TRACKERS = ("wandb", "trackio")  # with the same functions init, log and finish
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,102 +39,13 @@ class RunConfig:
   save_every: int
   keep_last: int  # newest checkpoints kept
   keep_every: int  # checkpoints at multiples of this are kept too; 0 = none
+  tracker: str = "none"  # none | wandb | trackio; a package that shows runs, installed
 
-
-@dataclasses.dataclass(frozen=True)
-class Command:
-  """A parsed command line of a trainer."""
-
-  config: ml_collections.ConfigDict
-  workdir: epath.Path  # local, or gs://
-  init_from: str  # where a fresh run takes its weights from; "" = nowhere
-  profile: int  # steps to trace
-
-
-def parse_command(verb: str, argv: Sequence[str]) -> Command:
-  """Parses `--config=FILE[:ARG] [--config.x.y=VALUE ...] --workdir=DIR`.
-
-  `--init-from=DIR` names another run or a bundle that a fresh run starts from,
-  `--profile=N` traces N steps.
-  With them come the flags of several hosts, which are joined here.
-  """
-  values = flags.FlagValues()
-  flags.DEFINE_string(
-    "workdir", None, "Folder of checkpoints, logs and the bundle.", flag_values=values
-  )
-  flags.DEFINE_string(
-    "init-from",
-    "",
-    "Run or bundle whose weights a fresh run starts from, at step 0.",
-    flag_values=values,
-  )
-  flags.DEFINE_integer(
-    "profile",
-    0,
-    "Steps to trace for XProf, into the workdir's folder profile.",
-    0,
-    flag_values=values,
-  )
-  hosts.define_flags(values)
-  config = parse_config(verb, argv, values, required=("workdir",))
-  hosts.initialize_distributed(values)
-  return Command(
-    config, epath.Path(values.workdir), values["init-from"].value, values.profile
-  )
-
-
-def parse_config(
-  verb: str, argv: Sequence[str], values: flags.FlagValues, required: Sequence[str] = ()
-) -> ml_collections.ConfigDict:
-  """Parses `--config` with its overrides, and the flags that `values` defines.
-
-  `configs/x.py` is found from any folder: it is also installed with the package.
-
-  Raises:
-    UserError: a flag that is unknown or missing, or a field that no config has.
-  """
-  argv = [_installed(word) for word in argv]
-  config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Config file, with its argument after a colon.",
-    flag_values=values,
-    sys_argv=[verb, *argv],
-  )
-  flags.DEFINE_bool("help", False, "Show this help.", flag_values=values)
-  try:
-    rest = values([verb, *argv])[1:]
-  except (AttributeError, KeyError) as error:  # a typo in an override
-    raise UserError(f"config has no field {_one_line(error.args[0])}") from error
-  except (flags.Error, OSError, SyntaxError) as error:
-    raise UserError(_one_line(error)) from error
-  if values.help:
-    print(f"llamagen {verb}\n{values.get_help()}")
-    raise SystemExit(0)
-  if rest:
-    raise UserError(f"unexpected argument {rest[0]!r}")
-  for name in ("config", *required):
-    if values[name].value is None:
-      raise UserError(f"--{name} is required")
-  if not isinstance(values.config, ml_collections.ConfigDict):
-    file = config_flags.get_config_filename(values["config"])
-    raise UserError(
-      f"--config={file}: no such file, or get_config() gives no ConfigDict"
-    )
-  return values.config
-
-
-def _installed(word: str) -> str:
-  """`--config=configs/x.py:ARG` where there is no such file -> that of the package."""
-  found = re.fullmatch(r"(--?config=|)configs/(\w+\.py)(:.*|)", word)
-  if not found or pathlib.Path("configs", found[2]).exists():
-    return word
-  recipe = importlib.resources.files("llamagen_jax.configs") / found[2]
-  return f"{found[1]}{recipe}{found[3]}" if recipe.is_file() else word
-
-
-def _one_line(error: object) -> str:
-  return " ".join(str(error).split())
+  def __post_init__(self):
+    if self.tracker not in ("none", *TRACKERS):
+      raise UserError(
+        f"run.tracker={self.tracker!r}: expected none or {' or '.join(TRACKERS)}"
+      )
 
 
 def parse_arg(arg: str | None, **defaults) -> ml_collections.ConfigDict:
@@ -169,23 +75,83 @@ def parse_arg(arg: str | None, **defaults) -> ml_collections.ConfigDict:
 
 
 def build(kind: type[T], section: Mapping[str, Any], where: str = "config") -> T:
-  """A section of the config -> its dataclass; a field too many is an error.
+  """Returns a section of the config as its dataclass.
 
   Fields that are dataclasses themselves are built from sections of their own.
+
+  Raises:
+    UserError: fields that are unknown, missing or of another type, or values that a
+      dataclass refuses: all of them in one message.
   """
-  types = typing.get_type_hints(kind)
-  defaults = {f.name: f.default for f in dataclasses.fields(kind)}
-  unknown = [name for name in section if name not in defaults]
-  missing = [
-    name
-    for name, default in defaults.items()
-    if default is dataclasses.MISSING and name not in section
-  ]
-  if unknown or missing:
-    problem = f"unknown field {unknown[0]}" if unknown else f"no field {missing[0]}"
-    raise UserError(f"{where}: {problem}; its fields are {', '.join(defaults)}")
+  problems: list[str] = []
+  built = _build(kind, section, where, problems)
+  if problems:
+    raise UserError("; ".join(problems))
+  return built
+
+
+def _build(kind: type, section: Any, where: str, problems: list[str]) -> Any:
+  """Returns the dataclass, or None after adding to the problems."""
+  if not isinstance(section, Mapping | ml_collections.ConfigDict):
+    problems.append(f"{where}={section!r}: expected a section")
+    return None
+  types, before = typing.get_type_hints(kind), len(problems)
+  fields = {f.name: f for f in dataclasses.fields(kind)}
+  for name, field in fields.items():
+    if field.default is dataclasses.MISSING and name not in section:
+      problems.append(f"{where}: no field {name}")
   values = {}
   for name, value in section.items():
-    nested = dataclasses.is_dataclass(types[name])
-    values[name] = build(types[name], value, f"{where}.{name}") if nested else value
-  return kind(**values)
+    if name not in fields:
+      near = difflib.get_close_matches(name, fields, 1)
+      hint = f"did you mean {near[0]}?" if near else f"its fields: {', '.join(fields)}"
+      problems.append(f"{where}: unknown field {name}; {hint}")
+    elif dataclasses.is_dataclass(types[name]):
+      values[name] = _build(types[name], value, f"{where}.{name}", problems)
+    elif not _fits(value, types[name]):
+      problems.append(
+        f"{where}.{name}={value!r}: expected {getattr(types[name], '__name__', '')}"
+      )
+    else:
+      values[name] = value
+  if len(problems) > before:
+    return None
+  try:
+    return kind(**values)
+  except UserError as error:
+    problems.append(str(error))
+    return None
+
+
+def _fits(value: Any, kind: Any) -> bool:
+  """Returns whether a value has a plain type; whole numbers are numbers, too."""
+  if kind is float:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+  if kind is int:
+    return isinstance(value, int) and not isinstance(value, bool)
+  return not isinstance(kind, type) or isinstance(value, kind)
+
+
+def comments(kind: type) -> dict[str, str]:
+  """Returns the help text or comment at each field of a dataclass, "" without one.
+
+  A field's comment stands behind it, or in lines of its own above it.
+  """
+  fields = dataclasses.fields(kind)
+  texts = {field.name: field.metadata.get("help", "") for field in fields}
+  above: list[str] = []
+  for line in inspect.getsource(kind).splitlines():
+    code, _, comment = (part.strip() for part in line.partition("#"))
+    name = code.partition(":")[0]
+    if not code and comment:
+      above.append(comment)
+      continue
+    if name in texts and ":" in code and not texts[name]:
+      texts[name] = " ".join([*above, comment]).strip()
+    above = []
+  return texts
+
+
+def one_line(error: object) -> str:
+  """Returns an error's text without its line breaks."""
+  return " ".join(str(error).split())

@@ -43,7 +43,7 @@ class Reporter:
     self._workdir, self._run, self._curves = epath.Path(workdir), run, curves
     self._batch_size, self._max_skipped = batch_size, max_skipped_in_a_row
     self._main = jax.process_index() == 0
-    self._log = MetricsLog(workdir, start) if self._main else None
+    self._log = MetricsLog(workdir, start, run.tracker) if self._main else None
     self._bar = tqdm.tqdm(
       total=run.steps,
       initial=start,

@@ -184,7 +184,9 @@ def test_bad_images_are_skipped_named_and_limited(trained, tmp_path, capsys):
   source = CodeSource(tmp_path / "codes")
   assert len(source) == 18
   assert all(source[i].label == int(source[i].key[5]) for i in range(18))
-  skipped = [s for shard in source.manifest["shards"] for s in shard["skipped"]]
+  skipped = [
+    s for shard in source.manifest["shards"] for s in shard["skipped"].values()
+  ]
   assert [s.split(":")[0] for s in skipped] == ["class0/04.png", "class1/03.png"]
 
 

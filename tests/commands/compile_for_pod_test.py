@@ -181,8 +181,8 @@ def test_flops_against_the_models(remat, limit, tmp_path):
     (["--topology=v9:2x2"], "topology 'v9:2x2': expected such as v5e:2x4"),
     (["--topology=v5p:2x2"], "v5p has 3 axes"),
     ([], "--topology is required"),
-    (["--topology=v5e:2x2", "--config.model.dimm=3"], "config has no field"),
-    (["--topology=v5e:2x2", "--t5=giant"], "should be one of <small|base|large|xl|"),
+    (["--topology=v5e:2x2", "--config.model.dimm=3"], "mean --config.model.dim?"),
+    (["--topology=v5e:2x2", "--t5=giant"], "invalid choice: 'giant' (choose from"),
   ],
 )
 def test_bad_commands(flags, words, capsys):

@@ -126,7 +126,7 @@ def test_imagenet_fits_where_it_must(tmp_path):
   writer, rng = CodeWriter(tmp_path / "codes", plan), np.random.default_rng(0)
   key = "n01440764/n01440764_10026.JPEG"
   rows = (CodeRecord(key, 0, rng.integers(0, 16384, (20, 256))) for _ in range(records))
-  writer.write_shard(0, rows, [])
+  writer.write_shard(0, rows, {})
   (shard,) = writer.finish()["shards"]
   assert shard["files"]["codes"]["bytes"] / records * 1_281_167 <= 13.2e9 * 1.05
 

@@ -138,7 +138,7 @@ def test_killed_and_started_again(saved):
   ("--workdir=nothing", "nothing/gpt/bundle: no config.json"),
   ("--gpt=x --tokenizer=y --slots=0", "--slots=0: expected 1 or more"),
   ("--gpt=x --tokenizer=y --port=70000", "--port=70000"),
-  ("--gpt=x --tokenizer=y --host=no.such.host.", "--host=no.such.host."),
+  ("--gpt=x --tokenizer=y --address=no.such.host.", "--address=no.such.host."),
 ])  # fmt: skip
 def test_bad_flags(flags, words, capsys, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)

@@ -214,13 +214,13 @@ def test_killed_in_the_middle(tmp_path):
     ("--source=zip:x", "expected webdataset:"),
     ("--source=webdataset:{f}/*.tar", "no such file"),
     ("--source=folder:{f}", "no images"),
-    ("--source=coco:{f}/a.txt", "--images=FOLDER"),
+    ("--source=coco:{f}/a.txt", "--image-folder=FOLDER"),
     ("--source=jsonl:{f}/a.txt --host=2", "--host=2: expected 0 .. 0"),
     (
       "--source=jsonl:{f}/a.txt",
       "usable record (1 broken lines); a.txt:1: broken lines: Expecting",
     ),
-    ("--source=coco:{f}/a.txt --images={f}", "a.txt: not JSON"),
+    ("--source=coco:{f}/a.txt --image-folder={f}", "a.txt: not JSON"),
   ],
 )
 def test_bad_commands(tmp_path, capsys, flags, words):

@@ -43,7 +43,7 @@ def write(folder, plan=PLAN, shards=None):
   writer = CodeWriter(folder, plan)
   for i in range(plan.shards) if shards is None else shards:
     if not writer.shards.is_done(i):
-      writer.write_shard(i, map(record, plan.shard_range(i)), [])
+      writer.write_shard(i, map(record, plan.shard_range(i)), {})
   return writer
 
 
@@ -75,7 +75,7 @@ def test_unfinished_work_is_resumed_by_shard_and_looks_unfinished(tmp_path):
     raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    CodeWriter(cut, PLAN).write_shard(1, dies(), [])
+    CodeWriter(cut, PLAN).write_shard(1, dies(), {})
   assert not CodeWriter(cut, PLAN).shards.is_done(1)
   write(cut).finish()
   assert (cut / shard_name(0)).stat().st_mtime_ns == before
@@ -126,6 +126,39 @@ def test_codes_that_do_not_fit_the_model_are_refused(tmp_path, changes, words):
   with pytest.raises(UserError) as error:
     check_codes(CodeSource(tmp_path), dataclasses.replace(MODEL, **changes))
   assert all(word in str(error.value) for word in (*words, str(tmp_path)))
+
+
+def test_a_record_knows_its_sample_in_the_source(tmp_path):
+  writer = CodeWriter(tmp_path, PLAN)
+  skipped = (0, 3, 4, 9)
+  for shard in range(PLAN.shards):
+    samples = PLAN.shard_range(shard)
+    lost = {i: f"{i}: broken" for i in samples if i in skipped}
+    kept = [record(i) for i in samples if i not in skipped]
+    writer.write_shard(shard, kept, lost)
+  writer.finish()
+  source = CodeSource(tmp_path)
+  assert [source.sample(i) for i in range(len(source))] == [1, 2, 5, 6, 7, 8]
+  assert [source[i].key for i in range(6)] == [
+    f"dir/{source.sample(i)}.png" for i in range(6)
+  ]
+
+
+def test_skipped_samples_of_all_starts_count(tmp_path):
+  """Every rerun used to let one more bad shard through."""
+  for _ in range(3):
+    with pytest.raises(UserError, match="bad images so far in folder:somewhere"):
+      writer = CodeWriter(tmp_path, PLAN, max_bad_share=0.1)
+      for shard in range(PLAN.shards):
+        if not writer.shards.is_done(shard):
+          first, *rest = PLAN.shard_range(shard)
+          writer.write_shard(shard, map(record, rest), {first: "broken"})
+  assert len(writer.shards.infos()) == 2  # one image in ten is no more than a tenth
+  writer = CodeWriter(tmp_path, PLAN, max_bad_share=0.3)
+  writer.write_shard(2, map(record, PLAN.shard_range(2)), {})
+  assert writer.finish()["records"] == 8
+  with pytest.raises(UserError, match="more than --max-bad-share=0.1"):
+    CodeWriter(tmp_path, PLAN, max_bad_share=0.1)
 
 
 def test_perplexity():

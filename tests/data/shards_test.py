@@ -41,6 +41,31 @@ def test_two_hosts_finish_at_once(tmp_path, monkeypatch):
   assert second.finish(total)["records"] == 1
 
 
+def test_opening_a_folder_opens_no_shard(tmp_path):
+  folder = ShardWriter(tmp_path, PLAN, 2)
+  for index in range(2):
+    with folder.records("letters", index) as writer:
+      writer.write(b"ab"[index : index + 1])
+    name = folder.file_name("letters", index)
+    folder.commit(index, {"letters": name}, {"records": 1})
+  manifest = folder.finish(total)
+  records = shards.open_records(tmp_path, manifest, "letters")
+  (tmp_path / folder.file_name("letters", 0)).write_bytes(b"no ArrayRecord")
+  assert len(records) == 2 and records[1] == b"b"
+
+
+def test_any_shard_changes_the_identity(tmp_path):
+  identities = set()
+  for changed in (None, *range(6)):
+    folder = ShardWriter(tmp_path / str(changed), PLAN, 6)
+    for index in range(6):
+      name = folder.file_name("letters", index)
+      folder.part(name).write_bytes(b"x" if index == changed else b"a")
+      folder.commit(index, {"letters": name}, {"records": 1})
+    identities.add(shards.identity(folder.finish(total), "letters"))
+  assert len(identities) == 7
+
+
 def test_a_kill_after_the_manifest_leaves_nothing(tmp_path):
   folder = ShardWriter(tmp_path, PLAN, 1)
   write(folder, 0)

@@ -1,6 +1,5 @@
 """Several hosts; runs in processes of their own: kills, preemption, damage."""
 
-import argparse
 import json
 import os
 import pathlib
@@ -43,10 +42,8 @@ def test_a_lone_host_with_chips_looks_for_no_others(monkeypatch, environment, jo
     monkeypatch.setenv(name, value)
   calls = []
   monkeypatch.setattr(cluster, "on_tpu_vm", lambda: True)
-  monkeypatch.setattr(jax.distributed, "initialize", lambda: calls.append("joined"))
-  cluster.initialize_distributed(
-    argparse.Namespace(coordinator=None, hosts=None, host=None)
-  )
+  monkeypatch.setattr(jax.distributed, "initialize", lambda **_: calls.append("joined"))
+  cluster.initialize_distributed(cluster.HostOptions())
   assert calls == ["joined"] * joins
 
 

@@ -53,7 +53,7 @@ def test_what_four_chips_exchange(condition, tensor):
 
 def test_the_verb(tmp_path, capsys):
   pytest.importorskip("libtpu", reason="compiles for a TPU")
-  flags = ["--topology=v5e:2x2", "--program=engine", "--images=4", "--chunk=2"]
+  flags = ["--topology=v5e:2x2", "--program=engine", "--batch-size=4", "--chunk=2"]
   command = ["compile-for-pod", f"--config={CONFIG}", *flags]
   assert cli.run([*command, f"--json={tmp_path}/figures.json"]) == 0
   assert "of the arguments" in capsys.readouterr().out

@@ -74,7 +74,7 @@ def test_a_decode_step_reads_weights_and_cache_once(capsys):
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_the_sampler_compiles_for_four_chips(tensor, tmp_path, capsys):
   pytest.importorskip("libtpu", reason="compiles for a TPU")
-  flags = ["--topology=v5e:2x2", "--program=sampler", "--images=4"]
+  flags = ["--topology=v5e:2x2", "--program=sampler", "--batch-size=4"]
   command = ["compile-for-pod", f"--config={CONFIG}", *flags, f"--tensor={tensor}"]
   assert cli.run([*command, f"--json={tmp_path}/figures.json"]) == 0
   assert "images/s a chip" in capsys.readouterr().out

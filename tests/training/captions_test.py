@@ -66,7 +66,9 @@ def write_codes(folder, samples):
   )  # fmt: skip
   rng, writer = np.random.default_rng(0), CodeWriter(folder, plan)
   codes = rng.integers(0, 50, (9, 1, 9))
-  writer.write_shard(0, [CodeRecord(f"{i:09d}", -1, codes[i]) for i in samples], [])
+  skipped = {i: "broken" for i in range(9) if i not in samples}
+  records = [CodeRecord(f"{i:09d}", -1, codes[i]) for i in samples]
+  writer.write_shard(0, records, skipped)
   writer.finish()
 
 
@@ -244,6 +246,9 @@ def test_missing_and_foreign_samples(data, tmp_path):
   write_codes(tmp_path / "turned", [*range(7), 8, 7])
   with pytest.raises(UserError, match="sample 000000008 of .*turned is not where"):
     PairSource(CodeSource(tmp_path / "turned"), features)[7]
+  tiny.write_codes(tmp_path / "others", records=8)
+  with pytest.raises(UserError, match="made of 8 samples, .* has 9"):
+    PairSource(CodeSource(tmp_path / "others"), features)
 
 
 @pytest.mark.slow
@@ -273,7 +278,7 @@ def test_training_stage_one_and_two(data, tmp_path):
   )  # fmt: skip
   writer = CodeWriter(tmp_path / "codes", plan)
   codes = np.random.default_rng(0).integers(0, 50, (9, 1, 4))
-  writer.write_shard(0, [CodeRecord(f"{i:09d}", -1, codes[i]) for i in range(9)], [])
+  writer.write_shard(0, [CodeRecord(f"{i:09d}", -1, codes[i]) for i in range(9)], {})
   writer.finish()
   second = config(data, short_share=0.3)
   second.data.update(codes=str(tmp_path / "codes"), eval_codes=str(tmp_path / "codes"))

@@ -1,8 +1,14 @@
 import json
+import sys
+import types
 
 from PIL import Image
+import pytest
 
+from llamagen_jax.errors import UserError
 from llamagen_jax.training.metrics_log import MetricsLog, read_rows
+from llamagen_jax.training.recipe import RunConfig
+from tests import tiny
 
 
 def test_a_resumed_log_drops_the_steps_that_are_redone(tmp_path):
@@ -23,3 +29,26 @@ def test_a_resumed_log_drops_the_steps_that_are_redone(tmp_path):
   with Image.open(tmp_path / "loss.png") as image:
     assert image.width > 200
   assert list(tmp_path.glob("events.*"))
+
+
+def test_a_tracker_gets_every_row(tmp_path, monkeypatch):
+  calls = []
+  tracker = types.SimpleNamespace(
+    init=lambda **fields: calls.append(fields),
+    log=lambda row, step: calls.append((step, row)),
+    finish=lambda: calls.append("finished"),
+  )
+  monkeypatch.setitem(sys.modules, "trackio", tracker)
+  (tmp_path / "run").mkdir()
+  log = MetricsLog(tmp_path / "run", 0, "trackio")
+  log.write(3, {"loss": 0.5})
+  log.close()
+  assert calls == [
+    {"project": "llamagen_jax", "name": "run", "resume": "allow"},
+    (3, {"loss": 0.5}), "finished",
+  ]  # fmt: skip
+  monkeypatch.setitem(sys.modules, "wandb", None)
+  with pytest.raises(UserError, match="'wandb' is not installed: pip install wandb"):
+    MetricsLog(tmp_path, 0, "wandb")
+  with pytest.raises(UserError, match="'x': expected none or wandb or trackio"):
+    RunConfig(**tiny.run_section(1), tracker="x")

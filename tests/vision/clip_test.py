@@ -220,7 +220,7 @@ def test_score_in_the_verb(tmp_path, inception, cheap, capsys):
 
   assert "CLIP score" not in evaluate()[1]["scores"]
   code, text = evaluate(f"--clip={clip}")
-  assert code == 2 and "captions.txt; --prompts names it" in text
+  assert code == 2 and "captions.txt; --prompt-file names it" in text
   (folder / "captions.txt").write_text("\n".join(prompts[:-1]) + "\n")
   code, text = evaluate(f"--clip={clip}")
   assert code == 2 and "4 prompts for 5 images" in text
@@ -235,5 +235,7 @@ def test_score_in_the_verb(tmp_path, inception, cheap, capsys):
 
   other = tmp_path / "other.txt"
   other.write_text("\n".join(["a dog", *prompts[1:]]))
-  moved = evaluate(f"--clip={clip}", f"--prompts={other}")[1]["scores"]["CLIP score"]
+  moved = evaluate(f"--clip={clip}", f"--prompt-file={other}")[1]["scores"][
+    "CLIP score"
+  ]
   assert moved["ours"] != found
