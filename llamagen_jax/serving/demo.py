@@ -1,7 +1,7 @@
-"""The web demo at /demo: images that appear while they are drawn."""
+"""The web demo at /demo: images that appear while their codes are generated."""
 
-import base64
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+import dataclasses
 import hmac
 import time
 from typing import Any
@@ -9,37 +9,35 @@ from typing import Any
 from anyio import to_thread
 from fastapi import FastAPI
 import gradio as gr
-import numpy as np
-from pydantic import ValidationError
 
 from llamagen_jax.data.classes import shown_name
 from llamagen_jax.gpt.sampling_config import SCHEDULES, SamplingConfig
-from llamagen_jax.serving.api_error import APIError, from_validation
-from llamagen_jax.serving.image_model import GREY, ImageModel
-from llamagen_jax.serving.protocol import Finished
-from llamagen_jax.serving.schema import LARGEST_SEED, ImageRequest
-from llamagen_jax.serving.service import Service
+from llamagen_jax.serving import demo_html
+from llamagen_jax.serving.api_error import APIError
+from llamagen_jax.serving.image_model import ImageModel
+from llamagen_jax.serving.request_body import read_request
+from llamagen_jax.serving.schema import RANDOM_SEED
+from llamagen_jax.serving.service import ActiveRequest, Service
+from llamagen_jax.serving.worker import Finished, Progress
 
 PATH = "/demo"
 USER = "demo"  # whose password is the API key
+KEY = "LLAMAGEN_API_KEY"  # the variable in the code to copy
 FRAME_SECONDS = 0.15  # between two looks at an unfinished image
 HIGHEST_GUIDANCE, HIGHEST_TEMPERATURE = 20.0, 2.0
+LARGEST_SEED = 2**53 - 1  # that a browser can hold
 PROMPTS = (
   "a red fox on a green hill", "a lighthouse by the sea at night",
-  "a bowl of fruit on a wooden table",
+  "a bowl of fruit on a wooden table", "a sailing boat on calm water",
 )  # fmt: skip
-UNFINISHED = ImageRequest(output_format="webp", output_compression=70)  # sent often
-FINISHED = ImageRequest(output_format="png")
-# Small images stay sharp, and nothing is wider than a phone.
-CSS = """
-.images { display: grid; grid-template-columns: 1fr 1fr; gap: 0.5rem; }
-.images img { width: 100%; image-rendering: pixelated; border-radius: 0.4rem; }
-.gradio-container { width: 100%; max-width: 70rem !important; margin: auto; }
-@media (max-width: 640px) { .gradio-container { padding: 0.5rem !important; } }
-"""
+SETTINGS = (
+  "n", "guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p", "seed",
+)  # fmt: skip
 
 
-def mount_demo(app: FastAPI, service: Service, api_key: str = "") -> None:
+def mount_demo(
+  app: FastAPI, service: Service, api_key: str = "", public_url: str = ""
+) -> None:
   """Adds the demo to a server; with a key it asks for it as a password."""
 
   def knows(user: str, password: str) -> bool:
@@ -47,160 +45,251 @@ def mount_demo(app: FastAPI, service: Service, api_key: str = "") -> None:
 
   gr.mount_gradio_app(
     app,
-    make_demo(service),
+    make_demo(service, KEY if api_key else ""),
     PATH,
     auth=knows if api_key else None,
     auth_message=f"User {USER}, and the API key as password.",
-    theme=gr.themes.Default(font="system-ui", font_mono="monospace"),
-    css=CSS,
+    root_path=f"{public_url.rstrip('/')}{PATH}" if public_url else None,
+    theme=gr.themes.Soft(
+      primary_hue="indigo", neutral_hue="slate", font="system-ui", font_mono="monospace"
+    ),
+    head=f"<style>{demo_html.CSS}</style>",  # `css` would not reach the page's frame
     show_error=False,
     footer_links=[],
     ssr_mode=False,
   )
 
 
-def make_demo(service: Service) -> gr.Blocks:
-  """The page. Gradio runs its functions in the server's own event loop."""
-  image_model, defaults = service.image_model, service.image_model.gpt.sampling
-  most = service.limits.images
+def make_demo(service: Service, key: str = "") -> gr.Blocks:
+  """Returns the page of the default model.
+
+  Gradio runs its functions in the server's own event loop.
+  """
+  model = service.default_model
   with gr.Blocks(title="LlamaGen", fill_width=True, analytics_enabled=False) as page:
-    gr.Markdown("## LlamaGen: images, one code at a time")
+    gr.Markdown(_heading(model), elem_id="heading")
     with gr.Row():
       with gr.Column(scale=2, min_width=280):
-        subject = _subject(image_model)
+        subject = _subject(model)
         with gr.Row():
-          draw = gr.Button("Draw", variant="primary", min_width=100, elem_id="draw")
+          generate = gr.Button(
+            "Generate", variant="primary", min_width=100, elem_id="generate"
+          )
           stop = gr.Button("Stop", min_width=100, elem_id="stop")
-        count = gr.Slider(1, most, min(4, most), step=1, label="Images")
-        guidance = gr.Slider(
-          1, HIGHEST_GUIDANCE, defaults.guidance_scale, step=0.1, label="Guidance"
-        )
+        with gr.Row(elem_id="examples"):
+          examples = [
+            (gr.Button(label, size="sm", variant="secondary"), value)
+            for label, value in _examples(model)
+          ]
+        settings, reuse = _settings(service)
+        with gr.Accordion("Use it from code", open=False):
+          code = [
+            gr.Code(language="shell", label="curl", interactive=False, elem_id="curl"),
+            gr.Code(language="python", label="Python", interactive=False),
+          ]
       with gr.Column(scale=3, min_width=280):
-        sheet = gr.HTML(elem_id="images")
-        status = gr.Markdown(elem_id="status")
-    with gr.Accordion("More settings", open=False):
-      more = _settings(image_model.gpt.config.vocab_size, defaults)
-    gr.Examples(_examples(service), [subject, guidance, more[-1]], label="Examples")
-    settings = [subject, count, guidance, *more]
+        status = gr.HTML(demo_html.status("Ready."), elem_id="status", padding=False)
+        sheet = gr.HTML(
+          _blank_sheet(model, settings[0].value), elem_id="images", padding=False
+        )
+    shown = gr.State(_Shown())
+    run = _Run(service, [subject, *settings], [sheet, status, shown])
+    running = [run.start(generate.click)]
+    if model.of_captions:
+      running.append(run.start(subject.submit))
+    for button, value in examples:
+      chosen = button.click(
+        lambda value=value: value, None, subject, api_visibility="private"
+      )
+      running.append(run.start(chosen.then))
+    stop.click(
+      run.stopped, shown, [sheet, status], cancels=running, api_visibility="private"
+    )
+    reuse.click(lambda shown: shown.seed, shown, settings[-1], api_visibility="private")
 
-    async def run(*values):
-      async for update in _draw(service, *values):
-        yield update
+    def as_code(request: gr.Request, *values) -> list[str]:
+      return _code(service, key, request, values)
 
-    # The engine has a queue of its own, so that Gradio's may let everyone pass.
-    running = draw.click(
-      run, settings, [sheet, status], concurrency_limit=None, show_progress="hidden",
-      api_visibility="private",
+    gr.on(
+      [page.load, *(setting.change for setting in run.inputs)],
+      as_code, run.inputs, code, show_progress="hidden", api_visibility="private",
     )  # fmt: skip
-    stop.click(None, cancels=[running], api_visibility="private")
   return page
 
 
-def _subject(image_model: ImageModel) -> gr.components.Component:
-  """What to draw: a text, or one of the classes."""
-  if image_model.of_captions:
+@dataclasses.dataclass
+class _Shown:
+  """The images of the last request, as far as they have come."""
+
+  figures: list[str] = dataclasses.field(default_factory=list)
+  finished: set[int] = dataclasses.field(default_factory=set)
+  seed: int = RANDOM_SEED
+
+
+class _Run:
+  """The events that generate, and the one that stops them."""
+
+  def __init__(self, service: Service, inputs: Sequence[Any], outputs: Sequence[Any]):
+    self.service, self.inputs, self._outputs = service, inputs, outputs
+
+  def start(self, event) -> Any:
+    """Binds `generate` to an event of a component."""
+    # The engine has a queue of its own, so that Gradio's may let everyone pass.
+    return event(
+      self._generate, self.inputs, self._outputs, concurrency_limit=None,
+      show_progress="hidden", api_visibility="private",
+    )  # fmt: skip
+
+  async def _generate(self, *values) -> AsyncIterator[tuple[str, str, _Shown]]:
+    """Yields all images as far as they are, and a line that tells how far."""
+    try:
+      body, _ = read_request(_body(self.service, values), strict=True)
+      active = await self.service.admit(body, [])
+    except APIError as error:
+      yield gr.skip(), demo_html.status(error.message, error=True), gr.skip()
+      return
+    model, shown = active.model, _Shown(seed=active.seed)
+    shown.figures = [demo_html.blank(model.size, "waits")] * body.count
+    yield demo_html.sheet(shown.figures), demo_html.status("Waiting ...", 0), shown
+    try:
+      async for line in _frames(active, shown, _title(model, values[0])):
+        yield demo_html.sheet(shown.figures), line, shown
+    except APIError as error:
+      yield *self.stopped(shown)[:1], demo_html.status(error.message, error=True), shown
+    finally:
+      active.close()
+
+  def stopped(self, shown: _Shown) -> tuple[str, str]:
+    """Returns the finished images, and empty frames for the others."""
+    size, count = self.service.default_model.size, len(shown.figures)
+    if len(shown.finished) == count:
+      return gr.skip(), gr.skip()
+    figures = [
+      figure if i in shown.finished else demo_html.blank(size, "stopped")
+      for i, figure in enumerate(shown.figures)
+    ]
+    line = f"Stopped: {len(shown.finished)} of {count} images are finished."
+    return demo_html.sheet(figures), demo_html.status(line)
+
+
+async def _frames(
+  active: ActiveRequest, shown: _Shown, title: str
+) -> AsyncIterator[str]:
+  """Updates the figures as codes come, and yields the line of status."""
+
+  def alt(index: int) -> str:
+    return f"{title}, image {index + 1} of {count}"
+
+  model, count = active.model, len(shown.figures)
+  tokens, done = active.model.gpt.config.image_tokens, [0] * count
+  unseen: dict[int, Progress] = {}  # the longest unseen image comes first
+  looked = 0.0
+  async for index, event in active.events():
+    done[index] = len(event.codes)
+    if isinstance(event, Finished):
+      unseen.pop(index, None)
+      shown.finished.add(index)
+      name = f"{title.replace(' ', '-')[:40]}-{active.seed}-{index}.png"
+      shown.figures[index] = demo_html.finished(event.image, alt(index), name)
+    else:
+      unseen[index] = event
+      if time.monotonic() - looked < FRAME_SECONDS:
+        continue
+      index = next(iter(unseen))
+      codes = unseen.pop(index).codes
+      image = await to_thread.run_sync(model.render_partly, codes)
+      percent = 100 * len(codes) // tokens
+      shown.figures[index] = demo_html.unfinished(image, alt(index), percent)
+      looked = time.monotonic()
+    line, share = f"{sum(done)} of {tokens * count} codes", sum(done) / tokens / count
+    yield demo_html.status(line, share)
+  seconds = time.monotonic() - active.started
+  yield demo_html.status(f"Done in {seconds:.1f} s, with seed {active.seed}.")
+
+
+def _heading(model: ImageModel) -> str:
+  kind = "a prompt" if model.of_captions else f"one of {model.classes} classes"
+  width, height = model.size
+  return f"# LlamaGen\n{model.name}: {width} x {height} pixels, from {kind}."
+
+
+def _subject(model: ImageModel) -> gr.components.Component:
+  """Returns the input for the text, or for one of the classes."""
+  if model.of_captions:
     return gr.Textbox(PROMPTS[0], label="Prompt", lines=2, elem_id="subject")
-  names = image_model.gpt.class_names
-  labels = range(image_model.gpt.config.num_classes)
-  choices = [(_choice(names, label), label) for label in labels]
+  choices = [(_choice(model, label), label) for label in range(model.classes)]
   return gr.Dropdown(
     choices, value=0, label="Class", filterable=True, elem_id="subject"
   )
 
 
-def _settings(
-  vocabulary: int, defaults: SamplingConfig
-) -> list[gr.components.Component]:
-  """Schedule, temperature, top k, top p and seed."""
-  temperature = (0.1, HIGHEST_TEMPERATURE, defaults.temperature)
-  return [
-    gr.Dropdown(SCHEDULES, value=defaults.guidance_schedule, label="Guidance schedule"),
-    gr.Slider(*temperature, step=0.05, label="Temperature"),
-    gr.Slider(0, vocabulary, defaults.top_k, step=1, label="Top k", info="0: off"),
-    gr.Slider(0.05, 1, defaults.top_p, step=0.05, label="Top p", info="1: off"),
-    gr.Number(
-      -1, label="Seed", info="-1: another one every time", precision=0,
-      minimum=-1, maximum=LARGEST_SEED,
-    ),
-  ]  # fmt: skip
-
-
-def _choice(names: tuple[str, ...], label: int) -> str:
-  name = shown_name(names, label)
-  return name if name == str(label) else f"{name} ({label})"
-
-
-def _examples(service: Service) -> list[list[Any]]:
-  """Subject, guidance and seed."""
-  image_model, scale = (
-    service.image_model,
-    max(service.image_model.gpt.sampling.guidance_scale, 2.0),
+def _settings(service: Service) -> tuple[list[gr.components.Component], gr.Button]:
+  """Returns the inputs of SETTINGS, and the button that keeps the last seed."""
+  model, most = service.default_model, service.most_images(service.default_model)
+  d: SamplingConfig = model.gpt.sampling
+  most_k = model.gpt.config.vocab_size
+  count = gr.Slider(1, most, min(4, most), step=1, label="Images")
+  guidance = gr.Slider(
+    1, HIGHEST_GUIDANCE, d.guidance_scale, step=0.1, label="Guidance", info="1: off"
   )
-  if image_model.of_captions:
-    return [[prompt, scale, seed] for seed, prompt in enumerate(PROMPTS)]
-  classes = image_model.gpt.config.num_classes
-  spread = dict.fromkeys(int(classes * part) for part in (0.1, 0.3, 0.5, 0.8))
-  return [[label, scale, seed] for seed, label in enumerate(spread)]
+  with gr.Accordion("More settings", open=False):
+    rest = [
+      gr.Dropdown(SCHEDULES, value=d.guidance_schedule, label="Guidance schedule"),
+      gr.Slider(
+        0, HIGHEST_TEMPERATURE, d.temperature, step=0.05, label="Temperature",
+        info="0: the most probable code",
+      ),
+      gr.Slider(0, most_k, d.top_k, step=1, label="Top k", info="0: off"),
+      gr.Slider(0.05, 1, d.top_p, step=0.05, label="Top p", info="1: off"),
+      gr.Number(
+        RANDOM_SEED, label="Seed", info="-1: another one every time", precision=0,
+        minimum=RANDOM_SEED, maximum=LARGEST_SEED, elem_id="seed",
+      ),
+    ]  # fmt: skip
+    reuse = gr.Button("Use the last seed again", size="sm", elem_id="reuse")
+  return [count, guidance, *rest], reuse
 
 
-async def _draw(
-  service: Service, subject, count, guidance, schedule, temperature, top_k, top_p, seed
-) -> AsyncIterator[tuple[str, str]]:
-  """Yields all images as far as they are, as HTML, and a line that tells how far."""
-  image_model = service.image_model
-  fields = {"prompt": subject} if image_model.of_captions else {"class_label": subject}
-  try:
-    body = ImageRequest(
-      n=count, guidance_scale=guidance, guidance_schedule=schedule,
-      temperature=temperature, top_k=top_k, top_p=top_p,
-      seed=None if seed is None or seed < 0 else int(seed), **fields,
-    )  # fmt: skip
-    drawing = await service.admit(body)
-  except ValidationError as error:
-    first = error.errors()[0]
-    first["loc"] = ("body", *first["loc"])
-    raise gr.Error(from_validation(first).message) from error
-  except APIError as error:
-    raise gr.Error(error.message) from error
-  blank = np.full((image_model.side, image_model.side, 3), GREY, np.uint8)
-  figures, codes = [_figure(image_model, blank)] * count, [0] * count
-  total, shown = image_model.gpt.config.image_tokens * count, 0.0
-  try:
-    async for index, event in drawing.events():
-      codes[index] = len(event.codes)
-      finished = isinstance(event, Finished)
-      if not finished and time.monotonic() - shown < FRAME_SECONDS:
-        continue
-      if finished:
-        name = f"{drawing.seed}-{index}.png"
-        figures[index] = _figure(image_model, event.image, name)
-      else:
-        image = await to_thread.run_sync(image_model.render_partly, event.codes)
-        figures[index] = _figure(image_model, image)
-      shown = time.monotonic()
-      yield _sheet(figures), f"{sum(codes)} of {total} codes"
-    yield (
-      _sheet(figures),
-      f"Done, with seed {drawing.seed}. Click an image to keep it.",
-    )
-  except APIError as error:
-    raise gr.Error(error.message) from error
-  finally:
-    drawing.close()
+def _choice(model: ImageModel, label: int) -> str:
+  name = shown_name(model.gpt.class_names, label)
+  return f"class {label}" if name in ("", str(label)) else f"{name} ({label})"
 
 
-def _figure(image_model: ImageModel, image: np.ndarray, name: str = "") -> str:
-  """uint8 [H, W, 3] -> HTML; a finished image has a name, and a click saves it.
-
-  The pixels are in the page itself: files behind it would be written while the browser
-  reads them, because an image changes many times a second.
-  """
-  style = FINISHED if name else UNFINISHED
-  data = base64.b64encode(image_model.encode(image, style)).decode()
-  tag = f'<img alt="{name}" src="data:image/{style.output_format};base64,{data}">'
-  link = f'<a download="{name}" href="data:image/png;base64,{data}">{tag}</a>'
-  return link if name else tag
+def _title(model: ImageModel, subject: Any) -> str:
+  if model.of_captions:
+    return str(subject).strip()
+  return shown_name(model.gpt.class_names, subject) or f"class {subject}"
 
 
-def _sheet(figures: list[str]) -> str:
-  return f'<div class="images">{"".join(figures)}</div>'
+def _examples(model: ImageModel) -> list[tuple[str, Any]]:
+  """Returns labels of buttons, and the subject that each generates."""
+  if model.of_captions:
+    return [(prompt, prompt) for prompt in PROMPTS]
+  labels = dict.fromkeys(int(model.classes * share) for share in (0.1, 0.3, 0.5, 0.8))
+  return [(_choice(model, label), label) for label in labels]
+
+
+def _blank_sheet(model: ImageModel, count: int) -> str:
+  return demo_html.sheet([demo_html.blank(model.size)] * count)
+
+
+def _body(service: Service, values: Sequence[Any]) -> dict[str, Any]:
+  """Returns the body of the request that the page's inputs stand for."""
+  subject, *rest = values
+  field = "prompt" if service.default_model.of_captions else "class_label"
+  settings = dict(zip(SETTINGS, rest, strict=True))
+  if settings["seed"] is None:
+    settings["seed"] = RANDOM_SEED
+  return {field: subject, **settings}
+
+
+def _code(
+  service: Service, key: str, request: gr.Request, values: Sequence[Any]
+) -> list[str]:
+  """Returns curl and Python for the same request, less settings at their default."""
+  defaults = dataclasses.asdict(service.default_model.gpt.sampling)
+  defaults |= {"n": 1, "seed": RANDOM_SEED}
+  body = _body(service, values)
+  body = {k: v for k, v in body.items() if k not in defaults or v != defaults[k]}
+  root = str(request.request.base_url).rstrip("/").removesuffix(PATH)
+  return [demo_html.curl(root, body, key), demo_html.python(root, body, key)]

@@ -25,7 +25,7 @@ def browser():
   with sync_api.sync_playwright() as playwright:
     # Chromium's own sandbox does not work for root.
     browser = playwright.chromium.launch(
-      executable_path=CHROMIUM, args=["--no-sandbox"]
+      executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
     )
     yield browser
     browser.close()
@@ -33,74 +33,142 @@ def browser():
 
 @pytest.fixture(scope="module")
 def server():
-  with live.serve(live.tiny_studio(), mount=mount_demo, tick=0.05) as server:
+  with live.serve(live.tiny_model(), mount=mount_demo, tick=0.05, slots=4) as server:
     yield server
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-def test_draws_by_clicking(browser, server, width):
+@pytest.fixture
+def page(browser, server, request):
+  """The demo at a width, which asks nobody but the server for anything."""
+  width = getattr(request, "param", 1280)
   page = browser.new_page(viewport={"width": width, "height": 844})
   page.set_default_timeout(SECONDS)
   elsewhere = []
   page.on("request", lambda r: None if server.url in r.url else elsewhere.append(r.url))
   page.goto(f"{server.url}/demo/")
-  page.click("#subject input")
-  page.click("text=tiger shark (3)")
-  page.click("#draw")
-  sync_api.expect(page.locator("#status")).to_contain_text(f"of {4 * CODES} codes")
-  sync_api.expect(page.locator("#status")).to_contain_text("Done", timeout=SECONDS)
-  assert page.locator("#images a[download] img").count() == 4
-  widths = page.eval_on_selector_all(
-    "#images img", "all => all.map(i => i.naturalWidth)"
-  )
-  assert widths == [8] * 4  # none is broken
-  with page.expect_download() as saved:
-    page.locator("#images a").first.click()
-  assert Image.open(saved.value.path()).size == (8, 8)
-  assert [r.condition for r in server.backend.requests[-4:]] == [3] * 4
-  assert page.evaluate("document.documentElement.scrollWidth") <= width
+  yield page
   assert [url for url in elsewhere if not url.startswith(("data:", "blob:"))] == []
   page.close()
 
 
-def test_stop_frees_the_slots(browser, server):
-  page = browser.new_page()
-  page.set_default_timeout(SECONDS)
-  page.goto(f"{server.url}/demo/")
-  server.backend.tick = 0.5
-  page.click("#draw")
-  live.wait_until(lambda: server.backend.busy_slots, 20)
-  page.click("#stop")
-  live.wait_until(
-    lambda: not server.backend.busy_slots and not server.backend.queued, 20
+def status(page):
+  return sync_api.expect(page.locator("#status"))
+
+
+def boxes(page) -> list[tuple[float, ...]]:
+  """Left, top, width and height of the frames of all images in the page."""
+  return page.eval_on_selector_all(
+    ".sheet .frame",
+    """all => all.map(f => { const b = f.getBoundingClientRect();
+    return [b.x, b.y + scrollY, b.width, b.height].map(Math.round); })""",
   )
-  server.backend.tick = 0.05
-  page.close()
+
+
+@pytest.mark.parametrize("page", [1280, 390], indirect=True)
+def test_generates_by_clicking(page, server):
+  page.click("#subject input")
+  page.click("text=tiger shark (3)")
+  before = boxes(page)
+  page.click("#generate")
+  status(page).to_contain_text(f"of {4 * CODES} codes")
+  page.wait_for_selector(".sheet img")
+  assert boxes(page) == before  # nothing moves when the first image comes
+  status(page).to_contain_text("Done in", timeout=SECONDS)
+  assert boxes(page) == before  # nor when they are finished
+  images = page.eval_on_selector_all(
+    ".sheet img", "all => all.map(i => [i.naturalWidth, i.alt])"
+  )
+  assert images == [[8, f"tiger shark, image {i} of 4"] for i in (1, 2, 3, 4)]
+  with page.expect_download() as saved:
+    page.locator(".sheet a[download]").first.click()
+  assert Image.open(saved.value.path()).size == (8, 8)
+  assert [r.condition for r in server.engine.requests[-4:]] == [3] * 4
+  width = page.viewport_size["width"]
+  assert page.evaluate("document.documentElement.scrollWidth") <= width
+  assert before[0][2] >= 160  # wide enough on a phone, too
+  # The status stays in sight beside the last image.
+  page.locator(".sheet figure").last.scroll_into_view_if_needed()
+  sync_api.expect(page.locator("#status")).to_be_in_viewport()
+
+
+def test_an_example_generates(page, server):
+  done = len(server.engine.requests)
+  page.click("#examples button >> nth=2")
+  status(page).to_contain_text("Done in", timeout=SECONDS)
+  assert [r.condition for r in server.engine.requests[done:]] == [2] * 4
+
+
+def test_the_last_seed_can_be_used_again(page, server):
+  keys = []
+  for again in (False, True):
+    if again:
+      page.click("text=More settings")
+      page.click("#reuse")
+      sync_api.expect(page.locator("#seed input")).not_to_have_value("-1")
+    page.click("#generate")
+    status(page).to_contain_text("Done in", timeout=SECONDS)
+    keys.append([r.key.tolist() for r in server.engine.requests[-4:]])
+    page.wait_for_timeout(200)
+  assert keys[0] == keys[1]
+
+
+def test_stop_frees_the_slots_and_leaves_no_half_images(page, server):
+  server.engine.last = 12
+  page.click("#generate")
+  page.wait_for_selector(".sheet img")
+  page.click("#stop")
+  status(page).to_contain_text("Stopped: 0 of 4 images are finished.")
+  live.wait_until(server.is_idle)
+  assert page.locator(".sheet img").count() == 0
+  server.engine.last = CODES
 
 
 def test_leaving_the_page_frees_the_slots(browser, server):
   page = browser.new_page()
   page.set_default_timeout(SECONDS)
   page.goto(f"{server.url}/demo/")
-  server.backend.tick = 0.5
-  page.click("#draw")
-  live.wait_until(lambda: server.backend.busy_slots, 20)
+  server.engine.last = 12
+  page.click("#generate")
+  live.wait_until(lambda: server.worker.busy_slots)
   page.close()
-  live.wait_until(
-    lambda: not server.backend.busy_slots and not server.backend.queued, 20
-  )
-  server.backend.tick = 0.05
+  live.wait_until(server.is_idle)
+  server.engine.last = CODES
+
+
+def test_a_full_queue_is_one_line(page, server, capfd, monkeypatch):
+  monkeypatch.setattr(type(server.worker), "free_places", 0)
+  page.click("#generate")
+  status(page).to_contain_text("The queue is full; try again in")
+  assert "Traceback" not in capfd.readouterr().err
+
+
+def test_code_to_copy(page, server):
+  page.click("text=Use it from code")
+  code = page.locator("#curl .cm-content")
+  sync_api.expect(code).to_contain_text(f"{server.url}/v1/images/generations")
+  page.click("#subject input")
+  page.click("text=goldfish (1)")
+  sync_api.expect(code).to_contain_text('"class_label": 1')
+
+
+def test_docs_work_without_internet(browser, server):
+  page = browser.new_page()
+  page.set_default_timeout(SECONDS)
+  page.route(lambda url: not url.startswith((server.url, "data:")), lambda r: r.abort())
+  page.goto(f"{server.url}/docs")
+  sync_api.expect(page.locator("#swagger-ui")).to_contain_text("/v1/images/generations")
+  page.close()
 
 
 def test_asks_for_the_key(browser):
-  with live.serve(live.tiny_studio(), mount=mount_demo, key=live.KEY) as server:
+  with live.serve(live.tiny_model(), mount=mount_demo, key=live.KEY) as server:
     page = browser.new_page()
     page.set_default_timeout(SECONDS)
     page.goto(f"{server.url}/demo/")
     page.wait_for_selector("input[type=password]")
-    assert page.locator("#draw").count() == 0
+    assert page.locator("#generate").count() == 0
     page.locator("input").first.fill(USER)
     page.fill("input[type=password]", live.KEY)
     page.click("button:has-text('Login')")
-    page.wait_for_selector("#draw")
+    page.wait_for_selector("#generate")
     page.close()
