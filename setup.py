@@ -41,7 +41,13 @@ TEXT = [
   "tokenizers>=0.22",
 ]
 # The HTTP server.
-SERVE = ["fastapi>=0.165", "prometheus-client>=0.26", "uvicorn>=0.54"]
+SERVE = [
+  "fastapi>=0.165",
+  "fastapi-offline>=1.7.7",  # /docs without a CDN
+  "prometheus-client>=0.26",
+  "sse-starlette>=3.7",
+  "uvicorn>=0.54",
+]
 DEMO = [*SERVE, "gradio>=6.31"]
 RAY = [*SERVE, "ray[serve]>=2.60"]
 TEST = [

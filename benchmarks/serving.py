@@ -11,8 +11,8 @@ that has just begun, and for his own. first_partial: the median time to a quarte
 codes.
 
 A static batch takes what waits and has the same sampling settings as the first of it,
-draws it by the loop of `sample`, and only then looks at the queue again; its size is
-that of the slots. Without --workdir weights are random and images are not rendered:
+generates it by the loop of `sample`, and only then looks at the queue again; its size
+is that of the slots. Without --workdir weights are random and images are not rendered:
 on a CPU the tokenizer would take longer than the codes.
 """
 
@@ -34,14 +34,14 @@ from llamagen_jax.gpt.config import PRESETS, GPTConfig
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.runtime import prepare
 from llamagen_jax.serving.engine import CHUNK, Engine
-from llamagen_jax.serving.image_model import ImageModel
-from llamagen_jax.serving.protocol import Finished
+from llamagen_jax.serving.image_model import ImageModel, image_keys
 from llamagen_jax.serving.request import Request
-from llamagen_jax.serving.worker import RequestHandle, Worker
+from llamagen_jax.serving.worker import Finished, RequestHandle, Worker
 from llamagen_jax.weights import bundle
 
 LOAD = 0.8
 PARTIAL = 0.25  # of the codes: when a first partial image is worth showing
+KEY = np.zeros(2, np.uint32)
 GUIDED = SamplingConfig(guidance_scale=4.0, top_k=2000)
 MIXED = (
   GUIDED,
@@ -115,15 +115,15 @@ def _requests(gpt, count: int, mixed: tuple[SamplingConfig, ...]) -> list[Reques
   return [
     Request(
       int(rng.integers(gpt.config.num_classes)),
-      jax.random.fold_in(jax.random.key(0), i),
+      key,
       mixed[rng.integers(len(mixed))] if mixed else GUIDED,
     )
-    for i in range(count)
+    for key in image_keys(0, count)
   ]
 
 
 class StaticBatches:
-  """Batches of one size, one after the other; as much of a backend as is needed."""
+  """Batches of one size, one after the other; as much of a `Worker` as is needed."""
 
   def __init__(self, gpt, size: int, render):
     self._gpt, self._size, self._render = gpt, size, render
@@ -131,7 +131,7 @@ class StaticBatches:
     self._state, self._stopping = threading.Condition(), False
     self._thread = threading.Thread(target=self._main)
     for sampling in MIXED:  # compiled before the clock starts
-      draw_batch(gpt, size, [Request(0, jax.random.key(0), sampling)])
+      generate_batch(gpt, size, [Request(0, KEY, sampling)])
 
   ready = True
 
@@ -144,19 +144,19 @@ class StaticBatches:
       self._state.notify()
     self._thread.join()
 
-  def submit(self, request: Request) -> RequestHandle:
-    handle = RequestHandle(self, request)
+  def submit(self, requests: list[Request]) -> list[RequestHandle]:
+    handles = [RequestHandle(self, request) for request in requests]
     with self._state:
-      self._waiting.append(handle)
+      self._waiting += handles
       self._state.notify()
-    return handle
+    return handles
 
   def _main(self) -> None:
     while handles := self._next():
       requests = [handle.request for handle in handles]
-      codes_BT = draw_batch(self._gpt, self._size, requests)
+      codes_BT = generate_batch(self._gpt, self._size, requests)
       for handle, codes in zip(handles, codes_BT, strict=False):
-        handle.tell(Finished(self._render(codes[None])[0], codes))
+        handle.post(Finished(self._render(codes[None])[0], codes))
 
   def _next(self) -> list[RequestHandle]:
     with self._state:
@@ -171,11 +171,11 @@ class StaticBatches:
       return taken
 
 
-def draw_batch(gpt, size: int, requests: list[Request]) -> np.ndarray:
+def generate_batch(gpt, size: int, requests: list[Request]) -> np.ndarray:
   """Codes [size, T]; a batch that is not full repeats its last request."""
   padded = [*requests, *[requests[-1]] * (size - len(requests))]
   labels = np.array([request.condition for request in padded], np.int32)
-  keys = jax.numpy.stack([request.key for request in padded])
+  keys = jax.random.wrap_key_data(np.stack([r.key for r in padded]))
   sampling = requests[0].sampling
   return np.asarray(generate(gpt.config, gpt.params, labels, keys, None, sampling))
 
@@ -183,7 +183,7 @@ def draw_batch(gpt, size: int, requests: list[Request]) -> np.ndarray:
 def seconds_of_a_batch(gpt, size: int) -> float:
   """What a static batch takes, when static batches have run before."""
   started = time.perf_counter()
-  draw_batch(gpt, size, [Request(0, jax.random.key(0), GUIDED)])
+  generate_batch(gpt, size, [Request(0, KEY, GUIDED)])
   return time.perf_counter() - started
 
 
@@ -196,9 +196,10 @@ class Record:
   done: float = np.nan
 
 
-async def follow(backend, request: Request, record: Record, enough: int) -> None:
+async def follow(worker, request: Request, record: Record, enough: int) -> None:
   """Waits for an image; `enough` codes make a partial one."""
-  async for event in backend.submit(dataclasses.replace(request, codes=[])):
+  [handle] = worker.submit([dataclasses.replace(request, codes=[])])
+  async for event in handle:
     if np.isnan(record.first) and len(event.codes) >= enough:
       record.first = time.perf_counter()
   record.done = time.perf_counter()
@@ -234,9 +235,9 @@ def poisson(rate: float):
 
 
 def run(
-  backend, requests: list[Request], codes: int, load, deadline: float | None = None
+  worker, requests: list[Request], codes: int, load, deadline: float | None = None
 ) -> dict[str, float]:
-  """Puts a load on a backend, compiled first, and says what became of it.
+  """Puts a load on a worker, compiled first, and says what became of it.
 
   Images a second count to the moment of the last request: what is late is missing.
   In a closed loop that moment is the last answer's.
@@ -246,16 +247,16 @@ def run(
 
   async def ask(request: Request) -> None:
     records.append(record := Record(time.perf_counter()))
-    await follow(backend, request, record, enough)
+    await follow(worker, request, record, enough)
 
   async def main() -> None:
-    backend.start()
-    while not backend.ready:
+    worker.start()
+    while not worker.ready:
       await asyncio.sleep(0.05)
     await load(ask, requests)
 
   asyncio.run(main())
-  backend.stop()
+  worker.stop()
   sent, first, done = np.array([(r.sent, r.first, r.done) for r in records]).T
   end = done.max() if load.__qualname__.startswith("closed") else sent.max()
   latency, seconds = done - sent, end - sent.min()

@@ -20,9 +20,10 @@ import threading
 
 from ray import serve
 
-from llamagen_jax.commands.serve import KEY, Options, make_service
+from llamagen_jax.commands.serve import Options, make_service
 from llamagen_jax.serving.api import make_app
-from llamagen_jax.serving.store import Store
+from llamagen_jax.serving.auth import KEY
+from llamagen_jax.serving.store import DataURLs
 
 ROUTE = "/"
 HEALTH_SECONDS = 5  # between two looks at a replica
@@ -38,22 +39,23 @@ class Replica:
     self._service, self._key = make_service(options), key
 
   def __serve_build_asgi_app__(self):
-    return make_app(self._service, Store(None), self._key)
+    # Memory would be that of one replica, and the next request may go to another.
+    return make_app(self._service, DataURLs(), api_key=self._key)
 
   async def check_health(self) -> None:
     """Waits while the engine compiles, so that no request comes too early."""
-    backend = self._service.backend
-    while backend.alive and not self._service.ready:
+    while self._service.alive and not self._service.ready:
       await asyncio.sleep(0.1)
-    if not backend.alive:
+    if not self._service.alive:
       raise RuntimeError("the engine has died")
 
 
 def main() -> None:
   args = _parse()
   options = Options(
-    args.gpt, args.tokenizer, t5=args.t5, name=args.name, slots=args.slots,
-    tensor=args.tensor, dtype=args.dtype,
+    gpt=(args.gpt,), tokenizer=(args.tokenizer,), t5=args.t5,
+    name=(args.name,) if args.name else (), slots=args.slots, tensor=args.tensor,
+    dtype=args.dtype,
   )  # fmt: skip
   serve.start(http_options={"host": args.address, "port": args.port})
   held = options.slots + (options.queue or options.slots)

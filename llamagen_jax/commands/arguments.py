@@ -105,11 +105,12 @@ def _add(group: Any, field: dataclasses.Field, hint: Any) -> None:
     group.add_argument(flag, action=action, default=default, help=text)
     return
   if default not in (None, "", ()):
-    text += f" (default {default})"
+    text += f" (default {' '.join(default) if several else default})"
   group.add_argument(
     flag,
     type=_reader(kind, meta["at_least"]),
     nargs="+" if several else None,
+    action=_Several if several else "store",
     default=default,
     required=required,
     choices=meta["choices"] or None,
@@ -146,6 +147,15 @@ def _reader(kind: type, at_least: float | None) -> Callable[[str], Any]:
     return value
 
   return read
+
+
+class _Several(argparse.Action):
+  """Values after one flag or after several of it, in place of the default."""
+
+  def __call__(self, parser, namespace, values, option_string=None):
+    before = getattr(namespace, self.dest)
+    before = () if before is self.default else before
+    setattr(namespace, self.dest, (*before, *values))
 
 
 class _Parser(argparse.ArgumentParser):

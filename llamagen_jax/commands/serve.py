@@ -4,17 +4,18 @@ With LLAMAGEN_API_KEY in the environment, requests need that key.
 
 llamagen serve --workdir=quickstart
 llamagen serve --gpt=c2i_L_384 --tokenizer=vq16 --address=0.0.0.0
+llamagen serve --gpt c2i_L c2i_XL --tokenizer=vq16 --size-policy=resize
 """
 
-import asyncio
 from collections.abc import Sequence
-import contextlib
 import dataclasses
+import functools
 import importlib.util
+import logging as python_logging
 import os
 import pathlib
-import signal
 import socket
+import sys
 from typing import Any
 
 from absl import logging
@@ -29,32 +30,42 @@ from llamagen_jax.storage import local_path
 from llamagen_jax.weights import bundle
 from llamagen_jax.weights.t5 import load_t5
 
-SERVER = ("fastapi", "prometheus_client", "uvicorn")  # of the extra `serve`
+# Of the extra `serve`.
+SERVER = (
+  "fastapi", "fastapi_offline", "prometheus_client", "sse_starlette", "uvicorn",
+)  # fmt: skip
 missing = [name for name in SERVER if importlib.util.find_spec(name) is None]
 if missing:
   raise UserError(f"{missing[0]} is missing: pip install 'llamagen_jax[serve]'")
 
-import uvicorn  # noqa: E402
-
-from llamagen_jax.serving.api import make_app  # noqa: E402
+from llamagen_jax.serving import http_server  # noqa: E402
+from llamagen_jax.serving.api import BODY_SECONDS, make_app  # noqa: E402
+from llamagen_jax.serving.auth import KEY  # noqa: E402
 from llamagen_jax.serving.engine import CHUNK, Engine  # noqa: E402
+from llamagen_jax.serving.http_server import Timeouts  # noqa: E402
 from llamagen_jax.serving.image_model import ImageModel  # noqa: E402
+from llamagen_jax.serving.middleware import access_log  # noqa: E402
 from llamagen_jax.serving.service import Limits, Service  # noqa: E402
-from llamagen_jax.serving.store import Store  # noqa: E402
+from llamagen_jax.serving.sizes import POLICIES  # noqa: E402
+from llamagen_jax.serving.store import FolderStore  # noqa: E402
 from llamagen_jax.serving.worker import Worker  # noqa: E402
 
-KEY = "LLAMAGEN_API_KEY"  # the variable; a flag would be seen in the list of processes
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+CLIENTS, HTTP = "What clients may ask", "HTTP"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-  """Models and limits."""
+  """Models."""
 
-  gpt: str = option("bundle of the transformer", "", unit="FOLDER")
-  tokenizer: str = option("bundle of the tokenizer", "", unit="FOLDER")
-  t5: str = option("the T5 that the transformer was trained with", "", unit="FOLDER")
-  name: str = option("of the model; default: its folder's", "")
+  gpt: tuple[str, ...] = option(
+    "bundles of transformers; the first is the default model", (), unit="FOLDER"
+  )
+  tokenizer: tuple[str, ...] = option(
+    "bundle of their tokenizer, or one for each", (), unit="FOLDER"
+  )
+  t5: str = option("the T5 that the transformers were trained with", "", unit="FOLDER")
+  name: tuple[str, ...] = option("of the models; default: their folders'", ())
   slots: int = option(
     "images generated at once with guidance, twice as many without", 16,
     unit="IMAGES", at_least=1,
@@ -63,17 +74,39 @@ class Options:
     "codes between two moments at which requests join and leave", CHUNK,
     unit="CODES", at_least=1,
   )  # fmt: skip
-  queue: int = option(
-    "images that may wait, more are answered with 429; default: as many as slots, so"
-    " that nobody waits for long", 0, unit="IMAGES", at_least=0,
-  )  # fmt: skip
-  max_images: int = option("images of one request, at most", 10, at_least=1)
-  seconds: float = option("after which a request is given up", 300.0, unit="SECONDS")
-  body_bytes: int = option("of a request, at most", 1_000_000, unit="BYTES", at_least=1)
   tensor: int = option("devices that share one model", 1, unit="DEVICES", at_least=1)
   dtype: str = option(
-    "of the transformer's activations; default: float32 on CPU, else bfloat16", "",
+    "of the transformers' activations; default: float32 on CPU, else bfloat16", "",
     choices=("float32", "bfloat16"),
+  )  # fmt: skip
+  queue: int = option(
+    "images that may wait while all slots are busy, more are answered with 429;"
+    " default: as many as slots, so that nobody waits for long", 0,
+    unit="IMAGES", at_least=0, group=CLIENTS,
+  )  # fmt: skip
+  max_images: int = option(
+    "images of one request, at most", Limits.images, at_least=1, group=CLIENTS
+  )
+  seconds: float = option(
+    "after which a request is given up", Limits.seconds, unit="SECONDS", group=CLIENTS
+  )
+  body_bytes: int = option(
+    "of a request, at most", Limits.body_bytes, unit="BYTES", at_least=1, group=CLIENTS
+  )
+  alias: tuple[str, ...] = option(
+    "other names of the first model, such as those that OpenAI's clients send",
+    Limits.aliases, unit="NAME", group=CLIENTS,
+  )  # fmt: skip
+  any_model: bool = option(
+    "let every unknown name mean the first model", False, group=CLIENTS
+  )
+  size_policy: str = option(
+    "for a size that a model does not generate: refuse it, use the model's own and say"
+    " so, or resize", Limits.size_policy, choices=POLICIES, group=CLIENTS,
+  )  # fmt: skip
+  strict: bool = option(
+    "refuse unknown fields of a request instead of ignoring them with a warning", False,
+    group=CLIENTS,
   )  # fmt: skip
 
 
@@ -84,49 +117,111 @@ class ServeOptions(Options):
   workdir: str = option(
     "of a quickstart, in place of --gpt, --tokenizer and --t5", "", unit="FOLDER"
   )
-  address: str = option("address to listen at", LOOPBACK[0])
-  port: int = option("0 = any that is free", 8000, at_least=0)
-  store: str | None = option("images that get a URL", None, unit="FOLDER")
   demo: bool | None = option(
     "serve the web page at /demo; default: if gradio is installed", None
   )
+  store: str | None = option(
+    "keeps images that have a URL; default: memory, for an hour", None, unit="FOLDER"
+  )
+  store_days: float = option(
+    "after which images in --store are deleted; 0 = never", 30.0,
+    unit="DAYS", at_least=0,
+  )  # fmt: skip
+  address: str = option("address to listen at", LOOPBACK[0], group=HTTP)
+  port: int = option("0 = any that is free", 8000, at_least=0, group=HTTP)
+  public_url: str = option(
+    "where clients reach the server; default: as their proxy's headers say", "",
+    unit="URL", group=HTTP,
+  )  # fmt: skip
+  cors_origin: tuple[str, ...] = option(
+    "web pages that may ask from a browser, such as https://app.example; * = all", (),
+    unit="ORIGIN", group=HTTP,
+  )  # fmt: skip
+  access_log: bool = option(
+    "write a line of JSON for each request to stderr", True, group=HTTP
+  )
+  connections: int = option(
+    "at a time, at most", Timeouts.connections, at_least=1, group=HTTP
+  )
+  head_seconds: float = option(
+    "until the head of a request must be there", Timeouts.head,
+    unit="SECONDS", group=HTTP,
+  )  # fmt: skip
+  body_seconds: float = option(
+    "until the body of a request must be there", BODY_SECONDS,
+    unit="SECONDS", group=HTTP,
+  )  # fmt: skip
+  idle_seconds: float = option(
+    "after which an unused connection is closed", Timeouts.idle,
+    unit="SECONDS", group=HTTP,
+  )  # fmt: skip
+  drain_seconds: float = option(
+    "to finish accepted requests after SIGTERM, at most", Timeouts.drain,
+    unit="SECONDS", group=HTTP,
+  )  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> None:
   args = _complete(arguments.parse(ServeOptions, "serve", argv, __doc__))
   with _listen(args.address, args.port) as listening:
     key = os.environ.get(KEY, "")
-    store = Store(local_path(args.store, "--store") if args.store else None)
     if args.address not in LOOPBACK and not key:
       logging.warning(
         "--address=%s without %s: anybody may use the server", args.address, KEY
       )
+    store = None
+    if args.store:
+      store = FolderStore(local_path(args.store, "--store"), args.store_days)
+    if args.access_log:
+      _log_access()
     service = make_service(args)
-    app = make_app(service, store, key)
+    app = make_app(
+      service, store, api_key=key, public_url=args.public_url,
+      cors_origins=args.cors_origin, body_seconds=args.body_seconds,
+    )  # fmt: skip
+    where = f"http://{args.address}:{listening.getsockname()[1]}"
+    print(f"{', '.join(service.models)} at {where}/v1/images/generations", flush=True)
     if args.demo:
       from llamagen_jax.serving.demo import PATH, mount_demo
 
-      mount_demo(app, service, key)
-    where = f"http://{args.address}:{listening.getsockname()[1]}"
-    print(f"{service.image_model.name} at {where}/v1/images/generations", flush=True)
-    if args.demo:
+      mount_demo(app, service, key, args.public_url)
       print(f"demo at {where}{PATH}", flush=True)
-    _run(app, service, listening)
+    elif args.demo is None:
+      print("no demo: it needs pip install 'llamagen_jax[demo]'", flush=True)
+    timeouts = Timeouts(
+      head=args.head_seconds, idle=args.idle_seconds, drain=args.drain_seconds,
+      connections=args.connections,
+    )  # fmt: skip
+    http_server.run(app, service, listening, timeouts)
 
 
 def make_service(options: Options) -> Service:
   """Loads the models of a server. They compile when its app starts."""
   o = options
+  tokenizers = o.tokenizer * len(o.gpt) if len(o.tokenizer) == 1 else o.tokenizer
+  names = o.name or tuple(map(_name, o.gpt))
+  for flag, values in (("tokenizer", tokenizers), ("name", names)):
+    if len(values) != len(o.gpt):
+      raise UserError(
+        f"--{flag}: {len(values)} for {len(o.gpt)} transformers (--gpt); expected one"
+        " for each"
+      )
   mesh = make_mesh(tensor=o.tensor)
   dtype = o.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-  gpt = bundle.load_gpt(o.gpt, mesh, dtype)
-  gpt = dataclasses.replace(gpt, params=decoding_params(gpt.config, gpt.params))
   encoder = load_t5(o.t5, dtype=dtype) if o.t5 else None
-  image_model = ImageModel(
-    o.name or _name(o.gpt), gpt, bundle.load_tokenizer(o.tokenizer), encoder
-  )
-  worker = Worker(Engine(gpt, o.slots, o.chunk), image_model.render, o.queue or o.slots)
-  return Service(image_model, worker, Limits(o.max_images, o.seconds, o.body_bytes))
+  load_tokenizer = functools.cache(bundle.load_tokenizer)
+  workers = {}
+  for folder, tokenizer, name in zip(o.gpt, tokenizers, names, strict=True):
+    gpt = bundle.load_gpt(folder, mesh, dtype)
+    gpt = dataclasses.replace(gpt, params=decoding_params(gpt.config, gpt.params))
+    model = ImageModel(name, gpt, load_tokenizer(tokenizer), encoder)
+    engine = Engine(gpt, o.slots, o.chunk)
+    workers[model] = Worker(engine, model.render, o.queue or o.slots)
+  limits = Limits(
+    images=o.max_images, seconds=o.seconds, body_bytes=o.body_bytes, aliases=o.alias,
+    any_model=o.any_model, strict=o.strict, size_policy=o.size_policy,
+  )  # fmt: skip
+  return Service(workers, limits)
 
 
 def _name(folder: str) -> str:
@@ -143,18 +238,31 @@ def _complete(args: ServeOptions) -> ServeOptions:
       raise UserError("--workdir stands for --gpt, --tokenizer and --t5: give one kind")
     workdir = pathlib.Path(args.workdir).expanduser()
     encoder = workdir / "t5"
-    found = {part: str(workdir / part / "bundle") for part in ("gpt", "tokenizer")}
+    found = {part: (str(workdir / part / "bundle"),) for part in ("gpt", "tokenizer")}
     found |= {
       "t5": str(encoder) if encoder.exists() else "",
-      "name": args.name or workdir.resolve().name,
+      "name": args.name or (workdir.resolve().name,),
     }
   elif not args.gpt or not args.tokenizer:
     raise UserError("expected --gpt and --tokenizer, or --workdir of a quickstart")
   installed = importlib.util.find_spec("gradio") is not None
   if args.demo and not installed:
     raise UserError("--demo needs gradio: pip install 'llamagen_jax[demo]'")
-  demo = installed if args.demo is None else args.demo
-  return dataclasses.replace(args, demo=demo, **found)
+  if args.demo is None and installed:
+    found["demo"] = True
+  if args.public_url and not args.public_url.startswith(("http://", "https://")):
+    raise UserError(
+      f"--public-url={args.public_url}: expected http://... or https://..."
+    )
+  return dataclasses.replace(args, **found)
+
+
+def _log_access() -> None:
+  handler = python_logging.StreamHandler(sys.stderr)
+  handler.setFormatter(python_logging.Formatter("%(message)s"))
+  access_log.addHandler(handler)
+  access_log.setLevel(python_logging.INFO)
+  access_log.propagate = False
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -164,26 +272,3 @@ def _listen(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=family)
   except (OSError, OverflowError) as error:
     raise UserError(f"--address={host} --port={port}: {error}") from error
-
-
-def _run(app, service: Service, listening: socket.socket) -> None:
-  """Serves until SIGTERM or SIGINT, and then finishes what was accepted."""
-  config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=30)
-  server = _Server(config)
-
-  def stop(number, frame) -> None:
-    service.draining = True
-    server.force_exit = server.should_exit and number == signal.SIGINT
-    server.should_exit = True
-
-  for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, stop)
-  asyncio.run(server.serve(sockets=[listening]))
-
-
-class _Server(uvicorn.Server):
-  """A server that leaves signals alone; uvicorn's own dies of them in the end."""
-
-  @contextlib.contextmanager
-  def capture_signals(self):
-    yield

@@ -1,136 +1,157 @@
-"""The HTTP server: OpenAI's images API over a slot engine.
+"""The HTTP server: OpenAI's images API over slot engines.
 
 POST /v1/images/generations   images, or a stream of events with `stream`
-GET  /v1/models               the one model that is served
+GET  /v1/models               the models that are served; /v1/models/NAME: one of them
+GET  /images/NAME             a finished image that a response gave the URL of
 GET  /health  /ready          the process lives; it takes requests
 GET  /metrics                 for Prometheus
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 import contextlib
-from typing import Any
+from typing import Annotated, Any
 
 from anyio import to_thread
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from fastapi.staticfiles import StaticFiles
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.middleware.cors import CORSMiddleware
 
 import llamagen_jax
+from llamagen_jax.serving import openapi
 from llamagen_jax.serving.api_error import APIError, add_handlers
-from llamagen_jax.serving.auth import AuthAndLimits
+from llamagen_jax.serving.auth import key_check
+from llamagen_jax.serving.image_model import ImageModel
+from llamagen_jax.serving.middleware import BodyLimits, RequestFrame
+from llamagen_jax.serving.request_body import parse_body, read_request
+from llamagen_jax.serving.responses import EventStream, images_response
 from llamagen_jax.serving.schema import (
-  Completed,
-  ErrorBody,
   ImageRequest,
   ImagesResponse,
   Model,
   ModelList,
-  PartialImage,
   now,
 )
 from llamagen_jax.serving.service import ActiveRequest, Service
-from llamagen_jax.serving.store import URL_PATH, Store
-from llamagen_jax.serving.stream import EventStream
+from llamagen_jax.serving.sizes import text
+from llamagen_jax.serving.store import (
+  NAME,
+  URL_PATH,
+  MemoryStore,
+  Store,
+  sweep_for_ever,
+)
 
-EVENTS = (PartialImage, Completed)
-ERRORS = {status: {"model": ErrorBody} for status in (400, 401, 404, 413, 429, 503)}
-KEY_ERRORS = {status: ERRORS[status] for status in (401, 404)}
-EVENT = {
-  "type": "object",
-  "required": ["event", "data"],
-  "properties": {
-    "event": {
-      "enum": [*(event.model_fields["type"].default for event in EVENTS), "error"]
-    },
-    "data": {
-      "type": "string",
-      "contentMediaType": "application/json",
-      "contentSchema": {
-        "oneOf": [
-          {"$ref": f"#/components/schemas/{event.__name__}"}
-          for event in (*EVENTS, ErrorBody)
-        ]
-      },
-    },
-  },
-}
-GENERATED = {
-  "model": ImagesResponse,
-  "description": "Images, or with `stream` events PartialImage and Completed.",
-  "content": {"text/event-stream": {"itemSchema": EVENT}},
-}
+BODY_SECONDS = 30.0
+IMAGE_HEADERS = {"Cache-Control": "private, max-age=3600"}
+SHOWN_HEADERS = ("x-request-id", "retry-after")  # to pages of other origins
 
 
-def make_app(service: Service, store: Store, api_key: str = "") -> FastAPI:
-  """The server of one model; it starts and stops the service's backend."""
+def make_app(
+  service: Service,
+  store: Store | None = None,
+  *,
+  api_key: str = "",
+  public_url: str = "",
+  cors_origins: Sequence[str] = (),
+  body_seconds: float = BODY_SECONDS,
+) -> FastAPI:
+  """Returns the app of a service; it starts and stops the service's workers.
 
-  @contextlib.asynccontextmanager
-  async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    service.backend.start()
-    warming = asyncio.create_task(service.warm_up())  # /health is answered meanwhile
-    yield
-    warming.cancel()
-    await to_thread.run_sync(service.backend.stop)
-
-  app = FastAPI(
-    title="llamagen", version=llamagen_jax.__version__, lifespan=lifespan,
+  Args:
+    service: of one model or more.
+    store: keeps images that have a URL; None = in memory, for an hour.
+    api_key: requests to /v1 need it; "" = anybody may ask.
+    public_url: where clients reach the server, if a proxy does not say so.
+    cors_origins: of the web pages that may ask, or "*".
+    body_seconds: until the body of a request must be there.
+  """
+  store = MemoryStore() if store is None else store
+  app = FastAPIOffline(
+    title="llamagen", version=llamagen_jax.__version__,
+    lifespan=lambda app: _running(service, store), redirect_slashes=False,
     summary="Images by LlamaGen, in the API of OpenAI's images.",
   )  # fmt: skip
   add_handlers(app)
-  _add_images(app, service, store)
-  _add_models(app, service)
+  checks = [Depends(key_check(api_key))] if api_key else []
+  v1 = APIRouter(prefix="/v1", dependencies=checks)
+  _add_generations(v1, service, store)
+  _add_models(v1, service)
+  app.include_router(v1)
+  _add_files(app, store)
   _add_state(app, service)
-  if store.folder is not None:
-    app.mount(URL_PATH, StaticFiles(directory=store.folder))
+  # The last one added is the outermost.
   app.add_middleware(
-    AuthAndLimits,
-    key=api_key, largest_body=service.limits.body_bytes, metrics=service.metrics,
-  )  # fmt: skip
-  _describe(app, guarded=bool(api_key))
+    BodyLimits, largest=service.limits.body_bytes, seconds=body_seconds
+  )
+  if cors_origins:
+    app.add_middleware(
+      CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"],
+      allow_headers=["*"], expose_headers=SHOWN_HEADERS,
+    )  # fmt: skip
+  app.add_middleware(RequestFrame, metrics=service.metrics, public_url=public_url)
+  openapi.describe(app, service)
   return app
 
 
-def _add_images(app: FastAPI, service: Service, store: Store) -> None:
-  image_model = service.image_model
+@contextlib.asynccontextmanager
+async def _running(service: Service, store: Store) -> AsyncIterator[None]:
+  """Runs the workers, and what else goes on beside requests."""
+  service.start()
+  tasks = [
+    asyncio.create_task(service.warm_up()),  # /health is answered meanwhile
+    asyncio.create_task(sweep_for_ever(store)),
+  ]
+  yield
+  for task in tasks:
+    task.cancel()
+  await to_thread.run_sync(service.stop)
 
-  @app.post("/v1/images/generations", responses={200: GENERATED, **ERRORS})
-  async def generate_images(body: ImageRequest, request: Request) -> ImagesResponse:
-    """Draws images of a prompt or a class."""
-    store.check(body)
-    if body.partial_images and not body.stream:
-      message = "'partial_images' goes with 'stream'."
-      raise APIError(400, message, code="invalid_value", param="partial_images")
-    root, drawing = str(request.base_url), await service.admit(body)
+
+def _add_generations(v1: APIRouter, service: Service, store: Store) -> None:
+  async def read_body(request: Request) -> tuple[ImageRequest, list[str]]:
+    """Returns the request, and warnings; after the key was checked."""
+    content_type = request.headers.get("content-type", "")
+    value = parse_body(await request.body(), content_type)
+    return read_request(value, service.limits.strict)
+
+  @v1.post(
+    "/images/generations",
+    responses={200: openapi.GENERATED, **openapi.ERRORS},
+    openapi_extra={"requestBody": openapi.BODY},
+  )
+  async def generate_images(
+    request: Request, read: Annotated[Any, Depends(read_body)]
+  ) -> ImagesResponse:
+    """Generates images of a prompt or a class."""
+    body, warnings = read
+    root, active = str(request.base_url), await service.admit(body, warnings)
+    request.state.log = {
+      "model": active.model.name, "images": body.count, "stream": bool(body.stream),
+    }  # fmt: skip
     if body.stream:
-      return EventStream(drawing, image_model, store, root)
+      return EventStream(active, store, root)
     try:
-      images = await _unless_gone(request, drawing)
+      images = await _unless_gone(request, active)
     finally:
-      drawing.close()
-    images = [
-      await to_thread.run_sync(store.image, image_model, image, body, root)
-      for image in images
-    ]
-    response = ImagesResponse(
-      data=images, usage=image_model.usage(len(images)), seed=drawing.seed,
-      **image_model.style(body),
-    )  # fmt: skip
+      active.close()
+    response = await to_thread.run_sync(images_response, active, images, store, root)
     return JSONResponse(response.model_dump(exclude_none=True))
 
 
-async def _unless_gone(request: Request, drawing: ActiveRequest) -> list[Any]:
-  """The images, or an error as soon as the client hangs up."""
-  drawn = asyncio.create_task(drawing.images())
+async def _unless_gone(request: Request, active: ActiveRequest) -> list[Any]:
+  """Returns the images, or raises as soon as the client hangs up."""
+  images = asyncio.create_task(active.images())
   gone = asyncio.create_task(_gone(request))
   try:
-    await asyncio.wait([drawn, gone], return_when=asyncio.FIRST_COMPLETED)
-    if not drawn.done():
+    await asyncio.wait([images, gone], return_when=asyncio.FIRST_COMPLETED)
+    if not images.done():
       raise APIError(499, "the client hung up")  # which nobody reads
-    return drawn.result()
+    return images.result()
   finally:
-    drawn.cancel()
+    images.cancel()
     gone.cancel()
 
 
@@ -139,22 +160,41 @@ async def _gone(request: Request) -> None:
     pass
 
 
-def _add_models(app: FastAPI, service: Service) -> None:
-  name = service.image_model.name
-  model = Model(id=name, created=now())
+def _add_models(v1: APIRouter, service: Service) -> None:
+  created = now()
 
-  @app.get("/v1/models", responses={401: ERRORS[401]})
+  def described(model: ImageModel) -> Model:
+    first = model is service.default_model
+    return Model(
+      id=model.name, created=created, size=text(model.size),
+      condition=model.gpt.config.condition, classes=model.classes or None,
+      aliases=list(service.limits.aliases) if first else [],
+    )  # fmt: skip
+
+  @v1.get("/models", responses={401: openapi.ERRORS[401]})
   async def list_models() -> ModelList:
-    """The model that this server draws with."""
-    return ModelList(data=[model])
+    """The models of this server; the first one is the default."""
+    return ModelList(data=[described(m) for m in service.models.values()])
 
-  @app.get("/v1/models/{model_id:path}", responses=KEY_ERRORS)
+  @v1.get("/models/{model_id:path}", responses=openapi.KEY_ERRORS)
   async def get_model(model_id: str) -> Model:
-    """The model of that name."""
-    if model_id != name:
-      message = f"The model '{model_id}' does not exist; this server has '{name}'."
-      raise APIError(404, message, code="model_not_found", param="model")
-    return model
+    """The model of that name or alias."""
+    return described(service.model(model_id))
+
+
+def _add_files(app: FastAPI, store: Store) -> None:
+  @app.get(f"{URL_PATH}/{{name}}", response_class=Response, responses={
+    200: {"content": {f"image/{kind}": {} for kind in ("png", "jpeg", "webp")}},
+    404: openapi.ERRORS[404],
+  })  # fmt: skip
+  async def get_image(name: str) -> Response:
+    """A finished image."""
+    data = None
+    if match := NAME.fullmatch(name):
+      data = await to_thread.run_sync(store.get, name)
+    if data is None:
+      raise APIError(404, "There is no such image, or not any more.")
+    return Response(data, media_type=f"image/{match[1]}", headers=IMAGE_HEADERS)
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
@@ -176,22 +216,3 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
 def _state(good: bool, yes: str, no: str) -> JSONResponse:
   return JSONResponse({"status": yes if good else no}, 200 if good else 503)
-
-
-def _describe(app: FastAPI, guarded: bool) -> None:
-  """Puts events, errors and the key into the OpenAPI document."""
-  spec = app.openapi()
-  schemas = spec["components"]["schemas"]
-  for event in EVENTS:
-    schemas[event.__name__] = event.model_json_schema(
-      ref_template="#/components/schemas/{model}"
-    )
-    schemas |= schemas[event.__name__].pop("$defs", {})
-  for path, methods in spec["paths"].items():
-    for operation in methods.values():
-      operation["responses"].pop("422", None)  # answered with 400
-      if guarded and path.startswith("/v1"):
-        operation["security"] = [{"key": []}]
-  if guarded:
-    key = {"type": "http", "scheme": "bearer"}
-    spec["components"]["securitySchemes"] = {"key": key}

@@ -1,5 +1,6 @@
 """Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
 
+from collections.abc import Mapping
 import json
 from typing import Any
 
@@ -16,7 +17,13 @@ TYPES = {
   500: "server_error",
   503: "server_error",
 }
-CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+CODES = {
+  404: "not_found",
+  405: "method_not_allowed",
+  408: "request_timeout",
+  413: "request_too_large",
+}
+CLOSING = (408, 413)  # the rest of the body is not read
 
 
 class APIError(Exception):
@@ -32,9 +39,9 @@ class APIError(Exception):
     retry_after: int | None = None,  # seconds
   ):
     super().__init__(message)
-    self.status, self.message = status, _encodable(message)
+    self.status, self.message = status, encodable(message)
     self.code = code or CODES.get(status)
-    self.param, self.retry_after = param and _encodable(param), retry_after
+    self.param, self.retry_after = param and encodable(param), retry_after
 
   def body(self) -> dict[str, Any]:
     return ErrorBody.of(
@@ -53,16 +60,18 @@ class APIError(Exception):
       headers["Retry-After"] = str(self.retry_after)
     if self.status == 401:
       headers["WWW-Authenticate"] = "Bearer"
+    if self.status in CLOSING:
+      headers["Connection"] = "close"
     return JSONResponse(self.body(), self.status, headers)
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
   """JSON may hold half a surrogate pair, which no response can hold."""
   return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def add_handlers(app: FastAPI) -> None:
-  """Answers every exception, the framework's too, in OpenAI's shape."""
+  """Answers exceptions, the framework's too, in OpenAI's shape."""
 
   @app.exception_handler(APIError)
   async def refused(request: Request, error: APIError):
@@ -70,7 +79,8 @@ def add_handlers(app: FastAPI) -> None:
 
   @app.exception_handler(RequestValidationError)
   async def invalid(request: Request, error: RequestValidationError):
-    return from_validation(error.errors()[0]).response()
+    first = error.errors()[0]
+    return from_validation({**first, "loc": first["loc"][1:]}).response()
 
   @app.exception_handler(HTTPException)
   async def http_error(request: Request, error: HTTPException):
@@ -79,24 +89,26 @@ def add_handlers(app: FastAPI) -> None:
     response.headers.update(error.headers or {})
     return response
 
-  @app.exception_handler(Exception)
-  async def crashed(request: Request, error: Exception):
-    return APIError(500, "the server failed on this request").response()
 
+def from_validation(
+  error: Mapping[str, Any], origin: Mapping[str, str] | None = None
+) -> APIError:
+  """Returns the error that names the field of one of pydantic's errors.
 
-def from_validation(error: dict[str, Any]) -> APIError:
-  """One of pydantic's errors -> a message that names the field."""
+  Args:
+    error: its location begins with the field.
+    origin: names that fields had in the request, where it used others.
+  """
   kind, message = error["type"], error["msg"]
-  path = [str(part) for part in error["loc"][1:]]  # without "body"
-  field = path[0] if path else None
-  if kind == "json_invalid":
-    return APIError(400, f"the body is not valid JSON: {message}", code="invalid_json")
+  path = [str(key) for key in error["loc"]]
+  field = path[0] if path else ""
+  field = (origin or {}).get(field, field)[:60]
   if kind == "extra_forbidden":
     return APIError(
-      400, f"Unknown parameter: '{field}'.", code="unknown_parameter", param=field
+      400,
+      f"Unknown parameter: '{field}'.",
+      code="unknown_parameter",
+      param=field or None,  # pydantic drops a name that is no UTF-8
     )
-  if field is None:
-    message = "the body must be a JSON object, sent as Content-Type: application/json"
-    return APIError(400, message, code="invalid_json")
   code = "invalid_type" if kind.endswith("_type") else "invalid_value"
   return APIError(400, f"Invalid '{field}': {message}.", code=code, param=field)

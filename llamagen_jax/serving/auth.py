@@ -1,67 +1,36 @@
-"""What happens to a request before any route sees it: key, size of the body, counts."""
+"""The key of the /v1 routes, as `Authorization: Bearer KEY` or as `api-key: KEY`."""
 
+from collections.abc import Callable
 import hmac
+from typing import Annotated
 
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from fastapi import Depends
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 
 from llamagen_jax.serving.api_error import APIError
-from llamagen_jax.serving.metrics import Metrics
 
-GUARDED = "/v1"  # needs the key; what tells of health does not
+KEY = "LLAMAGEN_API_KEY"  # the variable; a flag would be seen in the list of processes
+
+_bearer = HTTPBearer(auto_error=False)
+_api_key = APIKeyHeader(name="api-key", auto_error=False)
+_x_api_key = APIKeyHeader(name="x-api-key", scheme_name="x-api-key", auto_error=False)
 
 
-class AuthAndLimits:
-  """ASGI middleware. Checks the key before it reads a byte of the body."""
+def key_check(expected: str) -> Callable[..., None]:
+  """Returns a dependency that raises 401 unless a request has the key."""
 
-  def __init__(self, app: ASGIApp, key: str, largest_body: int, metrics: Metrics):
-    self._app, self._key, self._metrics = app, key.encode(), metrics
-    self._largest_body = largest_body
-
-  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-    if scope["type"] != "http":
-      await self._app(scope, receive, send)
-      return
-
-    async def counting_send(message: Message) -> None:
-      if message["type"] == "http.response.start":
-        path = getattr(scope.get("route"), "path", "other")
-        self._metrics.responses.labels(path, message["status"]).inc()
-      await send(message)
-
-    headers = dict(scope["headers"])
-    length = headers.get(b"content-length", b"0")
-    if error := self._unauthorized(scope["path"], headers.get(b"authorization")):
-      await error.response()(scope, receive, counting_send)
-    elif length.isdigit() and int(length) > self._largest_body:
-      await self._too_large().response()(scope, receive, counting_send)
-    else:
-      await self._app(scope, self._limited(receive), counting_send)
-
-  def _unauthorized(self, path: str, header: bytes | None) -> APIError | None:
-    if not self._key or not path.startswith(GUARDED):
-      return None
-    scheme, _, key = (header or b"").partition(b" ")
-    if not key.strip() or scheme.lower() != b"bearer":
+  def check_key(
+    bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+    api_key: Annotated[str | None, Depends(_api_key)],
+    x_api_key: Annotated[str | None, Depends(_x_api_key)],
+  ) -> None:
+    given = (bearer and bearer.credentials) or api_key or x_api_key or ""
+    if not given.strip():
       message = "You didn't provide an API key: send 'Authorization: Bearer KEY'."
-      return APIError(401, message, code="missing_api_key")
-    if not hmac.compare_digest(key.strip(), self._key):
-      return APIError(401, "Incorrect API key provided.", code="invalid_api_key")
-    return None
+      raise APIError(401, message, code="missing_api_key")
+    # Headers are decoded as latin-1, which any byte survives.
+    if not hmac.compare_digest(given.strip().encode("latin-1", "replace"), key):
+      raise APIError(401, "Incorrect API key provided.", code="invalid_api_key")
 
-  def _too_large(self) -> APIError:
-    return APIError(413, f"The body is larger than {self._largest_body} bytes.")
-
-  def _limited(self, receive: Receive) -> Receive:
-    """Counts the bytes of a body that did not tell its length."""
-    seen = 0
-
-    async def limited() -> Message:
-      nonlocal seen
-      message = await receive()
-      seen += len(message.get("body", b""))
-      if seen > self._largest_body:
-        raise HTTPException(413, self._too_large().message)
-      return message
-
-    return limited
+  key = expected.encode()
+  return check_key

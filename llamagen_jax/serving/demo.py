@@ -14,6 +14,7 @@ from llamagen_jax.data.classes import shown_name
 from llamagen_jax.gpt.sampling_config import SCHEDULES, SamplingConfig
 from llamagen_jax.serving import demo_html
 from llamagen_jax.serving.api_error import APIError
+from llamagen_jax.serving.auth import KEY
 from llamagen_jax.serving.image_model import ImageModel
 from llamagen_jax.serving.request_body import read_request
 from llamagen_jax.serving.schema import RANDOM_SEED
@@ -22,7 +23,6 @@ from llamagen_jax.serving.worker import Finished, Progress
 
 PATH = "/demo"
 USER = "demo"  # whose password is the API key
-KEY = "LLAMAGEN_API_KEY"  # the variable in the code to copy
 FRAME_SECONDS = 0.15  # between two looks at an unfinished image
 HIGHEST_GUIDANCE, HIGHEST_TEMPERATURE = 20.0, 2.0
 LARGEST_SEED = 2**53 - 1  # that a browser can hold

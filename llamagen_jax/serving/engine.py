@@ -1,7 +1,8 @@
-"""The slot engine: who sits in which rows, and a chunk of steps for all of them."""
+"""The slot engine: which request holds which rows, and a chunk of steps for all."""
 
 import contextlib
 import functools
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -13,7 +14,7 @@ from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.parallel.mesh import batch_sharding, replicated, spec
-from llamagen_jax.sampling import sample
+from llamagen_jax.sampling.sample import mesh_of, num_data_shards
 from llamagen_jax.sampling.slots import (
   ChunkInputs,
   State,
@@ -24,114 +25,147 @@ from llamagen_jax.sampling.slots import (
 from llamagen_jax.serving.request import Request
 from llamagen_jax.weights import bundle
 
-CHUNK = 8  # steps: short to wait for, long beside what happens between two chunks
+CHUNK = 8  # steps: short to wait for, long beside the host's work between two chunks
+
+
+class _Chunk(NamedTuple):
+  """Codes that the device is still computing, and the requests that they are of."""
+
+  codes: jax.Array  # int32 [C, R]
+  rows: dict[Request, int]  # the row that holds a request's codes
 
 
 class Engine:
   """A fixed number of slots on the devices of a transformer. Not for several threads.
 
   A request with guidance takes a whole slot; two without share one.
+
+  The device runs one chunk ahead of the codes that the host has read: images have a
+  fixed number of codes, so that who leaves a row, and when, is known without them.
   """
 
   def __init__(self, gpt: bundle.Transformer, slots: int, chunk: int):
-    """Makes idle slots; between two joins lie `chunk` steps.
+    """Makes idle slots; requests join and leave every `chunk` steps.
 
     Raises:
       UserError: the mesh that `gpt` is on cannot share the slots out evenly.
     """
-    mesh, c = sample.mesh_of(gpt), gpt.config
-    shards = sample.num_data_shards(mesh)
-    if slots % shards:
+    mesh, c = mesh_of(gpt), gpt.config
+    if slots % num_data_shards(mesh):
       raise UserError(
-        f"{slots} slots: expected a multiple of {shards}, which the mesh shares them"
-        " among"
+        f"{slots} slots: expected a multiple of {num_data_shards(mesh)}, the number of"
+        " data shards of the mesh"
       )
-    self.config, self.slots, self.codes_drawn = c, slots, 0
-    self._chunk, self._mesh = chunk, mesh
+    self.config, self.slots, self.codes_sampled = c, slots, 0
+    self._chunk_steps, self._mesh = chunk, mesh
     self._params = decoding_params(c, gpt.params)
     self._row_owner: list[Request | None] = [None] * (2 * slots)
     self._index_R = np.zeros(2 * slots, np.int32)
     self._keys_R = np.zeros((2 * slots, 2), np.uint32)
-    self._rows = SamplingConfig().rows(2 * slots)
-    places = None if mesh is None else state_sharding(mesh, c, slots)
+    self._settings = SamplingConfig().rows(2 * slots)
+    self._unread: _Chunk | None = None
+    sharding = None if mesh is None else state_sharding(mesh, c, slots)
     with self._on_mesh():
       make = functools.partial(init_state, c, slots)
-      self._state = jax.jit(make, out_shardings=places)()
-    self._admit = jax.jit(
-      functools.partial(prefill_rows, c), donate_argnums=1, out_shardings=places
+      self._state = jax.jit(make, out_shardings=sharding)()
+    self._prefill = jax.jit(
+      functools.partial(prefill_rows, c), donate_argnums=1, out_shardings=sharding
     )
     self._run = jax.jit(
       functools.partial(run_chunk, c, chunk),
       donate_argnums=1,
-      out_shardings=(places, None if mesh is None else replicated(mesh)),
+      out_shardings=(sharding, None if mesh is None else replicated(mesh)),
     )
 
   @property
   def busy_rows(self) -> int:
     return sum(owner is not None for owner in self._row_owner)
 
+  @property
+  def idle(self) -> bool:
+    """Whether `advance` has nothing to compute and nothing to read."""
+    return self._unread is None and not self.busy_rows
+
   def warm_up(self) -> None:
-    """Compiles what `join` and `advance` run."""
+    """Compiles the programs that `join` and `advance` run."""
     c = self.config
     condition, mask = 0, None
     if c.condition == "caption":
       condition = np.zeros((c.caption_tokens, c.caption_dim), np.float32)
       mask = np.ones(c.caption_tokens, np.int32)
-    self.join(request := Request(condition, jax.random.key(0), condition_mask=mask))
+    key = np.zeros(2, np.uint32)
+    self.join(request := Request(condition, key, condition_mask=mask))
     self.advance()
     self.leave(request)
-    self.codes_drawn = 0
+    self.advance()
+    self.codes_sampled = 0
 
   def join(self, request: Request) -> bool:
-    """Gives a request its rows, unless they are taken."""
+    """Gives a request its rows; returns False if they are taken."""
     rows = self._free_rows(request.guided)
     if not rows:
       return False
-    condition, mask = (
-      None if x is None else np.stack([x, x])
-      for x in (request.condition, request.condition_mask)
-    )
-    drop = np.array([False, request.guided])
+    condition, mask, drop = _row_conditions(request)
     with self._on_mesh():
-      self._state = self._admit(
+      self._state = self._prefill(
         self._params, self._state, np.array([rows[0], rows[-1]]), condition, mask, drop
       )
     for row in rows:
       self._row_owner[row], self._index_R[row] = request, 0
-      self._keys_R[row] = jax.random.key_data(request.key)
+      self._keys_R[row] = request.key
     self._set(rows[0], request.sampling)  # of two, the second only guides
     return True
 
   def leave(self, request: Request) -> None:
-    """Frees the rows of a request, if it has any."""
+    """Frees the rows of a request, if it has any; it gets no more codes."""
+    self._free(request)
+    if self._unread is not None:
+      self._unread.rows.pop(request, None)
+
+  def advance(self) -> list[Request]:
+    """Starts a chunk of codes, and reads those of the chunk before.
+
+    Returns:
+      The requests that got codes. One that has all of them has left its rows.
+    """
+    unread, self._unread = self._unread, self._start_chunk() if self.busy_rows else None
+    if unread is None:
+      return []
+    codes_CR = np.asarray(unread.codes)
+    for request, row in unread.rows.items():
+      missing = self.config.image_tokens - len(request.codes)
+      new = codes_CR[:missing, row].tolist()
+      request.codes += new
+      self.codes_sampled += len(new)
+    return list(unread.rows)
+
+  def _start_chunk(self) -> _Chunk:
+    """Dispatches a chunk for all rows, and frees those whose image it completes."""
+    shared_N = np.array([b is not None and a is not b for a, b in self._pairs()])
+    # Copies: the device may read an argument after this function has changed it.
+    plan = jax.tree.map(
+      np.copy, ChunkInputs(self._index_R, shared_N, self._keys_R, self._settings)
+    )
+    with self._on_mesh():
+      if self._mesh is not None:
+        plan = jax.device_put(plan, batch_sharding(self._mesh))
+      self._state, codes_CR = self._run(self._params, self._state, plan)
+    codes_CR.copy_to_host_async()
+    rows = {owner: row for row, owner in enumerate(self._row_owner) if owner}
+    self._index_R[[owner is not None for owner in self._row_owner]] += self._chunk_steps
+    for request, row in rows.items():
+      if self._index_R[row] >= self.config.image_tokens:
+        self._free(request)
+    return _Chunk(codes_CR, rows)
+
+  def _free(self, request: Request) -> None:
     for row, owner in enumerate(self._row_owner):
       if owner is request:
         self._row_owner[row], self._index_R[row] = None, 0
         self._set(row, SamplingConfig())
 
-  def advance(self) -> list[Request]:
-    """Draws a chunk of codes. Returns who got some; who has them all has left."""
-    shared_N = np.array([b is not None and a is not b for a, b in self._pairs()])
-    plan = ChunkInputs(self._index_R, shared_N, self._keys_R, self._rows)
-    with self._on_mesh():
-      if self._mesh is not None:
-        plan = jax.device_put(plan, batch_sharding(self._mesh))
-      self._state, codes_CR = self._run(self._params, self._state, plan)
-      codes_CR = np.asarray(codes_CR)
-    moved = {owner: row for row, owner in enumerate(self._row_owner) if owner}
-    for request, row in moved.items():
-      missing = self.config.image_tokens - len(request.codes)
-      fresh = codes_CR[:missing, row].tolist()
-      request.codes += fresh
-      self.codes_drawn += len(fresh)
-    self._index_R[[owner is not None for owner in self._row_owner]] += self._chunk
-    for request in moved:
-      if len(request.codes) == self.config.image_tokens:
-        self.leave(request)
-    return list(moved)
-
   def _set(self, row: int, sampling: SamplingConfig) -> None:
-    for all_rows, value in zip(self._rows, sampling.rows(1), strict=True):
+    for all_rows, value in zip(self._settings, sampling.rows(1), strict=True):
       all_rows[row] = value[0]
 
   def _pairs(self) -> list[tuple[Request | None, Request | None]]:
@@ -154,16 +188,34 @@ class Engine:
     return jax.set_mesh(self._mesh)
 
 
+def _row_conditions(request: Request):
+  """Returns conditions, masks and drops of the two rows of a request.
+
+  Without a negative prompt the second row guides away from the trained unconditional
+  embedding, which replaces the condition.
+  """
+  pairs = [
+    (request.condition, request.negative),
+    (request.condition_mask, request.negative_mask),
+  ]
+  condition, mask = (
+    None if x is None else np.stack([x, x if other is None else other])
+    for x, other in pairs
+  )
+  drop = np.array([False, request.guided and request.negative is None])
+  return condition, mask, drop
+
+
 def state_sharding(mesh: Mesh, config: GPTConfig, slots: int) -> State:
   """Slots on the batch axes of the mesh, heads on its tensor axis."""
   state = jax.eval_shape(functools.partial(init_state, config, slots))
 
-  def place(leaf, names):
+  def sharding(leaf, names):
     names = (*names, *(None,) * (leaf.ndim - len(names)))
     return NamedSharding(mesh, spec(mesh, leaf.shape, names))
 
   heads = [
-    LayerCache(*(place(x, ("batch", "kv_heads")) for x in c)) for c in state.cache
+    LayerCache(*(sharding(x, ("batch", "kv_heads")) for x in c)) for c in state.cache
   ]
-  rest = jax.tree.map(lambda leaf: place(leaf, ("batch",)), state._replace(cache=()))
+  rest = jax.tree.map(lambda leaf: sharding(leaf, ("batch",)), state._replace(cache=()))
   return rest._replace(cache=tuple(heads))

@@ -1,4 +1,4 @@
-"""A model as the API sees it: what a request draws, and what becomes of its codes."""
+"""A model as the API sees it: a body -> requests for the engine, codes -> images."""
 
 import dataclasses
 import functools
@@ -8,24 +8,30 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from llamagen_jax.data.classes import RANGE, to_labels
+from llamagen_jax.data.classes import RANGE, shown_name, to_labels
 from llamagen_jax.errors import UserError
+from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.sampling.prompts import Prompts
 from llamagen_jax.sampling.sample import check_pair, render
 from llamagen_jax.serving.api_error import APIError
 from llamagen_jax.serving.request import Request
-from llamagen_jax.serving.schema import ImageRequest, Style, Usage
+from llamagen_jax.serving.schema import (
+  GREEDY_TEMPERATURE,
+  LONGEST_CLASS,
+  ImageRequest,
+  Usage,
+)
+from llamagen_jax.serving.sizes import Size
 from llamagen_jax.text.encoder import TextEncoder
 from llamagen_jax.weights import bundle
 
 SAMPLING = (
   "guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p",
 )  # fmt: skip
-LONGEST_CLASS = 200  # characters of a name
 KEPT_PROMPTS = 256  # whose features are kept
-GREY = 128  # of codes that are not drawn yet
+GREY = 128  # of codes that are not sampled yet
 
 
 class ImageModel:
@@ -45,7 +51,7 @@ class ImageModel:
     self.name, self.gpt, self.tokenizer, self.encoder = name, gpt, tokenizer, encoder
     if self.of_captions:
       if encoder is None:
-        raise UserError("the transformer draws prompts: give --t5, its text encoder")
+        raise UserError("the transformer takes prompts: give --t5, its text encoder")
       Prompts.of(gpt, encoder, [])  # refuses another encoder than the one it learned
     self._features = functools.lru_cache(KEPT_PROMPTS)(self._encode_prompt)
     self._encoding = threading.Lock()
@@ -55,66 +61,85 @@ class ImageModel:
     return self.gpt.config.condition == "caption"
 
   @property
-  def side(self) -> int:
-    """Of the images, in pixels."""
-    return self.gpt.config.grid * self.tokenizer.config.downsample
+  def classes(self) -> int:
+    """Number of classes; 0 for a model of captions."""
+    return 0 if self.of_captions else self.gpt.config.num_classes
 
   @property
-  def size(self) -> str:
-    return f"{self.side}x{self.side}"
+  def size(self) -> Size:
+    """Width and height of the images that it generates."""
+    side = self.gpt.config.grid * self.tokenizer.config.downsample
+    return side, side
 
   def requests(self, body: ImageRequest, seed: int) -> list[Request]:
-    """A request an image: those of `llamagen sample --count n` with that seed.
+    """Returns one request an image: those of `llamagen sample` with that seed.
 
     Raises:
-      APIError: for a model, size, prompt or class that is not there.
+      APIError: 400 for a prompt or a class that the model cannot take.
     """
-    if body.model not in (None, self.name):
-      raise APIError(
-        404,
-        f"The model '{body.model}' does not exist; this server has '{self.name}'.",
-        code="model_not_found",
-        param="model",
-      )
-    if body.size not in (None, "auto", self.size):
-      message = f"Invalid size '{body.size[:40]}': expected '{self.size}' or 'auto'."
-      raise APIError(400, message, code="invalid_value", param="size")
-    given = {field: getattr(body, field) for field in SAMPLING}
-    sampling = dataclasses.replace(
-      self.gpt.sampling, **{k: v for k, v in given.items() if v is not None}
-    )
+    sampling, negative = self._sampling(body), (None, None)
+    if self.of_captions and (body.negative_prompt or "").strip():
+      negative = self._features(body.negative_prompt)
     conditions = [c for c in self._conditions(body) for _ in range(body.n or 1)]
-    keys = [jax.random.fold_in(jax.random.key(seed), i) for i in range(len(conditions))]
+    keys = image_keys(seed, len(conditions))
     return [
-      Request(condition, key, sampling, mask)
+      Request(condition, key, sampling, mask, *negative)
       for (condition, mask), key in zip(conditions, keys, strict=True)
     ]
 
+  def warnings(self, body: ImageRequest) -> list[str]:
+    """Returns a line for each field that is valid and means nothing to this model."""
+    if body.negative_prompt and not self.of_captions:
+      return ["'negative_prompt' is ignored: this model generates classes."]
+    return []
+
+  def _sampling(self, body: ImageRequest) -> SamplingConfig:
+    given = {field: getattr(body, field) for field in SAMPLING}
+    given = {field: value for field, value in given.items() if value is not None}
+    if given.get("temperature", 1.0) < GREEDY_TEMPERATURE:
+      given |= {"temperature": 1.0, "greedy": True}
+    if "guidance_scale" in given:
+      given["guidance_scale"] = max(1.0, given["guidance_scale"])
+    return dataclasses.replace(self.gpt.sampling, **given)
+
   def _conditions(self, body: ImageRequest) -> list[tuple[Any, np.ndarray | None]]:
-    """Conditions and masks: labels, or features [P, C] and [P]."""
+    """Returns conditions and masks: labels, or features [P, C] and [P]."""
     named = "class_label" if body.class_label is not None else "class_labels"
     labels = body.class_labels if body.class_label is None else [body.class_label]
     if self.of_captions:
       if labels is not None:
-        message = "This model draws prompts, not classes."
+        message = f"'{named}': this model takes a 'prompt', such as 'a red fox'."
         raise APIError(400, message, code="invalid_value", param=named)
       if not (body.prompt or "").strip():
-        raise APIError(400, "A prompt is required.", code="missing", param="prompt")
+        message = "A prompt is required, such as 'a red fox'."
+        raise APIError(400, message, code="missing", param="prompt")
       return [self._features(body.prompt)]
     if labels is None:
       named, labels = "prompt", [(body.prompt or "").strip().removeprefix("class:")]
     return [(self._label(named, label), None) for label in labels]
 
   def _label(self, param: str, label: int | str) -> int:
-    text = str(label).strip()
+    word = str(label).strip()
+    named = word.casefold() in {name.casefold() for name in self.gpt.class_names}
+    several = len(word) > LONGEST_CLASS or "," in word or RANGE.fullmatch(word)
+    number = word.lstrip("-").isdecimal()
     try:
-      if not text or len(text) > LONGEST_CLASS or "," in text or RANGE.fullmatch(text):
-        found = f"{text[:40]!r}" if text else "nothing"
-        raise UserError(f"{found}: expected one class, an index or a name")
-      [found] = to_labels([text], self.gpt.class_names, self.gpt.config.num_classes)
+      if not word:
+        raise UserError("no class is given")
+      if several and not named:
+        raise UserError(f"{word[:40]!r} is not one class")
+      if number and not named and not 0 <= int(word) < self.classes:
+        raise UserError(f"there is no class {word[:40]}")
+      return to_labels([word], self.gpt.class_names, self.classes)[0]
     except UserError as error:
-      raise APIError(400, f"{error}.", code="invalid_value", param=param) from error
-    return found
+      message = f"Invalid '{param}': {str(error)[:200]}. {self._expected_class()}."
+      raise APIError(400, message, code="invalid_value", param=param) from error
+
+  def _expected_class(self) -> str:
+    last = self.classes - 1
+    name = shown_name(self.gpt.class_names, last)
+    example = str(last) if name in ("", str(last)) else f"{last} or '{name}'"
+    return f"Expected a class, 0 .. {last} or its name, such as {example}"
 
   def _encode_prompt(self, prompt: str) -> tuple[np.ndarray, np.ndarray]:
     with self._encoding:  # one at a time: an encoder is as large as a transformer
@@ -125,42 +150,69 @@ class ImageModel:
     c = self.gpt.config
     return Usage.of(c.prefix_tokens * images, c.image_tokens * images)
 
-  def style(self, body: ImageRequest) -> dict[str, str]:
-    return Style(output_format=body.output_format or "png", size=self.size).model_dump()
-
   def render(self, codes_BT: np.ndarray) -> np.ndarray:
-    """int32 codes [B, T] -> uint8 images [B, side, side, 3], one at a time."""
-    shape = (self.gpt.config.grid, self.side, None)
+    """int32 codes [B, T] -> uint8 images [B, H, W, 3], one at a time."""
+    shape = (self.gpt.config.grid, self.size[0], None)
     config, params = self.tokenizer.config, self.tokenizer.params
     return np.concatenate(
       [render(config, *shape, params, codes[None]) for codes in codes_BT]
     )
 
   def render_partly(self, codes: np.ndarray) -> np.ndarray:
-    """The first codes, int32 [t], -> uint8 [side, side, 3], grey where none is."""
-    c, drawn = self.gpt.config, len(codes)
+    """The first codes, int32 [t], -> uint8 [H, W, 3], grey where none is."""
+    c, count = self.gpt.config, len(codes)
     padded = np.zeros(c.image_tokens, np.int32)
-    padded[:drawn] = codes
-    # Convolutions look beyond the last row: at something that goes on like it.
-    for i in range(drawn, c.image_tokens):
-      padded[i] = padded[i - c.grid] if i >= c.grid else padded[drawn - 1]
+    padded[:count] = codes
+    # Convolutions see codes below the last one: give them a plausible continuation.
+    for i in range(count, c.image_tokens):
+      padded[i] = padded[i - c.grid] if i >= c.grid else padded[count - 1]
     image = self.render(padded[None])[0].copy()
-    blank = (np.arange(c.image_tokens) >= drawn).reshape(c.grid, c.grid)
-    image[blank.repeat(self.side // c.grid, 0).repeat(self.side // c.grid, 1)] = GREY
+    blank = (np.arange(c.image_tokens) >= count).reshape(c.grid, -1)
+    pixels = len(image) // c.grid
+    image[blank.repeat(pixels, 0).repeat(pixels, 1)] = GREY
     return image
 
-  def encode(self, image: np.ndarray, body: ImageRequest) -> bytes:
-    """uint8 [H, W, 3] -> a file in the format that was asked for."""
-    kind = body.output_format or "png"
-    quality = 100 if body.output_compression is None else body.output_compression
-    options = {} if kind == "png" else {"quality": quality}
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, format=kind, **options)
-    return file.getvalue()
-
   def warm_up(self) -> None:
-    """Compiles what the methods above run."""
+    """Compiles the programs that the methods above run."""
     self.render(np.zeros((1, self.gpt.config.image_tokens), np.int32))
-    jax.random.fold_in(jax.random.key(0), 0)
+    image_keys(0, 1)
     if self.of_captions:
       self._features("warm up")
+
+
+def image_keys(seed: int, count: int) -> np.ndarray:
+  """Returns the key data of the first images of a seed, uint32 [count, 2].
+
+  Computed on the host's CPU: an accelerator would first end the chunk that it is in.
+  """
+  words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
+  padded = 1 << (count - 1).bit_length()  # few programs for all counts
+  with jax.default_device(_host_device()):
+    return np.asarray(_fold_in(words, np.arange(padded)))[:count]
+
+
+@functools.cache
+def _host_device() -> jax.Device | None:
+  try:
+    return jax.local_devices(backend="cpu")[0]
+  except RuntimeError:  # JAX_PLATFORMS names the accelerator alone
+    return None
+
+
+@jax.jit
+def _fold_in(words_2: jax.Array, index_B: jax.Array) -> jax.Array:
+  """Words of a seed, uint32 [2], and numbers of images -> key data, uint32 [B, 2]."""
+  key = jax.random.wrap_key_data(words_2)
+  return jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, index_B))
+
+
+def encode_image(image: np.ndarray, body: ImageRequest, size: Size) -> bytes:
+  """Returns the file of an image, uint8 [H, W, 3], in the format asked for."""
+  kind = body.output_format or "png"
+  quality = 100 if body.output_compression is None else body.output_compression
+  options = {} if kind == "png" else {"quality": quality}
+  file, opened = io.BytesIO(), Image.fromarray(image)
+  if size != opened.size:  # scaled without distortion, and cropped around the centre
+    opened = ImageOps.fit(opened, size, Image.Resampling.LANCZOS)
+  opened.save(file, format=kind, **options)
+  return file.getvalue()

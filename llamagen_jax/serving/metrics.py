@@ -1,16 +1,19 @@
-"""What /metrics tells Prometheus. Rates are `rate(llamagen_images_total[1m])`."""
+"""The numbers at /metrics. Rates are such as `rate(llamagen_images_total[1m])`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import (
   CollectorRegistry,
   Counter,
   Gauge,
   Histogram,
+  Metric,
   generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
+
+from llamagen_jax.serving.worker import Worker
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 
@@ -18,13 +21,15 @@ SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 class Metrics:
   """Counters of one server, in a registry of its own."""
 
-  def __init__(self):
+  def __init__(self, workers: Mapping[str, Worker]):
+    """Makes the counters of a server with the workers of these models."""
     self.registry = CollectorRegistry()
+    self.registry.register(_WorkerState(workers))
     own = {"namespace": "llamagen", "registry": self.registry}
     self.responses = Counter(
       "responses", "by path and status", ["path", "status"], **own
     )
-    self.images = Counter("images", "finished images", **own)
+    self.images = Counter("images", "finished images", ["model"], **own)
     self.rejected = Counter("rejected", "requests turned away", ["reason"], **own)
     self.cancelled = Counter("cancelled", "requests given up", ["reason"], **own)
     self.latency = Histogram(
@@ -33,30 +38,41 @@ class Metrics:
     self.first = Histogram(
       "first_partial_seconds", "to the first partial image", buckets=SECONDS, **own
     )
+    for model in workers:
+      self.images.labels(model)
     for reason in ("queue_full", "not_ready", "draining"):
       self.rejected.labels(reason)
-    for reason in ("disconnect", "deadline"):
+    for reason in ("disconnect", "deadline", "engine_died"):
       self.cancelled.labels(reason)
 
-  def watch(self, gauges: Iterable[tuple[str, str, Callable[[], float]]]) -> None:
-    """Adds gauges (name, what it is, function) that are read at every scrape."""
-    for name, text, read in gauges:
-      gauge = Gauge(name, text, namespace="llamagen", registry=self.registry)
-      gauge.set_function(read)
-
-  def count(self, name: str, text: str, read: Callable[[], float]) -> None:
-    """Adds a counter that is read at every scrape."""
-    self.registry.register(_ReadCounter(f"llamagen_{name}", text, read))
+  def watch_ready(self, read: Callable[[], bool]) -> None:
+    """Adds the gauge of readiness, which is read at every scrape."""
+    text = "1 when everything is compiled"
+    gauge = Gauge("ready", text, namespace="llamagen", registry=self.registry)
+    gauge.set_function(read)
 
   def text(self) -> bytes:
     return generate_latest(self.registry)
 
 
-class _ReadCounter(Collector):
-  """A counter that is kept elsewhere."""
+class _WorkerState(Collector):
+  """The state of every model's worker, read at every scrape."""
 
-  def __init__(self, name: str, text: str, read: Callable[[], float]):
-    self._name, self._text, self._read = name, text, read
+  def __init__(self, workers: Mapping[str, Worker]):
+    self._workers = workers
 
-  def collect(self) -> Iterable[CounterMetricFamily]:
-    yield CounterMetricFamily(self._name, self._text, self._read())
+  def collect(self) -> Iterable[Metric]:
+    gauges = {
+      "queue_length": ("images that wait for a slot", lambda w: w.queued),
+      "slots_busy": ("guidance pairs in use", lambda w: w.busy_slots),
+      "slots": ("guidance pairs", lambda w: w.slots),
+    }
+    for name, (text, read) in gauges.items():
+      family = GaugeMetricFamily(f"llamagen_{name}", text, labels=["model"])
+      for model, worker in self._workers.items():
+        family.add_metric([model], read(worker))
+      yield family
+    codes = CounterMetricFamily("llamagen_codes", "of all requests", labels=["model"])
+    for model, worker in self._workers.items():
+      codes.add_metric([model], worker.codes_sampled)
+    yield codes

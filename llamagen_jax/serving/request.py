@@ -1,9 +1,8 @@
-"""One image to draw, as the API hands it to the engine."""
+"""One image to generate, as the API hands it to the engine."""
 
 import dataclasses
 from typing import Any
 
-import jax
 import numpy as np
 
 from llamagen_jax.gpt.sampling_config import SamplingConfig
@@ -11,12 +10,14 @@ from llamagen_jax.gpt.sampling_config import SamplingConfig
 
 @dataclasses.dataclass(eq=False)
 class Request:
-  """One image to draw, and its codes as they come."""
+  """One image to generate, and its codes as they come."""
 
   condition: Any  # a label, or caption features [P, C]
-  key: jax.Array  # image i of `sample(seed)` has fold_in(key(seed), i)
+  key: np.ndarray  # data of a key, uint32 [2]; image i of a seed: fold_in(key(seed), i)
   sampling: SamplingConfig = SamplingConfig()
   condition_mask: np.ndarray | None = None  # [P], 0 on the padding of a caption
+  negative: np.ndarray | None = None  # features [P, C] that guidance leads away from
+  negative_mask: np.ndarray | None = None  # [P]
   codes: list[int] = dataclasses.field(default_factory=list)
 
   @property

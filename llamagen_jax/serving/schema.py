@@ -1,7 +1,7 @@
-"""What goes over the wire: OpenAI's images API, and what this server adds to it.
+"""Bodies of requests and responses: OpenAI's images API, and this server's additions.
 
 Fields that OpenAI documents and that change nothing here (quality, user, style, ...)
-are read and checked; one that nobody documents is an error.
+are read and checked.
 """
 
 import time
@@ -12,14 +12,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from llamagen_jax.gpt.sampling_config import SCHEDULES
 
 LONGEST_PROMPT = 32_000  # characters, as OpenAI's
-LARGEST_SEED = 2**31 - 1  # JAX makes keys of int32
+LONGEST_CLASS = 200
+LARGEST_SEED = 2**63 - 1
+RANDOM_SEED = -1
+GREEDY_TEMPERATURE = 1e-3  # below it the most probable code is taken
 
-Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+Seed = Annotated[int, Field(ge=RANDOM_SEED, le=LARGEST_SEED)]
 ClassLabel = (
   Annotated[int, Field(ge=0, le=2**31 - 1)]
-  | Annotated[str, Field(min_length=1, max_length=200)]
+  | Annotated[str, Field(min_length=1, max_length=LONGEST_CLASS)]
 )
 Schedule = Literal[*SCHEDULES]
+OutputFormat = Literal["png", "jpeg", "webp"]
 
 
 class ImageRequest(BaseModel):
@@ -32,11 +36,20 @@ class ImageRequest(BaseModel):
     max_length=LONGEST_PROMPT,
     description="A text; for a model of classes `class:207`, an index or a name.",
   )
-  model: str | None = None
+  negative_prompt: str | None = Field(
+    None,
+    max_length=LONGEST_PROMPT,
+    description="What guidance leads away from; for models of prompts.",
+  )
+  model: str | None = Field(None, description="One of /v1/models, or an alias.")
   n: int | None = Field(None, ge=1, description="Images of the prompt; default 1.")
-  size: str | None = Field(None, description="The model's only size, or `auto`.")
-  response_format: Literal["b64_json", "url"] | None = None
-  output_format: Literal["png", "jpeg", "webp"] | None = None
+  size: str | None = Field(
+    None, description="WIDTHxHEIGHT or `auto`; /v1/models says what a model generates."
+  )
+  response_format: Literal["b64_json", "url"] | None = Field(
+    None, description="Default: both."
+  )
+  output_format: OutputFormat | None = None
   output_compression: int | None = Field(
     None, ge=0, le=100, description="Quality of jpeg and webp; 100 is best."
   )
@@ -57,13 +70,17 @@ class ImageRequest(BaseModel):
   safety_identifier: str | None = Field(None, max_length=512)
   # Ours.
   seed: Seed | None = Field(
-    None, description="Same seed and settings, same images; drawn if not given."
+    None, description="Same seed and settings, same images; -1 or none: a random one."
   )
-  guidance_scale: float | None = Field(None, ge=1, le=1000)
+  guidance_scale: float | None = Field(
+    None, ge=0, le=1000, description="1 or less: no guidance."
+  )
   guidance_schedule: Schedule | None = None
-  temperature: float | None = Field(None, ge=1e-3, le=1000)
-  top_k: int | None = Field(None, ge=0, le=2**31 - 1)
-  top_p: float | None = Field(None, gt=0, le=1)
+  temperature: float | None = Field(
+    None, ge=0, le=1000, description="0: always the most probable code."
+  )
+  top_k: int | None = Field(None, ge=0, le=2**31 - 1, description="0: off.")
+  top_p: float | None = Field(None, gt=0, le=1, description="1: off.")
   class_label: ClassLabel | None = Field(
     None, description="Index or name of a class; stands in for the prompt."
   )
@@ -73,6 +90,11 @@ class ImageRequest(BaseModel):
     max_length=1000,
     description="Several classes, `n` images of each.",
   )
+
+  @property
+  def count(self) -> int:
+    """Images that are asked for."""
+    return (self.n or 1) * len(self.class_labels or [0])
 
 
 class InputDetails(BaseModel):
@@ -101,10 +123,11 @@ class Usage(BaseModel):
 class Style(BaseModel):
   """How the images of a response are stored; part of responses and of events."""
 
+  model: str = Field(description="The name of the model that generated the images.")
   background: Literal["opaque"] = "opaque"
-  output_format: Literal["png", "jpeg", "webp"]
+  output_format: OutputFormat
   quality: Literal["auto"] = "auto"
-  size: str
+  size: str = Field(description="WIDTHxHEIGHT of the images.")
 
 
 class Image(BaseModel):
@@ -116,15 +139,21 @@ def now() -> int:
   return int(time.time())
 
 
+Warnings = Annotated[
+  list[str] | None, Field(description="Fields that were ignored, and other sizes.")
+]
+
+
 class ImagesResponse(Style):
   created: int = Field(default_factory=now)
   data: list[Image]
   usage: Usage
   seed: int = Field(description="What to send to get these images again.")
+  warnings: Warnings = None
 
 
 class PartialImage(Style):
-  """Event: the rows of an image that are drawn, grey below them."""
+  """Event: the rows of an image that are generated, grey below them."""
 
   type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
   b64_json: str
@@ -143,6 +172,7 @@ class Completed(Style):
   image_index: int
   usage: Usage
   seed: int
+  warnings: Warnings = None
 
 
 class Model(BaseModel):
@@ -150,6 +180,10 @@ class Model(BaseModel):
   object: Literal["model"] = "model"
   created: int
   owned_by: str = "llamagen"
+  size: str = Field(description="WIDTHxHEIGHT that it generates.")
+  condition: Literal["class", "caption"]
+  classes: int | None = Field(None, description="Number of classes, if it has any.")
+  aliases: list[str] = Field([], description="Other names that requests may use.")
 
 
 class ModelList(BaseModel):

@@ -1,145 +1,200 @@
-"""From a request to images: admission, deadline, and what is counted on the way."""
+"""From a request to images: admission, deadline, and counting."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 import dataclasses
 import math
+import random
 import secrets
 import time
 
 from anyio import to_thread
 import numpy as np
 
+from llamagen_jax.errors import UserError
 from llamagen_jax.serving.api_error import APIError
 from llamagen_jax.serving.image_model import ImageModel
 from llamagen_jax.serving.metrics import Metrics
-from llamagen_jax.serving.protocol import (
-  Backend,
+from llamagen_jax.serving.schema import RANDOM_SEED, ImageRequest, Style
+from llamagen_jax.serving.sizes import choose_size, text
+from llamagen_jax.serving.worker import (
   Finished,
   Progress,
   QueueFull,
   RequestHandle,
+  Worker,
 )
-from llamagen_jax.serving.schema import LARGEST_SEED, ImageRequest
 
-SMOOTHING = 0.1  # share of a new request in the mean time that one takes
 WARM_UP_SECONDS = 10  # to try again after, when the programs are not compiled yet
+# OpenAI's names, which clients send unless they are told another one.
+OPENAI_NAMES = ("dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-1-mini")
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What a request may ask for."""
+  """What a request may ask for, and how its fields are read."""
 
-  images: int  # of one request
-  seconds: float  # until it is done
-  body_bytes: int
+  images: int = 10  # of one request
+  seconds: float = 300.0  # until it is done
+  body_bytes: int = 1_000_000
+  aliases: tuple[str, ...] = OPENAI_NAMES  # of the first model
+  any_model: bool = False  # every unknown name means the first model
+  strict: bool = False  # refuse unknown fields instead of ignoring them
+  size_policy: str = "nearest"  # one of sizes.POLICIES
 
 
 class Service:
-  """Admits requests to one backend. Lives in one event loop."""
+  """Admits requests to the workers of its models. Lives in one event loop."""
 
-  def __init__(self, image_model: ImageModel, backend: Backend, limits: Limits):
-    self.image_model, self.backend, self.limits = image_model, backend, limits
-    self.metrics = Metrics()
+  def __init__(self, workers: Mapping[ImageModel, Worker], limits: Limits):
+    """Makes the service of one model or more; the first one is the default.
+
+    Raises:
+      UserError: two models of the same name.
+    """
+    self.workers, self.limits = dict(workers), limits
+    self.models = {model.name: model for model in workers}
+    if len(self.models) < len(self.workers):
+      names = ", ".join(model.name for model in workers)
+      raise UserError(f"models {names}: expected names that differ (--name)")
+    self.metrics = Metrics({m.name: worker for m, worker in workers.items()})
+    self.metrics.watch_ready(lambda: self.ready)
     self.draining = self._warm = False
-    self._mean_seconds = 1.0
-    self.metrics.watch([
-      ("queue_length", "images that wait for a slot", lambda: backend.queued),
-      ("slots_busy", "guidance pairs in use", lambda: backend.busy_slots),
-      ("slots", "guidance pairs", lambda: backend.slots),
-      ("ready", "1 when everything is compiled", lambda: self.ready),
-    ])  # fmt: skip
-    self.metrics.count("codes", "codes of all requests", lambda: backend.codes_drawn)
+
+  @property
+  def default_model(self) -> ImageModel:
+    return next(iter(self.workers))
 
   @property
   def ready(self) -> bool:
-    """Whether requests are welcome."""
-    return self._warm and self.backend.ready and not self.draining
+    """Whether everything is compiled, and nobody has asked the server to stop."""
+    ready = all(worker.ready for worker in self.workers.values())
+    return self._warm and ready and not self.draining
 
   @property
   def alive(self) -> bool:
-    return self.backend.alive
+    return all(worker.alive for worker in self.workers.values())
+
+  def start(self) -> None:
+    """Starts the workers, which compile first."""
+    for worker in self.workers.values():
+      worker.start()
+
+  def stop(self) -> None:
+    """Ends the workers; blocks until they have."""
+    for worker in self.workers.values():
+      worker.stop()
 
   async def warm_up(self) -> None:
-    """Compiles what runs on this side; requests are refused until then."""
-    await to_thread.run_sync(self.image_model.warm_up)
+    """Compiles the programs beside the engines'; requests are refused until then."""
+    for model in self.workers:
+      await to_thread.run_sync(model.warm_up)
     self._warm = True
 
-  async def admit(self, body: ImageRequest) -> "ActiveRequest":
+  def model(self, name: str | None) -> ImageModel:
+    """Returns the model of that name.
+
+    Raises:
+      APIError: 404, which names those that exist.
+    """
+    if name in self.models:
+      return self.models[name]
+    if name is None or name in self.limits.aliases or self.limits.any_model:
+      return self.default_model
+    known = ", ".join(f"'{known}'" for known in self.models)
+    message = f"The model '{name[:60]}' does not exist; this server has {known}."
+    raise APIError(404, message, code="model_not_found", param="model")
+
+  def most_images(self, model: ImageModel) -> int:
+    """Images that one request may ask of a model."""
+    return min(self.limits.images, self.workers[model].capacity)
+
+  async def admit(self, body: ImageRequest, warnings: list[str]) -> "ActiveRequest":
     """Queues every image of a request, or none.
 
     Raises:
       APIError: 503 before the start and after the end, 429 when the queue is full,
-        400 and 404 for what the model cannot draw.
+        400 and 404 for a field that the model cannot serve.
     """
     started = time.monotonic()
-    count = (body.n or 1) * len(body.class_labels or [0])
-    if count > self.limits.images:
-      message = f"{count} images: this server draws at most {self.limits.images}."
+    model = self.model(body.model)
+    size, resized = choose_size(body.size, model.size, self.limits.size_policy)
+    if body.count > self.most_images(model):
+      message = f"{body.count} images: expected 1 .. {self.most_images(model)}."
       raise APIError(400, message, code="invalid_value", param="n")
+    if body.partial_images and not body.stream:
+      message = "'partial_images' goes with 'stream': true."
+      raise APIError(400, message, code="invalid_value", param="partial_images")
     self._check_open()
-    self._check_places(count)
-    seed = secrets.randbelow(LARGEST_SEED + 1) if body.seed is None else body.seed
-    requests = await to_thread.run_sync(self.image_model.requests, body, seed)
-    self._check_places(count)
-    handles: list[RequestHandle] = []
+    worker = self.workers[model]
+    if worker.free_places < body.count:
+      self._refuse_full(worker, body.count)
+    random_seed = body.seed is None or body.seed == RANDOM_SEED
+    seed = secrets.randbelow(2**31) if random_seed else body.seed
+    requests = await to_thread.run_sync(model.requests, body, seed)
+    self._check_open()
     try:
-      for request in requests:
-        handles.append(self.backend.submit(request))
+      handles = worker.submit(requests)
     except QueueFull:
-      for handle in handles:
-        handle.cancel()
-      self._reject_full(count)
-    return ActiveRequest(self, body, seed, handles, started)
-
-  def done(self, seconds: float) -> None:
-    """A request took so long."""
-    self.metrics.latency.observe(seconds)
-    self._mean_seconds += SMOOTHING * (seconds - self._mean_seconds)
+      self._refuse_full(worker, body.count)
+    style = Style(
+      model=model.name, output_format=body.output_format or "png", size=text(size)
+    )
+    warnings = [*warnings, *resized, *model.warnings(body)]
+    return ActiveRequest(
+      service=self, model=model, body=body, seed=seed, size=size, style=style,
+      warnings=warnings or None, handles=handles, started=started,
+    )  # fmt: skip
 
   def _check_open(self) -> None:
     if self.draining:
       self.metrics.rejected.labels("draining").inc()
-      raise APIError(
-        503, "The server is shutting down.", code="draining", retry_after=1
-      )
+      message = "The server is shutting down."
+      raise APIError(503, message, code="draining", retry_after=1)
     if not self.ready:
       self.metrics.rejected.labels("not_ready").inc()
-      what = "The server is starting." if self.alive else "The engine has died."
-      raise APIError(503, what, code="not_ready", retry_after=WARM_UP_SECONDS)
+      message = "The server is starting." if self.alive else "The engine has died."
+      raise APIError(503, message, code="not_ready", retry_after=WARM_UP_SECONDS)
 
-  def _check_places(self, count: int) -> None:
-    if self.backend.free_places < count:
-      self._reject_full(count)
-
-  def _reject_full(self, count: int) -> None:
+  def _refuse_full(self, worker: Worker, count: int) -> None:
     self.metrics.rejected.labels("queue_full").inc()
-    # Little's law: the server finishes as many a second as it holds per mean time.
-    held = self.backend.queued + self.backend.slots
-    seconds = max(1, math.ceil(self._mean_seconds * count / held))
+    seconds = retry_seconds(worker, count)
     message = f"The queue is full; try again in {seconds} s."
     raise APIError(429, message, code="rate_limit_exceeded", retry_after=seconds)
 
 
+def retry_seconds(worker: Worker, count: int) -> int:
+  """Returns the seconds until `count` images more can be expected to find a place.
+
+  That is the time in which the slots finish what waits and those images; spread over
+  as much again, so that the clients of a burst do not come back together.
+  """
+  waves = (worker.queued + count) / worker.slots
+  seconds = max(1, math.ceil(worker.mean_seconds * waves))
+  return seconds + random.randint(0, seconds)
+
+
+@dataclasses.dataclass(eq=False)
 class ActiveRequest:
   """The images of one admitted request. Whoever holds it must `close` it."""
 
-  def __init__(
-    self,
-    service: Service,
-    body: ImageRequest,
-    seed: int,
-    handles: list[RequestHandle],
-    started: float,
-  ):
-    self.body, self.seed = body, seed
-    self._service, self._handles, self._started = service, handles, started
-    self._missing = len(handles)
+  service: Service
+  model: ImageModel
+  body: ImageRequest
+  seed: int
+  size: tuple[int, int]  # of the images in the response
+  style: Style
+  warnings: list[str] | None
+  handles: list[RequestHandle]
+  started: float  # by time.monotonic
+
+  def __post_init__(self):
+    self._missing = len(self.handles)
     self._followers: list[asyncio.Task] = []
     self._reason = "disconnect"
 
   async def images(self) -> list[np.ndarray]:
-    """All of them, uint8 [side, side, 3]. Raises what `events` raises."""
+    """Returns all images, uint8 [H, W, 3]. Raises what `events` raises."""
     images = {}
     async for index, event in self.events():
       if isinstance(event, Finished):
@@ -147,19 +202,19 @@ class ActiveRequest:
     return [images[i] for i in sorted(images)]
 
   async def events(self) -> AsyncIterator[tuple[int, Progress | Finished]]:
-    """(number of an image, what happened to it), until all are finished.
+    """Yields (number of an image, event of that image), until all are finished.
 
     Raises:
-      APIError: 503 after the deadline, or when the backend has died.
+      APIError: 503 after the deadline, or when the engine has died.
     """
     events: asyncio.Queue = asyncio.Queue()
     self._followers = [
       asyncio.create_task(_follow(i, handle, events))
-      for i, handle in enumerate(self._handles)
+      for i, handle in enumerate(self.handles)
     ]
-    limit = self._service.limits.seconds
+    limit = self.service.limits.seconds
     while self._missing:
-      left = limit - (time.monotonic() - self._started)
+      left = limit - (time.monotonic() - self.started)
       try:
         index, event = await asyncio.wait_for(events.get(), max(0.0, left))
       except TimeoutError:
@@ -167,27 +222,28 @@ class ActiveRequest:
         message = f"The request was not done after {limit:g} s."
         raise APIError(503, message, code="deadline_exceeded", retry_after=1) from None
       if isinstance(event, Exception):
+        self._reason = "engine_died"
         raise APIError(503, "The engine has died.", code="engine_died") from event
       if isinstance(event, Finished):
         self._missing -= 1
-        self._service.metrics.images.inc()
+        self.service.metrics.images.labels(self.model.name).inc()
         if not self._missing:
-          self._service.done(time.monotonic() - self._started)
+          self.service.metrics.latency.observe(time.monotonic() - self.started)
       yield index, event
 
   def first_partial(self) -> None:
     """Notes that the first partial image is on its way."""
-    self._service.metrics.first.observe(time.monotonic() - self._started)
+    self.service.metrics.first.observe(time.monotonic() - self.started)
 
   def close(self) -> None:
-    """Gives up what is not finished, and its slots."""
+    """Gives up unfinished images, and frees their slots."""
     for task in self._followers:
       task.cancel()
-    for handle in self._handles:
+    for handle in self.handles:
       handle.cancel()
     if self._missing:
-      self._service.metrics.cancelled.labels(self._reason).inc()
-    self._missing, self._handles = 0, []
+      self.service.metrics.cancelled.labels(self._reason).inc()
+    self._missing, self.handles = 0, []
 
 
 async def _follow(index: int, handle: RequestHandle, events: asyncio.Queue) -> None:

@@ -36,7 +36,7 @@ def test_values_have_the_types_of_the_fields():
   found = parse("--out", "x", "--texts", "a b", "c", "--no-mirror", "--fast",
                 "--count=3", "--share=0.5", "--kind=b")  # fmt: skip
   assert found == Options(
-    out="x", texts=["a b", "c"], mirror=False, fast=True, count=3, share=0.5, kind="b"
+    out="x", texts=("a b", "c"), mirror=False, fast=True, count=3, share=0.5, kind="b"
   )
 
 

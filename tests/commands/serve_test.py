@@ -3,6 +3,7 @@
 import base64
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
+import importlib.util
 import io
 import os
 import re
@@ -21,6 +22,7 @@ pytest.importorskip("uvicorn")
 
 import llamagen_jax as lg  # noqa: E402
 from llamagen_jax.commands import cli  # noqa: E402
+from llamagen_jax.serving import http_server  # noqa: E402
 from tests.sampling import fid_batch_test  # noqa: E402
 
 saved = fid_batch_test.saved
@@ -47,7 +49,7 @@ class Process:
       assert time.monotonic() < end and self.process.poll() is None
       time.sleep(0.1)
 
-  def draw(self, **body) -> httpx.Response:
+  def generate(self, **body) -> httpx.Response:
     path = f"{self.url}/v1/images/generations"
     return httpx.post(path, json=body, timeout=SECONDS)
 
@@ -94,40 +96,44 @@ def test_the_images_of_sample(saved, server, sampling):
   gpt, tokenizer = lg.load_gpt(saved / "gpt"), lg.load_tokenizer(saved / "vq")
   expected = lg.sample(gpt, tokenizer, [2, 2, 0, 0], seed=11, **sampling)
   with ThreadPoolExecutor(9) as pool:
-    noise = [pool.submit(server.draw, prompt="3", n=2, temperature=2) for _ in range(8)]
-    response = server.draw(class_labels=[2, 0], n=2, seed=11, **sampling)
+    noise = [
+      pool.submit(server.generate, prompt="3", n=2, temperature=2) for _ in range(8)
+    ]
+    response = server.generate(class_labels=[2, 0], n=2, seed=11, **sampling)
     assert {future.result().status_code for future in noise} == {200}
   found = [opened(image["b64_json"]) for image in response.json()["data"]]
   np.testing.assert_array_equal(found, expected)
 
 
-def held_or_drawn(server) -> float:
-  """Images that wait, are being drawn, or are done."""
+def held_or_done(server) -> float:
+  """Images that wait, are being generated, or are done."""
   text = httpx.get(f"{server.url}/metrics").text
   names = ("queue_length", "slots_busy", "images_total")
-  return sum(float(re.search(rf"^llamagen_{n} (\S+)", text, re.M)[1]) for n in names)
+  patterns = [rf'^llamagen_{name}{{model="gpt"}} (\S+)' for name in names]
+  return sum(float(re.search(pattern, text, re.M)[1]) for pattern in patterns)
 
 
 def test_sigterm_finishes_what_was_accepted(saved):
   with running(saved, "--slots=1", "--chunk=1", "--queue=50") as server:
     with ThreadPoolExecutor(10) as pool:
-      posts = [pool.submit(server.draw, prompt="1", n=4) for _ in range(10)]
+      posts = [pool.submit(server.generate, prompt="1", n=4) for _ in range(10)]
       # All are in then; the three numbers are of three moments.
-      while held_or_drawn(server) < 38:
+      while held_or_done(server) < 38:
         time.sleep(0.01)
       server.process.send_signal(signal.SIGTERM)
       answers = [post.result() for post in posts]
     assert [answer.status_code for answer in answers] == [200] * 10
     assert server.process.wait(SECONDS) == 0
     with pytest.raises(httpx.TransportError):
-      server.draw(prompt="1")
+      server.generate(prompt="1")
 
 
 def test_killed_and_started_again(saved):
   bodies = []
   for _ in range(2):
     with running(saved, "--slots=2") as server:
-      bodies.append(server.draw(prompt="1", seed=4).json()["data"])
+      response = server.generate(prompt="1", seed=4, response_format="b64_json")
+      bodies.append(response.json()["data"])
       server.process.kill()  # and so at once
   assert bodies[0] == bodies[1]
 
@@ -136,7 +142,11 @@ def test_killed_and_started_again(saved):
   ("", "--gpt and --tokenizer, or --workdir"),
   ("--workdir=x --gpt=y", "--workdir stands for"),
   ("--workdir=nothing", "nothing/gpt/bundle: no config.json"),
-  ("--gpt=x --tokenizer=y --slots=0", "--slots=0: expected 1 or more"),
+  ("--gpt x y --tokenizer a b c", "--tokenizer: 3 for 2 transformers"),
+  ("--gpt=x --gpt=y --tokenizer=a --name=z", "--name: 1 for 2 transformers"),
+  ("--gpt=x --tokenizer=y --public-url=art.example", "--public-url=art.example"),
+  ("--gpt=x --tokenizer=y --size-policy=any", "--size-policy"),
+  ("--gpt=x --tokenizer=y --slots=0", "--slots: 0: expected 1 or more"),
   ("--gpt=x --tokenizer=y --port=70000", "--port=70000"),
   ("--gpt=x --tokenizer=y --address=no.such.host.", "--address=no.such.host."),
 ])  # fmt: skip
@@ -145,6 +155,31 @@ def test_bad_flags(flags, words, capsys, tmp_path, monkeypatch):
   assert cli.run(["serve", "--port=0", *flags.split()]) == 2
   error = capsys.readouterr().err
   assert words in error and error.count("\n") == 1
+
+
+def test_two_models_that_share_a_tokenizer(saved):
+  flags = f"--gpt={saved}/gpt --name small again --slots=2 --any-model".split()
+  with running(saved, *flags) as server:
+    models = httpx.get(f"{server.url}/v1/models").json()["data"]
+    assert [model["id"] for model in models] == ["small", "again"]
+    for asked, answers in [("again", "again"), ("other", "small")]:
+      response = server.generate(prompt="1", model=asked)
+      assert response.json()["model"] == answers
+
+
+@pytest.mark.parametrize("flags, said", [("", True), ("--no-demo", False)])
+def test_says_that_the_demo_is_missing(saved, monkeypatch, capsys, flags, said):
+  find_spec = importlib.util.find_spec
+
+  def without_gradio(name, *args):
+    return None if name == "gradio" else find_spec(name, *args)
+
+  monkeypatch.setattr(importlib.util, "find_spec", without_gradio)
+  monkeypatch.setattr(http_server, "run", lambda *args: None)
+  command = f"serve --gpt {saved}/gpt --tokenizer {saved}/vq --port 0 {flags}"
+  assert cli.run(command.split()) == 0
+  line = "no demo: it needs pip install 'llamagen_jax[demo]'"
+  assert (line in capsys.readouterr().out) == said
 
 
 def test_a_port_that_is_taken(server, saved, capsys):

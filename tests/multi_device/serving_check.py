@@ -10,7 +10,7 @@ from llamagen_jax.weights import bundle
 from tests.serving.engine_test import (
   CAPTIONS,
   CLASSES,
-  drawn_alone,
+  generated_alone,
   request,
   transformer,
 )
@@ -28,17 +28,17 @@ def placed(gpt, mesh):
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_draws_what_one_device_draws(gpt, tensor):
+def test_has_the_codes_of_one_device(gpt, tensor):
   mesh = make_mesh(tensor=tensor)
   engine = Engine(placed(gpt, mesh), slots=8, chunk=4)
   waiting = [request(gpt, number) for number in range(20)]
   requests = list(waiting)
-  while waiting or engine.busy_rows:
+  while waiting or not engine.idle:
     while waiting and engine.join(waiting[0]):
       waiting.pop(0)
     engine.advance()
-  same = [r.codes == drawn_alone(gpt, r) for r in requests]
-  # Sums over parts of a model may round otherwise, and a rare draw with them.
+  same = [r.codes == generated_alone(gpt, r) for r in requests]
+  # Sums over parts of a model may round otherwise, and a rare code with them.
   assert all(same) if tensor == 1 else sum(same) >= 18
 
 

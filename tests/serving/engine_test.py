@@ -46,29 +46,67 @@ def request(gpt, number: int) -> Request:
     condition = rng.standard_normal((c.caption_tokens, c.caption_dim), np.float32)
     mask = np.arange(c.caption_tokens) >= rng.integers(c.caption_tokens)
     condition, mask = condition * mask[:, None], mask.astype(np.int32)
-  key = jax.random.fold_in(jax.random.key(3), number)
-  return Request(condition, key, SETTINGS[number % len(SETTINGS)], mask)
+  key = jax.random.key_data(jax.random.fold_in(jax.random.key(3), number))
+  return Request(condition, np.asarray(key), SETTINGS[number % len(SETTINGS)], mask)
 
 
-def drawn_alone(gpt, r: Request) -> list[int]:
-  """By the loop of `sample`."""
+def generated_alone(gpt, r: Request) -> list[int]:
+  """Returns the codes of a request by the loop of `sample`."""
   mask = None if r.condition_mask is None else r.condition_mask[None]
   condition = np.asarray(r.condition)[None]
-  codes = generate(gpt.config, gpt.params, condition, r.key[None], mask, r.sampling)
+  if r.negative is not None:
+    condition = np.stack([condition, r.negative[None]], axis=1)
+    mask = np.stack([mask, r.negative_mask[None]], axis=1)
+  keys = jax.random.wrap_key_data(r.key[None])
+  codes = generate(gpt.config, gpt.params, condition, keys, mask, r.sampling)
   return codes[0].tolist()
 
 
 @pytest.mark.parametrize("chunk", [4, 5])
-def test_a_full_mixed_batch_draws_what_sample_draws(gpt, chunk):
+def test_a_full_mixed_batch_has_the_codes_of_sample(gpt, chunk):
   engine = Engine(gpt, slots=7, chunk=chunk)
   requests = [request(gpt, number) for number in range(8)]
   assert all(engine.join(r) for r in requests)
   assert not engine.join(request(gpt, 9))  # the two without guidance share a slot
-  while engine.busy_rows:
+  while not engine.idle:
     engine.advance()
   for r in requests:
-    assert r.codes == drawn_alone(gpt, r)
-  assert engine.codes_drawn == 8 * gpt.config.image_tokens
+    assert r.codes == generated_alone(gpt, r)
+  assert engine.codes_sampled == 8 * gpt.config.image_tokens
+
+
+def test_a_negative_prompt(gpt):
+  if gpt.config.condition != "caption":
+    pytest.skip("classes have no negative")
+  engine = Engine(gpt, slots=2, chunk=4)
+  # Numbers 1 and 2 have guidance; 7 has, too, and no negative prompt.
+  other = request(gpt, 20)
+  requests = [
+    dataclasses.replace(
+      request(gpt, number), negative=other.condition, negative_mask=other.condition_mask
+    )
+    for number in (1, 2)
+  ]
+  for r in [*requests, request(gpt, 7)]:
+    while not engine.join(r):
+      engine.advance()
+  plain = generated_alone(gpt, request(gpt, 1))
+  while not engine.idle:
+    engine.advance()
+  assert all(r.codes == generated_alone(gpt, r) for r in requests)
+  assert requests[0].codes != plain
+
+
+def test_the_device_runs_one_chunk_ahead(gpt):
+  engine = Engine(gpt, slots=1, chunk=8)
+  r = request(gpt, 1)
+  assert engine.join(r)
+  assert engine.advance() == [] and r.codes == []  # started, and not waited for
+  assert engine.advance() == [r] and len(r.codes) == 8
+  # All codes are on their way: the slot is free before they are read.
+  assert engine.busy_rows == 0 and not engine.idle
+  assert engine.join(request(gpt, 2))
+  assert engine.advance() == [r] and r.codes == generated_alone(gpt, r)
 
 
 def test_200_requests_that_come_and_go(gpt):
@@ -79,7 +117,7 @@ def test_200_requests_that_come_and_go(gpt):
   expected, here, done = {}, [], []
   for r in waiting:
     assert solo.join(twin := dataclasses.replace(r, codes=[]))
-    while solo.busy_rows:
+    while not solo.idle:
       solo.advance()
     expected[r] = twin.codes
   while waiting or here:
@@ -110,7 +148,7 @@ def test_nothing_compiles_after_the_warm_up(gpt):
 
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:
-    while requests or engine.busy_rows:
+    while requests or not engine.idle:
       while requests and engine.join(requests[0]):
         requests.pop(0)
       engine.advance()

@@ -1,97 +1,69 @@
-"""A backend without a model, whose codes are a function of the request's key."""
+"""An engine without a model, whose codes are a function of the request's key."""
 
-import asyncio
-from collections.abc import Callable
+import threading
+import time
+import types
 
-import jax
 import numpy as np
 
-from llamagen_jax.serving.protocol import Finished, Progress, QueueFull, WorkerDied
 from llamagen_jax.serving.request import Request
 
 VOCABULARY = 16
 
 
 def codes_of(request: Request, count: int) -> np.ndarray:
-  """What the fake draws for a request, int32 [count]."""
-  seed = np.asarray(jax.random.key_data(request.key))
-  return np.random.default_rng(seed).integers(0, VOCABULARY, count, np.int32)
+  """Returns the codes that the fake generates for a request, int32 [count]."""
+  return np.random.default_rng(request.key).integers(0, VOCABULARY, count, np.int32)
 
 
-class FakeHandle:
-  def __init__(self, backend: "FakeDrawer", request: Request):
-    self._drawer = backend
-    self.codes, self.drawn = codes_of(request, backend.image_tokens), 0
-    self.events: asyncio.Queue = asyncio.Queue()
+class FakeEngine:
+  """Slots that move `chunk` codes a tick; each holds one image.
 
-  async def __aiter__(self):
-    while True:
-      event = await self.events.get()
-      if isinstance(event, Exception):
-        raise event
-      yield event
-      if isinstance(event, Finished):
-        return
+  The worker around it is the real one.
+  """
 
-  def cancel(self) -> None:
-    for line in (self._drawer.waiting, self._drawer.running):
-      if self in line:
-        line.remove(self)
-
-
-class FakeDrawer:
-  """Slots that move `chunk` codes a tick, in the event loop."""
-
-  def __init__(
-    self, render: Callable, image_tokens: int, *, slots=2, places=4, tick=0.002, chunk=1
-  ):
-    self.render, self.image_tokens = render, image_tokens
-    self.slots, self.places, self.tick, self.chunk = slots, places, tick, chunk
-    self.ready = self.alive = True
-    self.codes_drawn = 0
+  def __init__(self, image_tokens: int, *, slots=2, tick=0.002, chunk=1, compiled=None):
+    self.config = types.SimpleNamespace(image_tokens=image_tokens)
+    self.slots, self.tick, self.chunk = slots, tick, chunk
+    self.codes_sampled = 0
     self.last = image_tokens  # no image gets beyond this code
-    self.waiting: list[FakeHandle] = []
-    self.running: list[FakeHandle] = []
-    self.requests: list[Request] = []
-    self.stopped = False
+    self._compiled: threading.Event | None = compiled  # warming up waits for it
+    self.requests: list[Request] = []  # all that ever joined
+    self.error: Exception | None = None  # raised by the next tick
+    self._running: list[Request] = []
 
-  queued = property(lambda self: len(self.waiting))
-  busy_slots = property(lambda self: len(self.running))
-  free_places = property(lambda self: self.places - len(self.waiting))
+  @property
+  def busy_rows(self) -> int:
+    return 2 * len(self._running)
 
-  def start(self) -> None:
-    self._task = asyncio.get_running_loop().create_task(self._run())
+  @property
+  def idle(self) -> bool:
+    return not self._running
 
-  def stop(self) -> None:
-    self.stopped = True
+  def warm_up(self) -> None:
+    if self._compiled:
+      assert self._compiled.wait(60)
 
-  def submit(self, request: Request) -> FakeHandle:
-    if not self.free_places:
-      raise QueueFull
+  def join(self, request: Request) -> bool:
+    if len(self._running) == self.slots:
+      return False
     self.requests.append(request)
-    handle = FakeHandle(self, request)
-    self.waiting.append(handle)
-    return handle
+    self._running.append(request)
+    return True
 
-  def die(self) -> None:
-    """As a thread that ends with an exception."""
-    self.ready = self.alive = False
-    for handle in [*self.running, *self.waiting]:
-      handle.events.put_nowait(WorkerDied("fake"))
-    self.running, self.waiting = [], []
+  def leave(self, request: Request) -> None:
+    if request in self._running:
+      self._running.remove(request)
 
-  async def _run(self) -> None:
-    while not self.stopped:
-      await asyncio.sleep(self.tick)
-      while self.waiting and len(self.running) < self.slots:
-        self.running.append(self.waiting.pop(0))
-      for handle in list(self.running):
-        fresh = min(self.chunk, self.last - handle.drawn)
-        handle.drawn += fresh
-        self.codes_drawn += fresh
-        codes = handle.codes[: handle.drawn]
-        if handle.drawn < self.image_tokens:
-          handle.events.put_nowait(Progress(codes))
-          continue
-        self.running.remove(handle)
-        handle.events.put_nowait(Finished(self.render(codes[None])[0], codes))
+  def advance(self) -> list[Request]:
+    time.sleep(self.tick)
+    if self.error:
+      raise self.error
+    moved = [request for request in self._running if len(request.codes) < self.last]
+    for request in moved:
+      end = min(self.last, len(request.codes) + self.chunk)
+      self.codes_sampled += end - len(request.codes)
+      request.codes = codes_of(request, self.config.image_tokens)[:end].tolist()
+      if end == self.config.image_tokens:
+        self._running.remove(request)
+    return moved

@@ -1,7 +1,9 @@
 """Overload, hang-ups, deadlines and a dead engine, seen by clients."""
 
 import asyncio
+import dataclasses
 import re
+import threading
 
 import pytest
 
@@ -11,12 +13,13 @@ pytest.importorskip("uvicorn")
 from tests.serving import live  # noqa: E402
 
 PATH = "/v1/images/generations"
-IDLE = {"queue_length": 0, "slots_busy": 0}
+BODY = {"prompt": "1"}
+IDLE = {'queue_length{model="tiny"}': 0, 'slots_busy{model="tiny"}': 0}
 
 
 @pytest.fixture(scope="module")
 def image_model():
-  image_model = live.tiny_studio()
+  image_model = live.tiny_model()
   image_model.warm_up()
   return image_model
 
@@ -28,13 +31,9 @@ def metrics(server) -> dict[str, float]:
   return {match[1]: float(match[2]) for match in found if match}
 
 
-def is_idle(server) -> bool:
-  return not server.backend.queued and not server.backend.busy_slots
-
-
 def test_a_full_queue_sheds_with_429(image_model):
-  with live.serve(image_model, places=4) as server:
-    server.backend.last = 3
+  with live.serve(image_model, queue=4) as server:
+    server.engine.last = 3
 
     async def burst():
       async with httpx.AsyncClient(timeout=30) as client:
@@ -43,37 +42,85 @@ def test_a_full_queue_sheds_with_429(image_model):
           asyncio.create_task(client.post(server.url + PATH, json=body))
           for _ in range(40)
         ]
-        while len(server.backend.requests) + sum(p.done() for p in posts) < 40:
+        while sum(p.done() for p in posts) < 40 - 4 - 2:  # queue and slots
           await asyncio.sleep(0.01)
-        server.backend.last = 16
+        server.engine.last = 16
         return await asyncio.gather(*posts)
 
     responses = asyncio.run(burst())
     shed = [r for r in responses if r.status_code == 429]
     assert len(shed) + sum(r.status_code == 200 for r in responses) == 40
-    assert 4 <= 40 - len(shed) <= 4 + 2  # places and slots
+    assert len(shed) == 40 - 4 - 2
     for response in shed:
       assert response.json()["error"]["code"] == "rate_limit_exceeded"
-      assert int(response.headers["retry-after"]) >= 1
     seen = metrics(server)
     assert seen['rejected_total{reason="queue_full"}'] == len(shed)
-    assert seen["images_total"] == 40 - len(shed)
-    assert seen["codes_total"] == 16 * (40 - len(shed))
+    assert seen['images_total{model="tiny"}'] == 40 - len(shed)
+    assert seen['codes_total{model="tiny"}'] == 16 * (40 - len(shed))
     assert seen["request_seconds_count"] == 40 - len(shed)
-    assert seen.items() >= IDLE.items() and seen["slots"] == 2
+    assert seen.items() >= IDLE.items() and seen['slots{model="tiny"}'] == 2
     assert seen[f'responses_total{{path="{PATH}",status="429"}}'] == len(shed)
 
 
+def test_retry_after_tells_the_queue_and_is_spread(image_model):
+  """40 images wait, 2 at a time, 30 s each: 10 minutes and up to as much again."""
+  with live.serve(image_model, queue=38) as server:
+    server.engine.last = 3
+    server.worker.mean_seconds = 30.0
+
+    async def burst():
+      async with httpx.AsyncClient(timeout=30) as client:
+        body = {"prompt": "1", "n": 4}
+        posts = [
+          asyncio.create_task(client.post(server.url + PATH, json=body))
+          for _ in range(30)
+        ]
+        while sum(p.done() for p in posts) < 20:
+          await asyncio.sleep(0.01)
+        shed = [p.result() for p in posts if p.done()]
+        server.engine.last = 16
+        await asyncio.gather(*posts)
+        return shed
+
+    seconds = [int(r.headers["retry-after"]) for r in asyncio.run(burst())]
+    assert all(570 <= s <= 2 * 660 for s in seconds) and len(set(seconds)) > 5
+
+
+def test_an_idle_server_takes_queue_and_slots_at_once(image_model):
+  limits = dataclasses.replace(live.LIMITS, images=100)
+  with live.serve(image_model, queue=3, slots=2, limits=limits) as server:
+    response = httpx.post(server.url + PATH, json={"prompt": "1", "n": 5})
+    assert len(response.json()["data"]) == 5
+    # More can never be had: no reason to come again.
+    response = httpx.post(server.url + PATH, json={"prompt": "1", "n": 6})
+    assert response.status_code == 400
+    assert "6 images: expected 1 .. 5" in response.json()["error"]["message"]
+
+
 def test_a_request_gets_all_its_places_or_none(image_model):
-  with live.serve(image_model, tick=0.05, places=3, slots=1) as server:
-    response = httpx.post(server.url + PATH, json={"prompt": "1", "n": 4})
-    assert response.status_code == 429 and not server.backend.requests
+  with live.serve(image_model, queue=3, slots=1) as server:
+    server.engine.last = 3
+
+    async def two():
+      async with httpx.AsyncClient(timeout=30) as client:
+        first = asyncio.create_task(
+          client.post(server.url + PATH, json=BODY | {"n": 2})
+        )
+        while not server.engine.requests:
+          await asyncio.sleep(0.01)
+        second = await client.post(server.url + PATH, json=BODY | {"n": 3})
+        server.engine.last = 16
+        return await first, second
+
+    first, second = asyncio.run(two())
+    assert (first.status_code, second.status_code) == (200, 429)
+    assert len(server.engine.requests) == 2
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_clients_that_hang_up_free_their_places(image_model, stream):
-  with live.serve(image_model, tick=0.05, places=100, slots=8) as server:
-    server.backend.last = 12
+  with live.serve(image_model, tick=0.05, queue=100, slots=8) as server:
+    server.engine.last = 12
     body = {"prompt": "1", "stream": stream}
     if stream:
       body["partial_images"] = 3
@@ -86,10 +133,10 @@ def test_clients_that_hang_up_free_their_places(image_model, stream):
     async def crowd():
       async with httpx.AsyncClient(timeout=30, limits=httpx.Limits()) as client:
         tasks = [asyncio.create_task(hang_up_midway(client)) for _ in range(60)]
-        while len(server.backend.requests) < 60:
+        while server.worker.queued + server.worker.busy_slots < 60:
           await asyncio.sleep(0.01)
         while not (
-          any(t.done() for t in tasks) if stream else server.backend.busy_slots
+          any(t.done() for t in tasks) if stream else server.worker.busy_slots
         ):
           await asyncio.sleep(0.01)
         for task in tasks:
@@ -97,50 +144,52 @@ def test_clients_that_hang_up_free_their_places(image_model, stream):
         await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(crowd())
-    live.wait_until(lambda: is_idle(server), seconds=2)
+    live.wait_until(server.is_idle)
     assert metrics(server)['cancelled_total{reason="disconnect"}'] == 60
-    server.backend.last = 16
+    server.engine.last = 16
     assert httpx.post(server.url + PATH, json={"prompt": "1"}).status_code == 200
 
 
 def test_a_deadline_ends_a_request(image_model):
   limits = live.Limits(images=4, seconds=0.2, body_bytes=10_000)
   with live.serve(image_model, limits=limits) as server:
-    server.backend.last = 15  # they would never end
+    server.engine.last = 15  # they would never end
     response = httpx.post(server.url + PATH, json={"prompt": "1", "n": 2})
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "deadline_exceeded"
-    assert is_idle(server)
+    live.wait_until(server.is_idle)
     body = {"prompt": "1", "stream": True}
     text = httpx.post(server.url + PATH, json=body).text
     assert text.startswith("event: error\n") and "deadline_exceeded" in text
-    assert is_idle(server)
+    live.wait_until(server.is_idle)
     assert metrics(server)['cancelled_total{reason="deadline"}'] == 2
 
 
 def test_before_the_start_and_after_the_death_of_the_engine(image_model):
-  with live.serve(image_model) as server:
-    server.backend.last = 15
+  def states(server):
+    return [httpx.get(server.url + p).status_code for p in ("/health", "/ready")]
 
-    def states():
-      return [httpx.get(server.url + p).status_code for p in ("/health", "/ready")]
+  async def die_midway(server):
+    async with httpx.AsyncClient() as client:
+      post = asyncio.create_task(client.post(server.url + PATH, json=BODY))
+      while not server.worker.busy_slots:
+        await asyncio.sleep(0.01)
+      server.engine.error = RuntimeError("fake")
+      return await post
 
-    server.backend.ready = False
-    assert states() == [200, 503]
-    response = httpx.post(server.url + PATH, json={"prompt": "1"})
+  compiled = threading.Event()
+  with live.serve(image_model, wait=False, compiled=compiled) as server:
+    assert states(server) == [200, 503]
+    response = httpx.post(server.url + PATH, json=BODY)
     assert response.status_code == 503 and response.headers["retry-after"]
-    server.backend.ready = True
-    assert states() == [200, 200]
-
-    async def die_midway():
-      async with httpx.AsyncClient() as client:
-        post = asyncio.create_task(client.post(server.url + PATH, json={"prompt": "1"}))
-        while not server.backend.busy_slots:
-          await asyncio.sleep(0.01)
-        server.backend.die()
-        return await post
-
-    response = asyncio.run(die_midway())
+    compiled.set()
+    live.wait_until(lambda: server.service.ready)
+    assert states(server) == [200, 200]
+    server.engine.last = 15
+    response = asyncio.run(die_midway(server))
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "engine_died"
-    assert states() == [503, 503]
+    assert states(server) == [503, 503]
+    seen = metrics(server)
+    assert seen['cancelled_total{reason="engine_died"}'] == 1
+    assert seen['cancelled_total{reason="disconnect"}'] == 0

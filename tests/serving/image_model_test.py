@@ -12,7 +12,7 @@ from llamagen_jax.errors import UserError  # noqa: E402
 from llamagen_jax.parallel.mesh import unbox  # noqa: E402
 from llamagen_jax.sampling.prompts import Prompts  # noqa: E402
 from llamagen_jax.serving.api_error import APIError  # noqa: E402
-from llamagen_jax.serving.image_model import GREY, ImageModel  # noqa: E402
+from llamagen_jax.serving.image_model import GREY, ImageModel, image_keys  # noqa: E402
 from llamagen_jax.serving.schema import ImageRequest  # noqa: E402
 from llamagen_jax.text.t5 import T5Config, init_t5  # noqa: E402
 from llamagen_jax.weights import bundle  # noqa: E402
@@ -25,7 +25,7 @@ T5 = T5Config(60, 16, layers=1, heads=2, head_dim=8, ffn_dim=16)
 
 @pytest.fixture(scope="module")
 def of_classes():
-  return live.tiny_studio()
+  return live.tiny_model()
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,46 @@ def test_prompts_become_features(of_captions):
     np.testing.assert_array_equal(request.condition, features[0])
     np.testing.assert_array_equal(request.condition_mask, mask[0])
   assert of_captions.usage(2).input_tokens == 20
+
+
+def test_a_negative_prompt_is_of_captions(of_captions, of_classes):
+  body = ImageRequest(prompt="a red fox", negative_prompt="blurry")
+  [request] = of_captions.requests(body, seed=0)
+  pair, masks = Prompts.of(
+    of_captions.gpt, of_captions.encoder, ["a red fox"], negative="blurry"
+  ).take(np.array([0]))
+  np.testing.assert_array_equal([request.condition, request.negative], pair[0])
+  np.testing.assert_array_equal(
+    [request.condition_mask, request.negative_mask], masks[0]
+  )
+  assert of_captions.warnings(body) == []
+  body = ImageRequest(prompt="1", negative_prompt="blurry")
+  assert of_classes.requests(body, seed=0)[0].negative is None
+  assert "'negative_prompt' is ignored" in of_classes.warnings(body)[0]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31 - 1, 2**31, 2**32 - 1])
+def test_keys_are_those_of_sample(seed):
+  keys = image_keys(seed, 3)
+  for i, key in enumerate(keys):
+    expected = jax.random.fold_in(jax.random.key(seed), i)
+    np.testing.assert_array_equal(key, jax.random.key_data(expected))
+
+
+def test_all_bits_of_a_seed_count():
+  seeds = [5, 5 + 2**32, 5 + 2**62]
+  assert len({image_keys(seed, 1).tobytes() for seed in seeds}) == 3
+
+
+@pytest.mark.parametrize("given, expected", [
+  ({"temperature": 0}, {"greedy": True}),
+  ({"temperature": 0.5}, {"temperature": 0.5}),
+  ({"guidance_scale": 0}, {"guidance_scale": 1.0}),
+  ({"guidance_scale": 3}, {"guidance_scale": 3.0}),
+])  # fmt: skip
+def test_zeros_of_other_servers(of_classes, given, expected):
+  [request] = of_classes.requests(ImageRequest(prompt="1", **given), seed=0)
+  assert request.sampling == dataclasses.replace(of_classes.gpt.sampling, **expected)
 
 
 @pytest.mark.parametrize("body, param", [

@@ -1,4 +1,4 @@
-"""A server on a socket of its own, with a fake backend unless another one is given."""
+"""A server on a socket of its own, with a fake engine under the real worker."""
 
 import contextlib
 import dataclasses
@@ -7,68 +7,99 @@ import threading
 import time
 
 import jax
-import uvicorn
 
 from llamagen_jax import GPTConfig, SamplingConfig
 from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.serving.api import make_app
+from llamagen_jax.serving.http_server import Server, Timeouts
 from llamagen_jax.serving.image_model import ImageModel
 from llamagen_jax.serving.service import Limits, Service
-from llamagen_jax.serving.store import Store
+from llamagen_jax.serving.worker import Worker
 from llamagen_jax.tokenizer.model import init_tokenizer
 from llamagen_jax.weights import bundle
 from tests import tiny
-from tests.serving.fake import VOCABULARY, FakeDrawer
+from tests.serving.fake import VOCABULARY, FakeEngine
 
 KEY = "sk-test"
 NAMES = ("tench", "goldfish", "great white shark", "tiger shark")
 LIMITS = Limits(images=4, seconds=20.0, body_bytes=100_000)
 
 
-def tiny_studio() -> ImageModel:
+def tiny_model(name: str = "tiny") -> ImageModel:
   """Images of 8x8 pixels and 4x4 codes; the transformer has no parameters."""
   config = GPTConfig(
     1, 2, 16, grid=4, vocab_size=VOCABULARY, num_classes=4, ffn_multiple=16
   )
   params = unbox(init_tokenizer(tiny.TOKENIZER, jax.random.key(0)))
   tokenizer = bundle.Tokenizer(tiny.TOKENIZER, params, "tiny")
-  gpt = bundle.Transformer(config, None, SamplingConfig(), "tiny", NAMES)
-  return ImageModel("tiny", gpt, tokenizer)
+  sampling = SamplingConfig(guidance_scale=2.0)  # so that each takes a whole slot
+  gpt = bundle.Transformer(config, None, sampling, "tiny", NAMES)
+  return ImageModel(name, gpt, tokenizer)
 
 
 @dataclasses.dataclass
 class Live:
   url: str
   service: Service
-  backend: FakeDrawer
+  engine: FakeEngine  # of the first model
+  worker: Worker
+  port: int
+  server: Server
+
+  def is_idle(self) -> bool:
+    return not self.worker.queued and not self.worker.busy_slots
 
 
 @contextlib.contextmanager
 def serve(
-  image_model: ImageModel, *, limits=LIMITS, folder=None, key="", mount=None, **fake
+  *models: ImageModel,
+  limits=LIMITS,
+  queue=4,
+  key="",
+  mount=None,
+  timeouts=Timeouts(drain=10.0),
+  wait=True,
+  app=None,
+  **fake,
 ):
-  """Yields a `Live` server; the fake's settings are keywords."""
-  backend = FakeDrawer(image_model.render, image_model.gpt.config.image_tokens, **fake)
-  service = Service(image_model, backend, limits)
-  app = make_app(service, Store(folder), key)
+  """Yields a `Live` server.
+
+  Args:
+    models: each with a fake engine of its own, made with the rest as its settings.
+    limits: of the service.
+    queue: places for requests that wait.
+    key: that requests need.
+    mount: adds a demo to the app.
+    timeouts: of the connections.
+    wait: until the server is ready.
+    app: more arguments of `make_app`.
+    **fake: arguments of `FakeEngine`.
+  """
+  engines = [FakeEngine(model.gpt.config.image_tokens, **fake) for model in models]
+  workers = {
+    model: Worker(engine, model.render, queue)
+    for model, engine in zip(models, engines, strict=True)
+  }
+  service = Service(workers, limits)
+  app = make_app(service, api_key=key, **(app or {}))
   if mount is not None:
     mount(app, service, key)
   with socket.socket() as listening:
     listening.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_level="warning")
-    server = uvicorn.Server(config)
+    server = Server(app, timeouts)
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
-    while not (server.started and service.ready):
-      time.sleep(0.01)
+    wait_until(lambda: server.started and (service.ready or not wait), 60)
+    port = listening.getsockname()[1]
+    worker = next(iter(workers.values()))
     try:
-      yield Live(f"http://127.0.0.1:{listening.getsockname()[1]}", service, backend)
+      yield Live(f"http://127.0.0.1:{port}", service, engines[0], worker, port, server)
     finally:
       server.should_exit = True
-      thread.join(10)
+      thread.join(30)
 
 
-def wait_until(condition, seconds: float = 5.0) -> None:
+def wait_until(condition, seconds: float = 20.0) -> None:
   end = time.monotonic() + seconds
   while not condition():
     assert time.monotonic() < end, "waited in vain"

@@ -22,7 +22,7 @@ NAMES = ("prompt", "model", "size", "class_label", "class_labels")
 
 @pytest.fixture(scope="module")
 def schema():
-  image_model = live.tiny_studio()
+  image_model = live.tiny_model()
   image_model.warm_up()
   limits = live.Limits(images=4, seconds=20.0, body_bytes=2**20)
   fake = {"tick": 0.0001, "chunk": 16, "places": 50}
