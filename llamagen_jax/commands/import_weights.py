@@ -1,4 +1,7 @@
-"""Reads a published file of weights, and writes a bundle.
+"""Reads a file of weights, and writes a bundle.
+
+LlamaGen's transformers and tokenizers and what succeeded them; the tokenizers of VQGAN
+(taming), LDM, IBQ and MaskGIT; Inception.
 
 llamagen import-weights --list
 llamagen import-weights --file=vq_ds16_c2i.pt --out=vq16
@@ -7,24 +10,30 @@ llamagen import-weights --file=c2i_L_384.pt --tokenizer=vq16 --out=c2i_L_384
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import pathlib
+import os
+from typing import Any
 
-import jax
+from etils import epath
 
+from llamagen_jax import storage
 from llamagen_jax.commands import arguments, sampling_flags
 from llamagen_jax.data.classes import imagenet_names
 from llamagen_jax.errors import UserError
-from llamagen_jax.gpt.config import PRESETS
+from llamagen_jax.gpt.config import PRESETS, GPTConfig
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.options import option
+from llamagen_jax.parallel import hosts
 from llamagen_jax.tokenizer.config import TokenizerConfig
 from llamagen_jax.weights import bundle, inception
-from llamagen_jax.weights.files import Stored, read_weights
-from llamagen_jax.weights.gpt import defer_gpt
+from llamagen_jax.weights.files import Stored, read_extra, read_weights
+from llamagen_jax.weights.gpt import EMBEDDING, defer_gpt
 from llamagen_jax.weights.published import PUBLISHED, Published, identify, table
-from llamagen_jax.weights.tokenizer import tokenizer_from_torch
-
-TOKENIZER_TENSOR = "quantize.embedding.weight"
+from llamagen_jax.weights.tokenizer import (
+  CODEBOOK,
+  KINDS,
+  tokenizer_from_torch,
+  tokenizer_kind,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +41,9 @@ class Options(sampling_flags.SamplingOverrides):
   """Options of import-weights."""
 
   list: bool = option("print the published checkpoints and stop", False)
-  file: str | None = option("a .pt or .safetensors file", None, unit="FILE")
+  file: str | None = option(
+    "a .pt, .ckpt, .bin or .safetensors file, or an index of several", None, unit="FILE"
+  )
   hub: str | None = option(
     "download this published checkpoint from the Hugging Face hub", None, unit="NAME"
   )
@@ -51,50 +62,82 @@ class Options(sampling_flags.SamplingOverrides):
     "attention heads of a transformer of an unpublished size", None, unit="HEADS"
   )
   key: str | None = option(
-    "entry of the file to take; default: ema, model, module, ..", None, unit="ENTRY"
+    "entry of the file to take, with dots between nested ones; default: ema, model,"
+    " module, state_dict", None, unit="ENTRY",
+  )  # fmt: skip
+  kind: str | None = option(
+    "layout of a tokenizer, where its names do not tell", None, choices=KINDS
   )
 
 
 def main(argv: Sequence[str]) -> None:
   args = arguments.parse(Options, "import-weights", argv, __doc__)
-  jax.config.update("jax_platforms", "cpu")  # a chip may be in another's hands
   if args.list:
     print(table())
     return
+  _check(args)
+  out = storage.user_path(args.out)
+  existed = out.exists()
+  with hosts.cpu_only():
+    try:
+      print(f"{out}: {_import(args, out)}")
+    except BaseException:
+      if not existed and out.exists():
+        out.rmtree()
+      raise
+
+
+def _check(args: Options) -> None:
   if bool(args.file) == bool(args.hub) or not args.out:
     raise UserError("expected --out and one of --file and --hub (or --list alone)")
-  _check_name("--hub", args.hub)
-  _check_name("--model", args.model)
-  out = pathlib.Path(args.out)
-  if (out / bundle.CONFIG).exists():
-    raise UserError(f"--out={out} is a bundle already: choose another folder")
-
+  for flag, name in (("--hub", args.hub), ("--model", args.model)):
+    if name is not None and name not in PUBLISHED:
+      raise UserError(f"{flag}={name}: expected one of {', '.join(PUBLISHED)}")
+  if (storage.user_path(args.out) / bundle.CONFIG).exists():
+    raise UserError(f"--out={args.out} is a bundle already: choose another folder")
   if args.hub and not PUBLISHED[args.hub].is_tokenizer:
     _read_tokenizer(args)  # before a long download
-  file = pathlib.Path(args.file) if args.file else download(args.hub)
-  name = args.model or args.hub or identify(file)
+
+
+def _import(args: Options, out: epath.Path) -> str:
+  """Writes the bundle and returns a description of it."""
+  file = storage.user_path(args.file) if args.file else download(args.hub)
   weights, key = read_weights(file, args.key)
-  if TOKENIZER_TENSOR in weights:
-    text = _import_tokenizer(weights, out)
+  extra = read_extra(file)
+  if CODEBOOK in weights:
+    text = _import_tokenizer(weights, extra, out, args)
   elif inception.SIGN in weights:
     bundle.save_judge(out, inception.KIND, inception.inception_from_torch(weights))
     text = "Inception of 2015-12-05, for llamagen evaluate --inception"
+  elif EMBEDDING in weights:
+    name = args.model or args.hub or identify(file)
+    text = _import_gpt(weights, extra, out, name, args)
   else:
-    text = _import_gpt(weights, out, name, args)
-  print(f"{out}: {text}; from {file}" + (f", entry {key!r}" if key else ""))
+    some = ", ".join(sorted(weights)[:4])
+    raise UserError(
+      f"{file}: neither a tokenizer ({CODEBOOK}) nor a transformer ({EMBEDDING}) nor"
+      f" Inception ({inception.SIGN}); it holds {len(weights)} tensors such as {some}."
+      " T5 and CLIP need no import"
+    )
+  return f"{text}; from {file}" + (f", entry {key!r}" if key else "")
 
 
-def download(name: str) -> pathlib.Path:
-  """The file of a published checkpoint, from the hub or the hub's local cache."""
+def download(name: str) -> epath.Path:
+  """Returns the file of a published checkpoint, from the hub or its local cache."""
+  repo, file = PUBLISHED[name].repo, PUBLISHED[name].file_of(name)
+  if not file:
+    raise UserError(
+      f"--hub={name}: the name of its file is not known; look at {repo} on the hub,"
+      f" and give it with --file, and --model={name}"
+    )
   try:
     import huggingface_hub
   except ImportError as error:
     raise UserError(
       "--hub needs huggingface_hub: pip install 'llamagen_jax[convert]'"
     ) from error
-  repo, file = PUBLISHED[name].repo, f"{name}.pt"
   try:
-    return pathlib.Path(huggingface_hub.hf_hub_download(repo, file))
+    return epath.Path(huggingface_hub.hf_hub_download(repo, file))
   except OSError as error:
     reason = " ".join(str(error).split())[:300]
     raise UserError(
@@ -103,17 +146,23 @@ def download(name: str) -> pathlib.Path:
     ) from error
 
 
-def _check_name(flag: str, name: str | None) -> None:
-  if name is not None and name not in PUBLISHED:
-    raise UserError(f"{flag}={name}: expected one of {', '.join(PUBLISHED)}")
-
-
-def _import_tokenizer(weights: Mapping[str, Stored], out: pathlib.Path) -> str:
-  config, params = tokenizer_from_torch(weights)
+def _import_tokenizer(
+  weights: Mapping[str, Stored],
+  extra: Mapping[str, Any],
+  out: epath.Path,
+  args: Options,
+) -> str:
+  kind = args.kind or tokenizer_kind(weights)
+  try:
+    fields = _own_fields(extra, TokenizerConfig)
+    config, params = tokenizer_from_torch(weights, kind, **fields)
+  except UserError as error:
+    raise UserError(f"{error} (read as {kind}; --kind says otherwise)") from error
   identity = bundle.save_tokenizer(out, config, params)
   return (
-    f"tokenizer, downsampling {config.downsample}, {config.codebook_size} codes,"
-    f" identity {identity[:12]}"
+    f"tokenizer of {kind}'s layout, downsampling {config.downsample},"
+    f" {config.codebook_size} codes of width {config.codebook_dim}, identity"
+    f" {identity[:12]}"
   )
 
 
@@ -121,32 +170,27 @@ def _read_tokenizer(args: Options) -> tuple[TokenizerConfig, str]:
   if not args.tokenizer:
     raise UserError(
       "--tokenizer is required for a transformer: the bundle of the tokenizer whose"
-      " codes it draws, such as one imported from vq_ds16_c2i.pt"
+      " codes it samples, such as one imported from vq_ds16_c2i.pt"
     )
   return bundle.read_tokenizer_config(args.tokenizer)
 
 
 def _import_gpt(
   weights: Mapping[str, Stored],
-  out: pathlib.Path,
+  extra: Mapping[str, Any],
+  out: epath.Path,
   name: str | None,
   args: Options,
 ) -> str:
   tokenizer_config, identity = _read_tokenizer(args)
   known = PUBLISHED.get(name)
-  image_size = args.image_size or (known.image_size if known else None)
-  if image_size is None:
-    raise UserError(
-      "the name of the file tells nothing about it: give --image-size, or --model with"
-      " one of --list"
-    )
-  if image_size % tokenizer_config.downsample:
-    raise UserError(
-      f"--image-size={image_size} is not a multiple of the tokenizer's downsampling"
-      f" {tokenizer_config.downsample}"
-    )
+  fields = _own_fields(extra, GPTConfig)
+  image_size = _image_size(args, known, fields, tokenizer_config.downsample)
   tokens = (image_size // tokenizer_config.downsample) ** 2
-  config, params = defer_gpt(weights, num_heads=args.num_heads, image_tokens=tokens)
+  fields.pop("grid", None)
+  config, params = defer_gpt(
+    weights, num_heads=args.num_heads, image_tokens=tokens, **fields
+  )
   shape = (config.layers, config.heads, config.dim)
   if known and shape != PRESETS.get(known.model):
     raise UserError(
@@ -155,13 +199,16 @@ def _import_gpt(
     )
   if config.vocab_size != tokenizer_config.codebook_size:
     raise UserError(
-      f"the transformer draws {config.vocab_size} codes, --tokenizer={args.tokenizer}"
-      f" has {tokenizer_config.codebook_size}"
+      f"the transformer samples {config.vocab_size} codes, --tokenizer="
+      f"{args.tokenizer} has {tokenizer_config.codebook_size}"
     )
-  sampling = dataclasses.replace(_best(known), **sampling_flags.given(args))
-  named = config.condition == "class" and config.num_classes == 1000
+  best = known.sampling if known else SamplingConfig(**extra.get("sampling", {}))
+  sampling = dataclasses.replace(best, **sampling_flags.given(args))
+  class_names = tuple(extra.get("class_names", ()))
+  if not class_names and config.condition == "class" and config.num_classes == 1000:
+    class_names = imagenet_names()
   gpt = bundle.Transformer(
-    config, params, sampling, identity, imagenet_names() if named else ()
+    config, params, sampling, identity, class_names, extra.get("text_encoder", "")
   )
   bundle.save_gpt(out, gpt)
   return (
@@ -171,5 +218,34 @@ def _import_gpt(
   )
 
 
-def _best(known: Published | None) -> SamplingConfig:
-  return known.sampling if known else SamplingConfig()
+def _own_fields(extra: Mapping[str, Any], config: type) -> dict[str, Any]:
+  """Returns the config that our export put into the file, or nothing."""
+  fields = dict(extra.get("config", {}))
+  unknown = fields.keys() - {field.name for field in dataclasses.fields(config)}
+  if unknown:
+    raise UserError(
+      f"the file was exported by another version: its config has {sorted(unknown)}"
+    )
+  return fields
+
+
+def _image_size(
+  args: Options,
+  known: Published | None,
+  fields: Mapping[str, Any],
+  downsample: int,
+) -> int:
+  """The side of the images, from a flag, the published model or our own export."""
+  own = fields["grid"] * downsample if "grid" in fields else None
+  image_size = args.image_size or own or (known.image_size if known else None)
+  if image_size is None:
+    raise UserError(
+      f"the name of {os.fspath(args.file)} tells nothing about it: give --image-size,"
+      " or --model with one of --list"
+    )
+  if image_size % downsample:
+    raise UserError(
+      f"--image-size={image_size} is not a multiple of the tokenizer's downsampling"
+      f" {downsample}"
+    )
+  return image_size

@@ -4,6 +4,8 @@ All hosts of a TPU slice run the same command. On a TPU VM they find each other;
 elsewhere three flags name the coordinator, the number of hosts and this one.
 """
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,7 +17,9 @@ import time
 
 from absl import logging
 import jax
+from jax._src import xla_bridge  # JAX 0.10 offers no public way to ask
 from jax.experimental import multihost_utils
+import jax.extend
 
 from llamagen_jax.errors import UserError
 from llamagen_jax.options import option
@@ -33,6 +37,25 @@ class HostOptions:
   coordinator: str | None = option("address of host 0", None, unit="HOST:PORT")
   hosts: int | None = option("how many hosts run the command", None, at_least=1)
   host: int | None = option("which of them this one is, from 0", None, at_least=0)
+
+
+@contextlib.contextmanager
+def cpu_only() -> Iterator[None]:
+  """Keeps JAX to the CPU, as another process may hold the accelerator.
+
+  Afterwards JAX may use the accelerator again. Where the process has asked for
+  devices already, nothing changes.
+  """
+  if xla_bridge.backends_are_initialized():
+    yield
+    return
+  before = jax.config.jax_platforms
+  jax.config.update("jax_platforms", "cpu")
+  try:
+    yield
+  finally:
+    jax.config.update("jax_platforms", before)
+    jax.extend.backend.clear_backends()
 
 
 def initialize_distributed(options: HostOptions) -> None:

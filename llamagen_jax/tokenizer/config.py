@@ -1,6 +1,7 @@
 """Shape of the image tokenizer: one frozen dataclass and the published presets."""
 
 import dataclasses
+from typing import Any
 
 from llamagen_jax.errors import UserError
 
@@ -9,6 +10,8 @@ PRESETS = {
   "VQ-16": (1, 1, 2, 2, 4),
   "VQ-8": (1, 2, 2, 4),
 }
+
+YOUNGER_FIELDS = ("blocks", "quantizer", "quant_conv", "pixel_range")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +24,14 @@ class TokenizerConfig:
   latent_width: int = 256  # channels between encoder and quantizer
   codebook_size: int = 16384
   codebook_dim: int = 8
+  # vqgan: attention at the lowest resolution, strided convolutions down (VQGAN,
+  # LlamaGen, IBQ); maskgit: no attention, mean pooling, convolutions without bias.
+  blocks: str = "vqgan"
+  # vq: a latent takes the nearest row; ibq: the row of the largest dot product, and
+  # gradients reach all rows (arXiv 2412.02692).
+  quantizer: str = "vq"
+  quant_conv: bool = True  # 1x1 convolutions between latent_width and codebook_dim
+  pixel_range: str = "signed"  # of the network: signed = [-1, 1] | unit = [0, 1]
   l2_norm: bool = True  # codes and latents live on the unit sphere
   norm_groups: int = 32  # of GroupNorm; divides every level's channels
   dropout: float = 0.0  # inside residual blocks
@@ -31,12 +42,24 @@ class TokenizerConfig:
 
   def __post_init__(self):
     object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
-    if self.dtype not in ("float32", "bfloat16"):
-      raise UserError(f"model.dtype={self.dtype!r}: expected float32 or bfloat16")
-    if not 1 < self.codebook_size <= 2**16:
+    for name, known in (
+      ("dtype", ("float32", "bfloat16")),
+      ("blocks", ("vqgan", "maskgit")),
+      ("quantizer", ("vq", "ibq")),
+      ("pixel_range", ("signed", "unit")),
+    ):
+      if getattr(self, name) not in known:
+        raise UserError(
+          f"model.{name}={getattr(self, name)!r}: expected {' or '.join(known)}"
+        )
+    if not 1 < self.codebook_size < 2**31:
       raise UserError(
-        f"model.codebook_size={self.codebook_size}: expected 2 .. 65536, codes are"
-        " stored as uint16"
+        f"model.codebook_size={self.codebook_size}: expected 2 .. {2**31 - 1}"
+      )
+    if not self.quant_conv and self.latent_width != self.codebook_dim:
+      raise UserError(
+        f"model.latent_width={self.latent_width}: without model.quant_conv expected"
+        f" model.codebook_dim={self.codebook_dim}"
       )
     for channels in self.channels:
       if channels % self.norm_groups:
@@ -53,6 +76,19 @@ class TokenizerConfig:
         f"unknown tokenizer preset {name!r}: expected one of {', '.join(PRESETS)}"
       )
     return cls(PRESETS[name], **changes)
+
+  @property
+  def identity_fields(self) -> dict[str, Any]:
+    """Fields that a tokenizer's identity depends on.
+
+    A field that is younger than the first bundles counts where it is not the default,
+    so that bundles and code shards keep their identities.
+    """
+    fields = dataclasses.asdict(self)
+    for field in dataclasses.fields(self):
+      if field.name in YOUNGER_FIELDS and fields[field.name] == field.default:
+        del fields[field.name]
+    return fields
 
   @property
   def channels(self) -> tuple[int, ...]:

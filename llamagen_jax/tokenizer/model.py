@@ -1,7 +1,7 @@
-"""The VQGAN autoencoder: images to codes and back.
+"""The VQGAN autoencoder and its relatives: images to codes and back.
 
 Images are [B, H, W, 3] in [-1, 1]. The module names follow the published
-state dict, level 0 of the decoder being the lowest resolution.
+state dict of LlamaGen; level 0 of the decoder has the lowest resolution.
 """
 
 import functools
@@ -26,57 +26,64 @@ class Conv(nn.Module):
   features: int
   size: int = 3
   stride: int = 1
-  upsample: bool = False  # to twice the sides first, by nearest neighbours
+  bias: bool = True
+  upsample: bool = False  # of the image enlarged by 2, nearest neighbours, size 3
 
   @nn.compact
   def __call__(self, x_BHWC):
-    # Downsampling pads on the bottom and right only.
-    padding = "SAME" if self.stride == 1 else ((0, 1), (0, 1))
-    bound = (x_BHWC.shape[-1] * self.size**2) ** -0.5
-    init = functools.partial(_uniform, bound)
-    conv = nn.Conv(
-      self.features,
-      (self.size, self.size),
-      self.stride,
-      padding,
-      dtype=self.config.dtype,
-      conv_general_dilated=(
-        _enlarge_and_convolve if self.upsample else jax.lax.conv_general_dilated
-      ),
-      kernel_init=nn.with_logical_partitioning(init, (None, None, None, "conv_out")),
-      bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("conv_out",)),
-    )
-    nn.share_scope(self, conv)
-    return conv(x_BHWC)
+    dtype, channels = self.config.dtype, x_BHWC.shape[-1]
+    init = functools.partial(_uniform, (channels * self.size**2) ** -0.5)
+    kernel_SSCF = self.param(
+      "kernel",
+      nn.with_logical_partitioning(init, (None, None, None, "conv_out")),
+      (self.size, self.size, channels, self.features),
+      jnp.float32,
+    ).astype(dtype)
+    x_BHWC = x_BHWC.astype(dtype)
+    if self.upsample:
+      x_BHWC = convolve_enlarged(x_BHWC, kernel_SSCF)
+    else:
+      # Downsampling pads on the bottom and right only.
+      padding = "SAME" if self.stride == 1 else ((0, 1), (0, 1))
+      x_BHWC = _convolve(x_BHWC, kernel_SSCF, padding, self.stride)
+    if not self.bias:
+      return x_BHWC
+    zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("conv_out",))
+    bias_F = self.param("bias", zeros, (self.features,), jnp.float32)
+    return x_BHWC + bias_F.astype(dtype)
 
 
-def _enlarge_and_convolve(x_BHWC, kernel_33CF, *args, dimension_numbers, **kwargs):
-  """A 3x3 convolution of the image enlarged by 2, from the small image.
+def _convolve(x_BHWC, kernel_SSCF, padding, stride: int = 1):
+  return jax.lax.conv_general_dilated(
+    x_BHWC, kernel_SSCF, (stride, stride), padding,
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )  # fmt: skip
+
+
+def convolve_enlarged(x_BHWC: jax.Array, kernel_33CF: jax.Array) -> jax.Array:
+  """Convolves images enlarged by 2 (nearest neighbours), from the small images.
 
   A window over the large image covers 2x2 of the small one's pixels, so each of
   the 2x2 parities of an output pixel is a 2x2 convolution of the small image,
   whose kernel sums the rows and columns that fall on one pixel: 4/9 of the products.
+
+  Returns:
+    [B, 2 H, 2 W, F].
   """
-  del args, kwargs  # plain stride and padding
   B, H, W, _ = x_BHWC.shape
 
   def fold(kernel, axis, parity):
-    """Sums what falls on the first and on the second of two pixels."""
+    """Sums the taps that fall on the first and on the second of two pixels."""
     first, middle, last = jnp.split(kernel, 3, axis)
     pair = (first, middle + last) if parity == 0 else (first + middle, last)
     return jnp.concatenate(pair, axis)
 
   parities = []
   for i, j in np.ndindex(2, 2):
-    kernel = fold(fold(kernel_33CF, 0, i), 1, j)
-    padding = ((1 - i, i), (1 - j, j))
-    parities.append(
-      jax.lax.conv_general_dilated(
-        x_BHWC, kernel, (1, 1), padding, dimension_numbers=dimension_numbers
-      )
-    )
-  y_BHiWjF = jnp.stack(parities, axis=3).reshape(B, H, W, 2, 2, -1)
-  return y_BHiWjF.transpose(0, 1, 3, 2, 4, 5).reshape(B, 2 * H, 2 * W, -1)
+    kernel_22CF = fold(fold(kernel_33CF, 0, i), 1, j)
+    parities.append(_convolve(x_BHWC, kernel_22CF, ((1 - i, i), (1 - j, j))))
+  y_BHWijF = jnp.stack(parities, axis=3).reshape(B, H, W, 2, 2, -1)
+  return y_BHWijF.transpose(0, 1, 3, 2, 4, 5).reshape(B, 2 * H, 2 * W, -1)
 
 
 def _uniform(bound, key, shape, dtype):
@@ -101,11 +108,11 @@ class NormSwish(nn.Module):
 def group_norm(
   x_BHWC: jax.Array, scale_C: jax.Array, bias_C: jax.Array, groups: int
 ) -> jax.Array:
-  """Images with mean 0 and variance 1 in every group of channels (arXiv 1803.08494).
+  """Normalises every group of channels to mean 0, variance 1 (arXiv 1803.08494).
 
-  In float32, with the exact variance. Sums go over pixels first and over a group's
-  channels then, so that channels stay in a vector's lanes: on a CPU that takes two
-  thirds of Flax's time on large images.
+  In float32, with the exact variance. Sums over pixels first and over a group's
+  channels then -> channels stay in a vector's lanes, which takes two thirds of the
+  time of Flax 0.12's GroupNorm on large images on a CPU.
   """
 
   def group_mean(x_BHWC):
@@ -129,13 +136,16 @@ class ResBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x_BHWC):
-    c = self.config
-    h = Conv(c, self.features, name="conv1")(NormSwish(c, name="norm1")(x_BHWC))
+    c, plain = self.config, self.config.blocks == "vqgan"
+    conv = functools.partial(Conv, c, self.features, bias=plain)
+    h = conv(name="conv1")(NormSwish(c, name="norm1")(x_BHWC))
     h = NormSwish(c, name="norm2")(h)
     h = nn.Dropout(c.dropout, deterministic=not self.training)(h)
-    h = Conv(c, self.features, name="conv2")(h)
+    h = conv(name="conv2")(h)
     if x_BHWC.shape[-1] != self.features:
-      x_BHWC = Conv(c, self.features, size=1, name="nin_shortcut")(x_BHWC)
+      # MaskGIT's published code applies the shortcut to the block's own output.
+      skipped = x_BHWC if plain else h
+      x_BHWC = conv(size=1, name="nin_shortcut")(skipped)
     return x_BHWC + h
 
 
@@ -161,7 +171,7 @@ class AttentionBlock(nn.Module):
 
 
 class Middle(nn.Module):
-  """Residual, attention, residual at the lowest resolution."""
+  """Residual, attention (not in MaskGIT), residual at the lowest resolution."""
 
   config: TokenizerConfig
   training: bool
@@ -170,6 +180,8 @@ class Middle(nn.Module):
   def __call__(self, x_BHWC):
     c, features = self.config, self.config.channels[-1]
     x_BHWC = ResBlock(c, features, self.training, name="0")(x_BHWC)
+    if c.blocks == "maskgit":
+      return ResBlock(c, features, self.training, name="1")(x_BHWC)
     x_BHWC = AttentionBlock(c, name="1")(x_BHWC)
     return ResBlock(c, features, self.training, name="2")(x_BHWC)
 
@@ -203,17 +215,20 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(self, x_BHWC):
-    c = self.config
-    x_BHWC = Conv(c, c.width, name="conv_in")(x_BHWC)
+    c, vqgan = self.config, self.config.blocks == "vqgan"
+    x_BHWC = Conv(c, c.width, bias=vqgan, name="conv_in")(x_BHWC)
     for i, features in enumerate(c.channels):
       last = i == len(c.channels) - 1
-      level = Level(c, features, c.res_blocks, last, self.training, name=f"level_{i}")
-      x_BHWC = level(x_BHWC)
-      if not last:
+      x_BHWC = Level(
+        c, features, c.res_blocks, last and vqgan, self.training, name=f"level_{i}"
+      )(x_BHWC)
+      if not last and vqgan:
         x_BHWC = Conv(c, features, stride=2, name=f"downsample_{i}")(x_BHWC)
+      elif not last:
+        x_BHWC = nn.avg_pool(x_BHWC, (2, 2), (2, 2))
     x_BHWC = Middle(c, self.training, name="mid")(x_BHWC)
     x_BHWC = NormSwish(c, name="norm_out")(x_BHWC)
-    return Conv(c, c.latent_width, name="conv_out")(x_BHWC)
+    return Conv(c, c.latent_width, size=3 if vqgan else 1, name="conv_out")(x_BHWC)
 
 
 class Decoder(nn.Module):
@@ -224,14 +239,15 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(self, x_BHWC):
-    c = self.config
+    c, vqgan = self.config, self.config.blocks == "vqgan"
     x_BHWC = Conv(c, c.channels[-1], name="conv_in")(x_BHWC)
     x_BHWC = Middle(c, self.training, name="mid")(x_BHWC)
     for i, features in enumerate(reversed(c.channels)):
       first, last = i == 0, i == len(c.channels) - 1
-      blocks = c.res_blocks + 1
-      level = Level(c, features, blocks, first, self.training, name=f"level_{i}")
-      x_BHWC = level(x_BHWC)
+      x_BHWC = Level(
+        c, features, c.res_blocks + vqgan, first and vqgan, self.training,
+        name=f"level_{i}",
+      )(x_BHWC)  # fmt: skip
       if not last:
         x_BHWC = Conv(c, features, upsample=True, name=f"upsample_{i}")(x_BHWC)
     x_BHWC = NormSwish(c, name="norm_out")(x_BHWC)
@@ -248,38 +264,43 @@ class VQModel(nn.Module):
     c = self.config
     self.encoder = Encoder(c, self.training)
     self.decoder = Decoder(c, self.training)
-    self.quant_conv = Conv(c, c.codebook_dim, size=1)
-    self.post_quant_conv = Conv(c, c.latent_width, size=1)
+    if c.quant_conv:
+      self.quant_conv = Conv(c, c.codebook_dim, size=1)
+      self.post_quant_conv = Conv(c, c.latent_width, size=1)
     self.codebook = self.param(
       "codebook", _init_codebook(c), (c.codebook_size, c.codebook_dim)
     )
 
   def __call__(self, images_BHWC: jax.Array) -> tuple[jax.Array, quantizer.Quantized]:
-    """Reconstructions [B, H, W, 3] and what the quantizer did."""
+    """Returns reconstructions [B, H, W, 3] and the quantizer's output."""
     quantized = quantizer.quantize(
       self.config, self.latents(images_BHWC), self.codebook
     )
     return self._decode_latents(quantized.latents), quantized
 
   def latents(self, images_BHWC: jax.Array) -> jax.Array:
-    """Images -> float32 latents [B, h, w, C] before normalising."""
-    x_BHWC = images_BHWC.astype(self.config.dtype)
-    return self.quant_conv(self.encoder(x_BHWC)).astype(jnp.float32)
+    """Returns the images' float32 latents [B, h, w, C], not yet normalised."""
+    c = self.config
+    if c.pixel_range == "unit":
+      images_BHWC = (images_BHWC + 1) / 2
+    z_BhwC = self.encoder(images_BHWC.astype(c.dtype))
+    z_BhwC = self.quant_conv(z_BhwC) if c.quant_conv else z_BhwC
+    return z_BhwC.astype(jnp.float32)
 
   def encode(self, images_BHWC: jax.Array) -> jax.Array:
-    """Images [B, H, W, 3] in [-1, 1] -> int32 codes [B, h, w]."""
-    z, codebook = self.latents(images_BHWC), self.codebook
-    if self.config.l2_norm:
-      z, codebook = quantizer.l2_normalize(z), quantizer.l2_normalize(codebook)
-    return quantizer.nearest_codes(z, codebook)
+    """Returns int32 codes [B, h, w] of images [B, H, W, 3] in [-1, 1]."""
+    return quantizer.codes_of(self.config, self.latents(images_BHWC), self.codebook)
 
   def decode(self, codes_Bhw: jax.Array) -> jax.Array:
-    """Integer codes [B, h, w] -> float32 images [B, H, W, 3], about [-1, 1]."""
+    """Returns float32 images [B, H, W, 3], about [-1, 1], of codes [B, h, w]."""
     return self._decode_latents(quantizer.lookup(self.config, codes_Bhw, self.codebook))
 
   def _decode_latents(self, latents_BhwC):
-    latents_BhwC = latents_BhwC.astype(self.config.dtype)
-    return self.decoder(self.post_quant_conv(latents_BhwC))
+    c = self.config
+    x_BhwC = latents_BhwC.astype(c.dtype)
+    x_BhwC = self.post_quant_conv(x_BhwC) if c.quant_conv else x_BhwC
+    images_BHWC = self.decoder(x_BhwC)
+    return images_BHWC * 2 - 1 if c.pixel_range == "unit" else images_BHWC
 
 
 def _init_codebook(config: TokenizerConfig):
@@ -293,12 +314,12 @@ def _init_codebook(config: TokenizerConfig):
 
 
 def encode(config: TokenizerConfig, params: Any, images_BHWC: jax.Array) -> jax.Array:
-  """Images [B, H, W, 3] in [-1, 1] -> int32 codes [B, h, w]."""
+  """Returns int32 codes [B, h, w] of images [B, H, W, 3] in [-1, 1]."""
   return _apply(config, params, images_BHWC, "encode")
 
 
 def decode(config: TokenizerConfig, params: Any, codes_Bhw: jax.Array) -> jax.Array:
-  """Integer codes [B, h, w] -> float32 images [B, H, W, 3], about [-1, 1]."""
+  """Returns float32 images [B, H, W, 3], about [-1, 1], of integer codes [B, h, w]."""
   return _apply(config, params, codes_Bhw, "decode")
 
 
@@ -306,9 +327,9 @@ def _apply(config, params, x, method):
   def apply(x):
     return VQModel(config).apply({"params": params}, x, method=method)
 
-  # A CPU takes an image after the other a fifth faster than a batch of eight,
-  # whose activations fit into no cache. Devices that share a batch do not scan it,
-  # unless each of them has its part to itself, under `shard_map`.
+  # A batch of eight's activations fit into no cache of a CPU -> images one after the
+  # other are a fifth faster. Devices that share a batch cannot scan it, unless each
+  # holds its own rows, under `shard_map`.
   alone = jax.device_count() == 1 or jax.sharding.get_abstract_mesh().manual_axes
   if jax.default_backend() == "cpu" and alone:
     return jax.lax.map(lambda image: apply(image[None])[0], x)
@@ -316,6 +337,6 @@ def _apply(config, params, x, method):
 
 
 def init_tokenizer(config: TokenizerConfig, key: jax.Array) -> Any:
-  """Fresh float32 parameters, boxed with the names of their axes."""
+  """Returns new float32 parameters, boxed with the names of their axes."""
   side = config.downsample
   return VQModel(config).init(key, jnp.zeros((1, side, side, 3)))["params"]

@@ -172,9 +172,7 @@ def abstract_gpt(config: GPTConfig) -> Any:
 
 def content_hash(config: TokenizerConfig, params: Any) -> str:
   """Returns the sha256 of config and parameters, whatever their sharding."""
-  digest = hashlib.sha256(
-    json.dumps(dataclasses.asdict(config), sort_keys=True).encode()
-  )
+  digest = hashlib.sha256(json.dumps(config.identity_fields, sort_keys=True).encode())
   for path, value in sorted(flax.traverse_util.flatten_dict(params, sep="/").items()):
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
       value = multihost_utils.process_allgather(value, tiled=True)

@@ -9,6 +9,7 @@ import atexit
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import functools
+import json
 import os
 import pathlib
 import pickle
@@ -42,6 +43,7 @@ SAFETENSORS_TYPES = {
   "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
 }  # fmt: skip
 INDEX = ".index.json"
+EXTRA = "llamagen_jax"  # entry, or metadata, that holds the settings of our export
 # First bytes of what people download in the place of weights, in lower case.
 FOREIGN = (
   (b"version https://git-lfs", "a pointer of Git LFS, not the file it stands for: run"
@@ -134,12 +136,39 @@ def read_folder(
   raise UserError(f"{folder}: no weights; expected {expected}")
 
 
-def write_weights(path: str | os.PathLike, state_dict: Mapping[str, np.ndarray]):
-  """Writes `.safetensors`, or else a pickle that holds the weights under "model"."""
+def read_extra(path: str | os.PathLike) -> dict[str, Any]:
+  """Returns the settings that `write_weights` put beside the tensors, if it did."""
+  path = storage.user_path(path)
+  if not path.is_file() or path.name.endswith(INDEX):
+    return {}
+  with path.open("rb") as file:
+    head = file.read(64)
+  if path.suffix == ".safetensors" or head[8:9] == b"{":
+    with _safetensors().safe_open(_local(path), framework="numpy") as opened:
+      text = (opened.metadata() or {}).get(EXTRA)
+  else:
+    text = _TorchFile(path, None, head).extra
+  return json.loads(text) if text else {}
+
+
+def write_weights(
+  path: str | os.PathLike,
+  state_dict: Mapping[str, np.ndarray],
+  extra: Mapping[str, Any] | None = None,
+) -> None:
+  """Writes `.safetensors`, or else a pickle that holds the weights under "model".
+
+  Args:
+    path: local or in a bucket.
+    state_dict: arrays by name.
+    extra: settings that JSON can hold, for `read_extra`; others pass them over.
+  """
   path = storage.user_path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
+  beside = {EXTRA: json.dumps(extra)} if extra else {}
   if path.suffix == ".safetensors":
-    content = _safetensors().numpy.save(dict(state_dict), {"format": "pt"})
+    metadata = {"format": "pt", **beside}
+    content = _safetensors().numpy.save(dict(state_dict), metadata)
     with storage.atomic_write(path) as file:
       file.write(content)
     return
@@ -149,7 +178,7 @@ def write_weights(path: str | os.PathLike, state_dict: Mapping[str, np.ndarray])
     for name, value in state_dict.items()
   }
   with storage.atomic_write(path) as file:
-    torch.save({"model": tensors}, file)
+    torch.save({"model": tensors, **beside}, file)
 
 
 def _unwrapped(path, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
@@ -251,6 +280,7 @@ class _TorchFile:
         ) from error
     if not isinstance(found, Mapping):
       raise UserError(f"{self._path}: holds a {type(found).__name__}, expected a dict")
+    self.extra = found.get(EXTRA)
     self.key, entry = _choose(self._path, torch, found, self.key)
     return _tensors_of(torch, entry)
 

@@ -23,6 +23,7 @@ from llamagen_jax.weights.tables import (
 )
 
 GUIDANCE = "t_embedder.mlp"  # of guidance-free models
+EMBEDDING = "tok_embeddings.weight"  # a tensor that every transformer has
 
 
 def gpt_from_torch(
@@ -32,7 +33,7 @@ def gpt_from_torch(
   image_tokens: int | None = None,
   **changes,
 ) -> tuple[GPTConfig, dict[str, Any]]:
-  """Reads a transformer of the original.
+  """Reads a transformer of the original or of its successors.
 
   Args:
     state_dict: names -> arrays, PyTorch layouts ([out, in]).
@@ -59,47 +60,53 @@ def defer_gpt(
   image_tokens: int | None = None,
   **changes,
 ) -> tuple[GPTConfig, dict[str, Any]]:
-  """`gpt_from_torch` with functions for arrays: each is read when it is called."""
+  """Returns what `gpt_from_torch` does, with functions that read and return arrays."""
   config = _gpt_config(state_dict, num_heads, image_tokens or 256, changes)
   return config, defer_table(_gpt_table(config), state_dict)
 
 
 def gpt_to_torch(config: GPTConfig, params: dict[str, Any]) -> dict[str, Array]:
-  """The inverse of `gpt_from_torch`: names, shapes and values of the original."""
+  """Returns the original's tensors by name, the inverse of `gpt_from_torch`."""
   return write_table(_gpt_table(config), params)
 
 
 def _gpt_config(state_dict, num_heads, image_tokens, changes) -> GPTConfig:
   layers = len({m[1] for n in state_dict if (m := re.match(r"layers\.(\d+)\.", n))})
-  embedding = shape_of(state_dict, "tok_embeddings.weight", 2)
-  qkv = shape_of(state_dict, "layers.0.attention.wqkv.weight", 2)
-  vocab_size, dim = embedding
+  vocab_size, dim = shape_of(state_dict, EMBEDDING, 2)
   by_shape = {(n, d): heads for n, heads, d in PRESETS.values()}
-  heads = num_heads or by_shape.get((layers, dim))
+  heads = num_heads or changes.get("heads") or by_shape.get((layers, dim))
   if heads is None:
     raise UserError(
       f"{layers} layers of width {dim} are no published model: give num_heads"
     )
+  qkv = shape_of(state_dict, "layers.0.attention.wqkv.weight", 2)
   kv_heads = (qkv[0] * heads // dim - heads) // 2
   grid = round(image_tokens**0.5)
   if grid**2 != image_tokens:
     raise UserError(f"image_tokens={image_tokens} is not a square")
-  if "cls_embedding.embedding_table.weight" in state_dict:
-    classes = shape_of(state_dict, "cls_embedding.embedding_table.weight", 2)[0] - 1
-    condition = {"condition": "class", "num_classes": classes}
-  else:
-    tokens, width = shape_of(state_dict, "cls_embedding.uncond_embedding", 2)
-    condition = {
-      "condition": "caption",
-      "caption_tokens": tokens,
-      "caption_dim": width,
-    }
   fields = {
     "guidance_embedding": f"{GUIDANCE}.0.weight" in state_dict,
+    "layers": layers,
+    "heads": heads,
+    "dim": dim,
+    "grid": grid,
     "kv_heads": 0 if kv_heads == heads else kv_heads,
     "vocab_size": vocab_size,
   }
-  return GPTConfig(layers, heads, dim, grid, **(fields | condition | changes))
+  config = GPTConfig(**(fields | _condition(state_dict) | changes))
+  ffn_dim = shape_of(state_dict, "layers.0.feed_forward.w1.weight", 2)[0]
+  if ffn_dim != config.ffn_dim and ffn_dim >= 8 * dim // 3:
+    config = dataclasses.replace(config, ffn_multiple=ffn_dim)
+  return config
+
+
+def _condition(state_dict) -> dict[str, Any]:
+  """Fields of the config that the condition's tensors tell."""
+  if "cls_embedding.embedding_table.weight" in state_dict:
+    classes = shape_of(state_dict, "cls_embedding.embedding_table.weight", 2)[0] - 1
+    return {"condition": "class", "num_classes": classes}
+  tokens, width = shape_of(state_dict, "cls_embedding.uncond_embedding", 2)
+  return {"condition": "caption", "caption_tokens": tokens, "caption_dim": width}
 
 
 def _gpt_table(config: GPTConfig) -> list[Entry]:
@@ -168,7 +175,7 @@ def _gpt_table(config: GPTConfig) -> list[Entry]:
 
 
 def _pack_qkv(K, G, H, w):
-  """[(N + 2K) H, D], queries, keys, values -> [D, K, G + 2, H]."""
+  """Returns [D, K, G + 2, H] of queries, keys and values [(N + 2K) H, D]."""
   q, k, v = np.split(w, [K * G * H, K * (G + 1) * H])
   q, k = (_halves_from_pairs(x.reshape(K, -1, H, w.shape[1])) for x in (q, k))
   packed = np.concatenate([q, k, v.reshape(K, 1, H, -1)], axis=1)
@@ -183,7 +190,7 @@ def _unpack_qkv(K, G, H, p):
 
 
 def _halves_from_pairs(x_KGHD):
-  """Channels (0, 1, 2, ..) of a head -> (0, 2, .., 1, 3, ..); see gpt/rope.py."""
+  """Reorders channels (0, 1, 2, ..) of heads to (0, 2, .., 1, 3, ..): gpt/rope.py."""
   return np.concatenate([x_KGHD[:, :, 0::2], x_KGHD[:, :, 1::2]], axis=2)
 
 

@@ -1,18 +1,25 @@
-"""The published checkpoints, and what is known about them.
+"""The published checkpoints with their scores and best settings.
 
 Scores are those of arXiv 2406.06525 on 256x256 images: of the tokenizers on the
 50 000 validation images of ImageNet, of the class-conditional transformers over
-50 000 samples with the guidance given here, and without any (`unguided`).
+50 000 samples with the guidance given here, and without any (`unguided`). Those of its
+successors are their papers': next-patch prediction (NPP, arXiv 2412.15321), condition
+contrastive alignment (CCA, 2410.09347), guidance-free training (GFT, 2501.15420) and
+AR-GRPO.
 """
 
 from collections.abc import Mapping
 import dataclasses
-import pathlib
+import os
 
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 
 C2I_REPO = "FoundationVision/LlamaGen"
 T2I_REPO = "peizesun/llamagen_t2i"
+NPP_REPO = "pytttttt/LlamaGen-NPP"
+CCA_REPO, CCA_FOLDER = "ChenDRAG/CCA_LlamaGen", "CCA_LlamaGen_Guidance_Free"
+GFT_REPO = "ChenDRAG/LLamaGen_GF"
+GRPO_REPO = "CSshihao/ar-grpo"
 ROW = "{:20} {:5} {:>7} {:>9} {:>8}  {}"
 
 
@@ -22,11 +29,16 @@ class Published:
 
   repo: str
   model: str  # name of a preset
-  image_size: int  # that it was trained for; a tokenizer takes others too
+  image_size: int  # of its training; a tokenizer takes others, too
   guidance_scale: float = 1.0  # with the best FID
   top_k: int = 0
   scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
   unguided: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  file: str | None = None  # in the repository; None = the name and .pt, "" = not known
+
+  def file_of(self, name: str) -> str:
+    """Returns the file's path in the repository, or nothing where it is not known."""
+    return f"{name}.pt" if self.file is None else self.file
 
   @property
   def is_tokenizer(self) -> bool:
@@ -50,6 +62,18 @@ def _c2i(
   )
 
 
+def _npp(model: str, guidance: float, fid: float) -> Published:
+  return Published(
+    NPP_REPO, model, 256, guidance, scores={"FID": fid}, file=f"c2i_{model}_256.pt"
+  )
+
+
+def _cca(model: str, fid: float, **scores: float) -> Published:
+  """A model that is sampled without guidance."""
+  file = f"{CCA_FOLDER}/c2i_{model}_384_CCA_0005000.pt"
+  return Published(CCA_REPO, model, 384, scores={"FID": fid, **scores}, file=file)
+
+
 PUBLISHED = {
   "vq_ds16_c2i": Published(C2I_REPO, "VQ-16", 256, scores={"rFID": 2.19}),
   "vq_ds8_c2i": Published(C2I_REPO, "VQ-8", 256, scores={"rFID": 0.59}),
@@ -63,17 +87,30 @@ PUBLISHED = {
   "c2i_3B_384": _c2i("3B", 384, 1.65, 2.18, 263.3, 5.97, 0.819, 0.581, (9.38, 112.9)),
   "t2i_XL_stage1_256": Published(T2I_REPO, "XL", 256, 7.5, 1000),
   "t2i_XL_stage2_512": Published(T2I_REPO, "XL", 512, 7.5, 1000),
+  "npp_B_256": _npp("B", 2.0, 4.47),
+  "npp_L_256": _npp("L", 1.75, 2.76),
+  "npp_XL_256": _npp("XL", 1.70, 2.65),
+  "npp_XXL_256": _npp("XXL", 1.65, 2.55),
+  "c2i_B_384_CCA": _cca("B", 7.04),
+  "c2i_L_384_CCA": _cca("L", 3.43),
+  "c2i_XL_384_CCA": _cca("XL", 3.10),
+  "c2i_XXL_384_CCA": _cca("XXL", 3.12),
+  "c2i_3B_384_CCA": _cca("3B", 2.69, IS=276.8, precision=0.80, recall=0.59),
+  # Guidance-free: the best scores are at guidance_beta 0.66 and 0.70.
+  "LlamaGenL_GF_scratch": Published(GFT_REPO, "L", 384, scores={"FID": 2.52}),
+  "LlamaGen3B_GF": Published(GFT_REPO, "3B", 384, scores={"FID": 2.21}),
+  "ar_grpo_XL_384": Published(GRPO_REPO, "XL", 384, 2.0, file=""),
 }
 
 
-def identify(path: str | pathlib.Path) -> str | None:
-  """The published name that a file's name starts with, if any."""
-  stem = pathlib.Path(path).name
+def identify(path: str | os.PathLike) -> str | None:
+  """Returns the published name that a file's name starts with, if any."""
+  stem = os.path.basename(os.fspath(path))
   return max((n for n in PUBLISHED if stem.startswith(n)), key=len, default=None)
 
 
 def table() -> str:
-  """The published checkpoints as text, a line each."""
+  """Returns the published checkpoints as text, a line each."""
   rows = [ROW.format("name", "model", "image", "guidance", "top-k", "scores")]
   for name, known in PUBLISHED.items():
     scores = ", ".join(f"{k} {v:g}" for k, v in known.scores.items())

@@ -1,4 +1,4 @@
-"""VQ tokenizers of the original <-> ours."""
+"""VQ tokenizers of others <-> ours, a table of names for each layout."""
 
 from collections.abc import Mapping
 import functools
@@ -8,12 +8,14 @@ from typing import Any
 import flax
 import jax
 
+from llamagen_jax.errors import UserError
 from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.tokenizer.config import TokenizerConfig
 from llamagen_jax.tokenizer.model import init_tokenizer
 from llamagen_jax.weights.tables import (
   Array,
   Entry,
+  Names,
   copy,
   kernel,
   read_table,
@@ -22,62 +24,155 @@ from llamagen_jax.weights.tables import (
   write_table,
 )
 
-# Module names of ours -> the original's, applied in this order.
-TOKENIZER_NAMES = (
+CODEBOOK = "quantize.embedding.weight"  # in every layout
+# Names of ours -> theirs, applied in this order, after the levels of a decoder were
+# numbered as theirs are.
+COMMON: Names = (
+  (r"(kernel|scale)$", "weight"),
+  (r"^codebook$", CODEBOOK),
+)
+LLAMAGEN: Names = (
   (r"level_(\d+)", r"conv_blocks.\1"),
   (r"(down|up)sample_(\d+)", r"conv_blocks.\2.\1sample.conv"),
   (r"(res|attn)_(\d+)", r"\1.\2"),
-  (r"(kernel|scale)$", "weight"),
-  (r"^codebook$", "quantize.embedding.weight"),
+  *COMMON,
 )
+DOWN_AND_UP: Names = (
+  (r"^encoder\.level_(\d+)", r"encoder.down.\1"),
+  (r"^decoder\.level_(\d+)", r"decoder.up.\1"),
+  (r"\.res_(\d+)", r".block.\1"),
+  (r"\.attn_(\d+)", r".attn.\1"),
+  *COMMON,
+)
+TAMING: Names = (
+  (r"\.downsample_(\d+)", r".down.\1.downsample.conv"),
+  (r"\.upsample_(\d+)", r".up.\1.upsample.conv"),
+  *DOWN_AND_UP,
+  (r"\.mid\.0", ".mid.block_1"),
+  (r"\.mid\.1", ".mid.attn_1"),
+  (r"\.mid\.2", ".mid.block_2"),
+)
+MASKGIT: Names = ((r"\.upsample_(\d+)", r".up.\1.upsample_conv"), *DOWN_AND_UP)
+NAMES = {"llamagen": LLAMAGEN, "taming": TAMING, "ibq": TAMING, "maskgit": MASKGIT}
+KINDS = tuple(NAMES)
+# Fields that a kind's names and shapes do not tell.
+FIELDS = {
+  "llamagen": {},
+  "taming": {"l2_norm": False},
+  "ibq": {"l2_norm": False, "quantizer": "ibq"},
+  "maskgit": {
+    "l2_norm": False, "blocks": "maskgit", "quant_conv": False, "pixel_range": "unit",
+  },
+}  # fmt: skip
+IBQ_BLOCKS = 4  # residual blocks a level in all published ones; VQGAN's have 2
+EMA = "model_ema."  # averages of parameters, by their names without dots
+LOSSES = "loss."
+
+
+def tokenizer_kind(state_dict: Mapping[str, Any]) -> str | None:
+  """Returns which of `KINDS` the names fit, or None for no tokenizer at all."""
+  if CODEBOOK not in state_dict:
+    return None
+  if "encoder.mid.0.conv1.weight" in state_dict and not any(
+    name.startswith("encoder.conv_blocks.") for name in state_dict
+  ):
+    return "maskgit"
+  if "encoder.mid.block_1.conv1.weight" in state_dict:
+    blocks = _numbers(state_dict, r"encoder\.down\.0\.block\.(\d+)\.")
+    return "ibq" if len(blocks) == IBQ_BLOCKS else "taming"
+  return "llamagen"
 
 
 def tokenizer_from_torch(
-  state_dict: Mapping[str, Array], **changes
+  state_dict: Mapping[str, Array], kind: str = "llamagen", **changes
 ) -> tuple[TokenizerConfig, dict[str, Any]]:
-  """Reads a VQ tokenizer of the original; see `gpt_from_torch`."""
-  config = _tokenizer_config(state_dict, changes)
-  return config, read_table(_tokenizer_table(config), state_dict)
+  """Reads a VQ tokenizer.
+
+  Images lie in [-1, 1] on our side for every kind.
+
+  Args:
+    state_dict: names -> arrays, PyTorch layouts. Loss networks are left aside; where
+      averages of the parameters are there, they are taken.
+    kind: whose layout it is: "llamagen"; "taming" (VQGAN, and LDM's vq-f4 .. f16);
+      "ibq"; "maskgit" (as TiTok and open-MUSE publish MaskGIT's VQGAN).
+    **changes: fields of `TokenizerConfig` that names and shapes cannot tell.
+
+  Returns:
+    The config and float32 parameters.
+
+  Raises:
+    UserError: with every missing, unexpected or misshapen tensor.
+  """
+  if kind not in KINDS:
+    raise UserError(f"tokenizer kind {kind!r}: expected one of {', '.join(KINDS)}")
+  state_dict = _averaged(state_dict)
+  config = _config(state_dict, kind, changes)
+  return config, read_table(_table(config, kind), state_dict)
 
 
 def tokenizer_to_torch(
   config: TokenizerConfig, params: dict[str, Any]
 ) -> dict[str, Array]:
-  """The inverse of `tokenizer_from_torch`."""
-  return write_table(_tokenizer_table(config), params)
+  """Returns the tensors by LlamaGen's names, or by MaskGIT's where its blocks are."""
+  kind = "maskgit" if config.blocks == "maskgit" else "llamagen"
+  return write_table(_table(config, kind), params)
 
 
-def _tokenizer_config(state_dict, changes) -> TokenizerConfig:
-  codebook_size, codebook_dim = shape_of(state_dict, "quantize.embedding.weight", 2)
+def _averaged(state_dict: Mapping[str, Array]) -> dict[str, Array]:
+  """The model's own tensors, with their averages in their places."""
+  own = {
+    name: value
+    for name, value in state_dict.items()
+    if not name.startswith((EMA, LOSSES))
+  }
+  return {
+    name: state_dict.get(EMA + name.replace(".", ""), value)
+    for name, value in own.items()
+  }
+
+
+def _config(state_dict, kind: str, changes: Mapping[str, Any]) -> TokenizerConfig:
+  codebook_size, codebook_dim = shape_of(state_dict, CODEBOOK, 2)
   width = shape_of(state_dict, "encoder.conv_in.weight", 4)[0]
-  levels = {
-    int(m[1]) for n in state_dict if (m := re.match(r"encoder\.conv_blocks\.(\d+)", n))
-  }
-  blocks = {
-    m[1]
-    for n in state_dict
-    if (m := re.match(r"encoder\.conv_blocks\.0\.res\.(\d+)", n))
-  }
+  level, block = ("conv_blocks", "res") if kind == "llamagen" else ("down", "block")
+  levels = _numbers(state_dict, rf"encoder\.{level}\.(\d+)\.")
+  blocks = _numbers(state_dict, rf"encoder\.{level}\.0\.{block}\.(\d+)\.")
   channels = [
-    shape_of(state_dict, f"encoder.conv_blocks.{i}.res.0.conv1.weight", 4)[0]
-    for i in sorted(levels)
+    shape_of(state_dict, f"encoder.{level}.{i}.{block}.0.conv1.weight", 4)[0]
+    for i in levels
   ]
-  fields = {
+  fields = FIELDS[kind] | {
     "channel_multipliers": tuple(c // width for c in channels),
     "width": width,
     "res_blocks": len(blocks),
-    "latent_width": shape_of(state_dict, "quant_conv.weight", 4)[1],
+    "latent_width": shape_of(state_dict, "encoder.conv_out.weight", 4)[0],
     "codebook_size": codebook_size,
     "codebook_dim": codebook_dim,
   }
   return TokenizerConfig(**(fields | changes))
 
 
-def _tokenizer_table(config: TokenizerConfig) -> list[Entry]:
+def _numbers(names: Mapping[str, Any], pattern: str) -> list[int]:
+  return sorted({int(found[1]) for name in names if (found := re.match(pattern, name))})
+
+
+def _table(config: TokenizerConfig, kind: str) -> list[Entry]:
   init = functools.partial(init_tokenizer, config)
   shapes = jax.eval_shape(init, jax.random.key(0))
   table = []
   for path, leaf in flax.traverse_util.flatten_dict(unbox(shapes)).items():
+    name = ".".join(path)
+    if kind != "llamagen":
+      name = _from_the_highest(name, len(config.channel_multipliers))
     entry = kernel if len(leaf.shape) == 4 else copy
-    table.append(entry(path, rename(".".join(path), TOKENIZER_NAMES), leaf.shape))
+    table.append(entry(path, rename(name, NAMES[kind]), leaf.shape))
   return table
+
+
+def _from_the_highest(name: str, levels: int) -> str:
+  """Numbers a decoder's levels from the highest resolution; ours from the lowest."""
+  return re.sub(
+    r"(?<=^decoder\.)(level|upsample)_(\d+)",
+    lambda found: f"{found[1]}_{levels - 1 - int(found[2])}",
+    name,
+  )

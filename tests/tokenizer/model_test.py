@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -8,6 +9,7 @@ from llamagen_jax import TokenizerConfig, UserError, VQModel, weights
 from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.tokenizer import model
 from llamagen_jax.tokenizer.model import init_tokenizer
+from llamagen_jax.weights.tokenizer import tokenizer_kind
 from tests import parity
 
 
@@ -49,7 +51,9 @@ def test_presets_take_shape(name):
   [
     (lambda: TokenizerConfig.preset("VQ-32"), ["'VQ-32'", "VQ-16"]),
     (lambda: TokenizerConfig((1, 2), width=20), ["model.norm_groups=32", "20"]),
-    (lambda: TokenizerConfig((1,), codebook_size=2**17), ["131072", "65536"]),
+    (lambda: TokenizerConfig((1,), codebook_size=2**31), [str(2**31), "2 .. 2147"]),
+    (lambda: TokenizerConfig((1,), blocks="x"), ["model.blocks='x'", "maskgit"]),
+    (lambda: TokenizerConfig((1,), quant_conv=False), ["model.latent_width=256"]),
   ],
 )
 def test_bad_shapes_are_named(make, words):
@@ -66,7 +70,52 @@ def test_enlarging_convolution_equals_enlarging_and_convolving():
   )
   large = x_BHWC.repeat(2, axis=1).repeat(2, axis=2)
   np.testing.assert_allclose(
-    model._enlarge_and_convolve(x_BHWC, kernel, dimension_numbers=axes),
+    model.convolve_enlarged(x_BHWC, kernel),
     jax.lax.conv_general_dilated(large, kernel, (1, 1), "SAME", dimension_numbers=axes),
     atol=1e-5,
   )
+
+
+def test_fields_of_later_versions_leave_identities_alone():
+  """Code shards name the tokenizer by it."""
+  config = dataclasses.replace(TokenizerConfig.preset("VQ-16"), width=32)
+  assert set(config.identity_fields) == {
+    "channel_multipliers", "width", "res_blocks", "latent_width", "codebook_size",
+    "codebook_dim", "l2_norm", "norm_groups", "dropout", "commitment",
+    "entropy_ratio", "dtype", "remat",
+  }  # fmt: skip
+  other = dataclasses.replace(config, quantizer="ibq")
+  assert other.identity_fields["quantizer"] == "ibq"
+
+
+PEERS = {
+  "taming_f16": ("taming", {"l2_norm": False, "codebook_dim": 40}),
+  "taming_f8": ("taming", {"codebook_dim": 4, "channel_multipliers": (1, 2, 2, 4)}),
+  "ibq_f16": ("ibq", {"res_blocks": 4, "quantizer": "ibq"}),
+  "maskgit_f16": ("maskgit", {"blocks": "maskgit", "quant_conv": False}),
+}
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_tokenizers_of_others_equal_theirs(name):
+  golden, (kind, fields) = parity.golden(), PEERS[name]
+  state_dict = parity.synthesize(parity.beyond_manifest()[name])
+  assert tokenizer_kind(state_dict) == kind
+  config, params = weights.tokenizer_from_torch(state_dict, kind=kind)
+  assert {k: getattr(config, k) for k in fields} == fields
+  images = parity.randn(f"{name}/image", (1, 3, 64, 64)).transpose(0, 2, 3, 1)
+  if kind == "maskgit":  # its [0, 1] is our [-1, 1]
+    images = 2 / (1 + np.exp(-images)) - 1
+    recon = golden[f"{name}_recon_unclipped"] * 2 - 1
+  else:
+    images, recon = np.tanh(images), golden[f"{name}_recon"]
+  run = functools.partial(VQModel(config).apply, {"params": params})
+  latents = run(images, method="latents")
+  np.testing.assert_allclose(latents, golden[f"{name}_latent"], atol=2e-4)
+  codes = model.encode(config, params, images)
+  np.testing.assert_array_equal(codes, golden[f"{name}_indices"])
+  np.testing.assert_allclose(model.decode(config, params, codes), recon, atol=2e-4)
+  if kind == "taming":
+    losses = run(images)[1].losses
+    expected = golden[f"{name}_quant_losses"][0]
+    np.testing.assert_allclose(sum(losses.values()), expected, rtol=1e-5)

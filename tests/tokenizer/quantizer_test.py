@@ -55,3 +55,38 @@ def test_codes_out_of_range_become_nan():
   codebook = parity.randn("codebook", (256, 8))
   rows = lookup(CONFIG, jnp.array([3, 256]), codebook)
   assert np.isfinite(rows[0]).all() and np.isnan(rows[1]).all()
+
+
+def test_the_gradient_of_normalising_is_finite_at_zero():
+  x = jnp.array([[0.0, 0.0], [3.0, 4.0]])
+  np.testing.assert_allclose(l2_normalize(x), [[0, 0], [0.6, 0.8]], rtol=1e-6)
+  gradient = jax.grad(lambda x: jnp.sum(l2_normalize(x) ** 2 + l2_normalize(x)))(x)
+  assert (gradient[0] == 0).all() and np.isfinite(gradient).all()
+
+
+def test_index_backpropagation_equals_the_original():
+  """Losses, and gradients of sum(z_q w) + the quantizer's loss + 0.05 entropy."""
+  golden = parity.golden()
+  codebook = parity.synthesize(parity.beyond_manifest()["ibq_f16"])[
+    "quantize.embedding.weight"
+  ]
+  config = TokenizerConfig(
+    (1,), codebook_size=48, codebook_dim=40, latent_width=40, l2_norm=False,
+    quantizer="ibq", entropy_ratio=0.05,
+  )  # fmt: skip
+  z, w = (golden[f"ibq_{name}"].transpose(0, 2, 3, 1) for name in "zw")
+
+  def total(z, codebook):
+    found = quantize(config, z, codebook)
+    return jnp.sum(found.latents * w) + sum(found.losses.values()), found.losses
+
+  grads, losses = jax.grad(total, argnums=(0, 1), has_aux=True)(z, codebook)
+  quant, _, _, entropy = golden["ibq_losses"]
+  np.testing.assert_allclose(
+    losses["codebook"] + losses["commitment"], quant, rtol=1e-5
+  )
+  np.testing.assert_allclose(losses["entropy"], 0.05 * entropy, rtol=1e-5)
+  expected = golden["ibq_grad_z"].transpose(0, 2, 3, 1), golden["ibq_grad_codebook"]
+  for found, wanted in zip(grads, expected, strict=True):
+    scale = np.abs(wanted).max()
+    np.testing.assert_allclose(found / scale, wanted / scale, atol=1e-5)

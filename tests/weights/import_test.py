@@ -12,6 +12,7 @@ import pytest
 
 import llamagen_jax as lg
 from llamagen_jax.commands import cli
+from llamagen_jax.gpt.model import init_gpt
 from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.tokenizer.model import init_tokenizer
 from llamagen_jax.weights import bundle
@@ -155,6 +156,7 @@ def test_a_published_transformer_through_its_file(tmp_path, capsys):
 MEASURED = """
 import pathlib, re, sys
 from llamagen_jax.commands import cli
+from llamagen_jax.gpt.model import init_gpt
 assert cli.run(sys.argv[1:]) == 0
 status = pathlib.Path("/proc/self/status").read_text()
 print(int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) * 1024)
@@ -213,14 +215,14 @@ def test_the_list_of_known_checkpoints(capsys):
   "flags, words",
   [
     ("", ["--tokenizer is required"]),
-    ("--tokenizer={vq}", ["name of the file", "--image-size"]),
+    ("--tokenizer={vq}", ["the name of ", "tells nothing", "--image-size"]),
     ("--tokenizer={vq} --image-size=9", ["9 is not a multiple", "downsampling 2"]),
     ("--tokenizer={vq} --image-size=8", ["2 layers of width 64", "num_heads"]),
     ("--tokenizer={vq} --num-heads=4 --model=c2i_L_384", ["c2i_L_384 is a L", "(2, 4"]),
     ("--tokenizer={vq} --model=c2i_X", ["--model=c2i_X", "c2i_3B_384"]),
     ("--tokenizer={vq} {tiny} --top-p=0", ["top_p=0.0"]),
     ("--hub=c2i_B_256", ["one of --file and --hub"]),
-    ("--key=ema", []),
+    ("--kind=taming --tokenizer={vq} {tiny} --temperature=0", ["temperature=0.0"]),
   ],
 )
 def test_bad_commands(tmp_path, capsys, tokenizer, flags, words):
@@ -233,6 +235,147 @@ def test_bad_commands(tmp_path, capsys, tokenizer, flags, words):
   assert len(text.strip().splitlines()) == 1
   assert all(word in text for word in words), text
   assert not out.exists()
+
+
+@pytest.mark.extra
+def test_an_entry_without_weights_is_refused(tmp_path, capsys, tokenizer):
+  torch = pytest.importorskip("torch")
+  weights = parity.state_dict("gpt_tiny_c2i")
+  tensors = {name: torch.from_numpy(value) for name, value in weights.items()}
+  torch.save({"model": tensors, "ema": {}}, tmp_path / "x.pt")
+  command = f"import-weights --file={tmp_path}/x.pt --tokenizer={tokenizer} {TINY_GPT}"
+  code, text = llamagen(capsys, f"{command} --out={tmp_path}/out --key=ema")
+  assert code == 2 and "no weights under 'ema'" in text and "model (18)" in text
+  code, text = llamagen(capsys, f"{command} --out={tmp_path}/out")
+  assert code == 0 and "entry 'model'" in text
+
+
+@pytest.mark.extra
+def test_weights_that_are_not_finite_leave_no_bundle(tmp_path, capsys, tokenizer):
+  pytest.importorskip("safetensors")
+  weights = parity.state_dict("gpt_tiny_c2i")
+  weights["layers.1.attention.wo.weight"][3, 4] = np.nan
+  file, out = tmp_path / "x.safetensors", tmp_path / "out"
+  write_weights(file, weights)
+  command = f"import-weights --file={file} --tokenizer={tokenizer} --out={out}"
+  code, text = llamagen(capsys, f"{command} {TINY_GPT}")
+  assert code == 2 and "layers.1.attention.wo.weight is broken: 1 of its 4096" in text
+  assert not out.exists()
+
+
+@pytest.mark.extra
+def test_tensors_of_no_known_model_are_named(tmp_path, capsys):
+  pytest.importorskip("safetensors")
+  write_weights(tmp_path / "x.safetensors", {"unet.a": np.zeros(2, np.float32)})
+  command = f"import-weights --file={tmp_path}/x.safetensors --out={tmp_path}/out"
+  code, text = llamagen(capsys, command)
+  assert code == 2 and "neither a tokenizer" in text and "unet.a" in text
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("name, kind", [("taming_f8", "taming"), ("maskgit_f16",) * 2])
+def test_tokenizers_of_others_from_lightning(tmp_path, capsys, name, kind):
+  """With the loss networks beside them, and averages under names without dots."""
+  torch = pytest.importorskip("torch")
+  weights = parity.synthesize(parity.beyond_manifest()[name])
+  tensors = {n: torch.from_numpy(value) for n, value in weights.items()}
+  averaged = {
+    f"model_ema.{n.replace('.', '')}": tensor * 2 for n, tensor in tensors.items()
+  }
+  beside = {"loss.discriminator.main.0.weight": torch.zeros(3)}
+  numbers = {"model_ema.decay": torch.tensor(0.999)}
+  content = {"epoch": 9, "state_dict": tensors | averaged | beside | numbers}
+  torch.save(content, tmp_path / "last.ckpt")
+  out = tmp_path / "vq"
+  command = f"import-weights --file={tmp_path}/last.ckpt --out={out}"
+  code, text = llamagen(capsys, command)
+  assert code == 0, text
+  assert f"tokenizer of {kind.partition('_')[0]}'s layout" in text
+  assert "48 codes" in text and "entry 'state_dict'" in text
+  tokenizer = lg.load_tokenizer(out)
+  assert not tokenizer.config.l2_norm
+  np.testing.assert_array_equal(
+    tokenizer.params["codebook"], 2 * weights["quantize.embedding.weight"]
+  )
+  del tensors["encoder.norm_out.bias"]
+  torch.save({"state_dict": tensors | beside}, tmp_path / "last.ckpt")
+  code, text = llamagen(capsys, f"{command}2")
+  assert code == 2 and "missing encoder.norm_out.bias (128,)" in text
+  assert "1 problems" in text and not (tmp_path / "vq2").exists()
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_every_exported_model_can_be_imported(tmp_path, capsys, suffix):
+  """Widths, groups and norms that no published model has, as in the quickstart."""
+  pytest.importorskip("torch")
+  vq = dataclasses.replace(tiny.TOKENIZER, l2_norm=False, codebook_size=50)
+  identity = bundle.save_tokenizer(
+    tmp_path / "vq", vq, unbox(init_tokenizer(vq, jax.random.key(0)))
+  )
+  params = unbox(init_gpt(tiny.GPT, jax.random.key(0)))
+  sampling = lg.SamplingConfig(guidance_scale=3.0, top_p=0.9)
+  gpt = bundle.Transformer(tiny.GPT, params, sampling, identity, tuple("abcd"))
+  bundle.save_gpt(tmp_path / "gpt", gpt)
+  for name in ("vq", "gpt"):
+    file = tmp_path / f"{name}{suffix}"
+    command = f"export-weights --bundle={tmp_path}/{name} --out={file}"
+    assert llamagen(capsys, command)[0] == 0
+    command = f"import-weights --file={file} --out={tmp_path}/{name}2"
+    code, text = llamagen(capsys, f"{command} --tokenizer={tmp_path}/vq")
+    assert code == 0, text
+  assert lg.load_tokenizer(tmp_path / "vq2").identity == identity
+  again = lg.load_gpt(tmp_path / "gpt2")
+  assert dataclasses.replace(again, params=None) == dataclasses.replace(
+    gpt, params=None
+  )
+  jax.tree.map(np.testing.assert_array_equal, again.params, params)
+
+
+@pytest.mark.extra
+def test_files_and_bundles_in_a_bucket(tmp_path, capsys, bucket, tokenizer):
+  pytest.importorskip("torch")
+  weights = parity.state_dict("gpt_tiny_c2i")
+  for suffix in (".pt", ".safetensors"):
+    file, out = bucket / f"a{suffix}", bucket / f"gpt{suffix}"
+    write_weights(file, weights)
+    command = f"import-weights --file={file} --tokenizer={tokenizer} --out={out}"
+    code, text = llamagen(capsys, f"{command} {TINY_GPT}")
+    assert code == 0, text
+    assert str(out) in text
+    back = bucket / f"b{suffix}"
+    code, text = llamagen(capsys, f"export-weights --bundle={out} --out={back}")
+    assert code == 0, text
+    assert_same(read_weights(back)[0], weights)
+  code, text = llamagen(
+    capsys, f"import-weights --file={bucket}/no.pt --out={bucket}/x"
+  )
+  assert code == 2 and "no.pt: no such file" in text
+
+
+def test_home_is_understood(tmp_path, capsys, monkeypatch, tokenizer):
+  pytest.importorskip("safetensors")
+  monkeypatch.setenv("HOME", str(tmp_path))
+  write_weights("~/x.safetensors", parity.state_dict("gpt_tiny_c2i"))
+  command = f"import-weights --file=~/x.safetensors --tokenizer={tokenizer} --out=~/gpt"
+  code, text = llamagen(capsys, f"{command} {TINY_GPT}")
+  assert code == 0, text
+  assert lg.load_gpt("~/gpt").config.layers == 2
+  assert (tmp_path / "gpt" / bundle.CONFIG).exists()
+
+
+def test_the_platform_is_as_before(tmp_path, capsys):
+  """A program that imports weights may use an accelerator afterwards."""
+  code = (
+    "import jax; from llamagen_jax.commands import cli;"
+    f"assert cli.run(['export-weights', '--bundle={tmp_path}', '--out=x.pt']) == 2;"
+    "assert jax.config.jax_platforms is None;"
+    "from llamagen_jax.parallel import hosts\n"
+    "with hosts.cpu_only(): assert jax.devices()[0].platform == 'cpu'\n"
+    "assert jax.config.jax_platforms is None; jax.numpy.zeros(2)"
+  )
+  env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+  subprocess.run([sys.executable, "-c", code], env=env, check=True)
 
 
 @pytest.mark.extra
