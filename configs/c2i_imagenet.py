@@ -116,7 +116,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   # Optimiser and weights of the large ones are spread over all chips: XL at 384 would
   # be over a v5e's 16 GiB by 1.5 otherwise.
   large = arg.variant in ("XL", "XXL", "XXXL", "3B", "7B") and not local
-  config.mesh = {"data": 1 if large else -1, "fsdp": -1 if large else 1, "tensor": 1}
+  config.mesh = {
+    "data": 1 if large else -1,
+    "fsdp": -1 if large else 1,
+    "tensor": 1,
+    "slices": -1,
+  }
   config.run = {
     "steps": steps,
     "seed": 0,

@@ -95,7 +95,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   scale = 1.0 if arg.align else 2.0
   config.sampling = {"guidance_scale": scale, "top_k": 0, "temperature": 1.0}
 
-  config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # fsdp=-1 for XL and larger
+  # fsdp=-1 for XL and larger
+  config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "slices": -1}
   config.run = {
     "steps": 20 if local else arg.steps,
     "seed": 0,

@@ -52,7 +52,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "clip": 1.0,
   }
   config.sampling = {"guidance_scale": 2.5, "top_p": 0.7}
-  config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+  config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "slices": -1}
   config.run = {
     "steps": 5 if fast else 3000,
     "seed": 0,

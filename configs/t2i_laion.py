@@ -90,7 +90,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.sampling = {"guidance_scale": 7.5, "top_k": 1000, "temperature": 1.0}
 
   # Weights and optimiser, and a T5 that runs along, are spread over four chips.
-  config.mesh = {"data": -1, "fsdp": 1 if local else 4, "tensor": 1}
+  config.mesh = {"data": -1, "fsdp": 1 if local else 4, "tensor": 1, "slices": -1}
   config.run = {
     "steps": 20 if local else pairs // batch_size,
     "seed": 0,

@@ -65,7 +65,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "clip": 1.0,
   }
   config.discriminator_optimizer = {"lr": 1e-4}
-  config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+  config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "slices": -1}
   config.run = {
     "steps": 5 if fast else steps,
     "seed": 0,

@@ -99,7 +99,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.optimizer = {**optimizer, "ema": 0.0 if local else 0.9999}
   config.discriminator_optimizer = optimizer
 
-  config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+  config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "slices": -1}
   config.run = {
     "steps": 20 if local else arg.epochs * IMAGENET_IMAGES // batch_size,
     "seed": 0,

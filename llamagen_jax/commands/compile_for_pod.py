@@ -1,8 +1,8 @@
-"""Says what a config needs and does on a pod, before paying for one.
+"""Says what memory a config needs and how long it takes on a pod, without a pod.
 
-The real train step, or the real sampler, is compiled for a topology of TPU chips
-that nobody here holds, and the compiled program says how much memory a chip needs,
-what it computes, moves and exchanges. Needs the `libtpu` wheel and no TPU.
+The train step, the sampler or the engine of serving is compiled for a topology of TPU
+chips, and the compiled program is counted: the memory that a chip needs, what it
+computes, reads and writes, and exchanges. Needs the `libtpu` wheel and no TPU.
 
 llamagen compile-for-pod --config=configs/c2i_imagenet.py:L,image_size=384 \\
     --topology=v5e:4x4
@@ -12,16 +12,18 @@ llamagen compile-for-pod --config=configs/c2i_imagenet.py:XL --topology=v5e:8x8 
 
 from collections.abc import Sequence
 import dataclasses
-import json
+import importlib.metadata
+import io
 import pathlib
+import sys
 
-import jax
-
+from llamagen_jax import storage
 from llamagen_jax.commands import config_flag
 from llamagen_jax.options import option
 from llamagen_jax.pod import topology
 from llamagen_jax.pod.engine import compile_engine
-from llamagen_jax.pod.report import CompileReport
+from llamagen_jax.pod.process import run_apart
+from llamagen_jax.pod.report import CompileReport, as_text
 from llamagen_jax.pod.sampler import compile_sampler
 from llamagen_jax.pod.search import HEADER, Trial, search
 from llamagen_jax.pod.train_step import compile_train_step
@@ -36,7 +38,10 @@ from llamagen_jax.weights.t5 import read_t5_config
 class Options(config_flag.ConfigOptions):
   """Options of compile-for-pod."""
 
-  topology: str = option("chips to compile for: v5e:2x4, v5p:4x4x4 ..", unit="CHIPS")
+  topology: str = option(
+    "chips to compile for: v5e:2x4, v5p:4x4x4; v5e:16x16x2 is two slices of 16x16",
+    unit="CHIPS",
+  )
   program: str = option(
     "a train step, the program of `sample`, or a chunk of steps of `serve`", "train",
     choices=("train", "sampler", "engine"),
@@ -58,6 +63,11 @@ class Options(config_flag.ConfigOptions):
   search: bool = option(
     "try meshes, recomputation and batch sizes of the train step, and rank them", False
   )
+  quick: bool = option(
+    "stop before machine code is made: a tenth of the time, but scratch memory of"
+    " kernels, up to a fifth of the temporaries, is not counted",
+    False,
+  )
   json: str = option("file for the figures, too", "", unit="FILE")
 
 
@@ -65,22 +75,50 @@ def main(argv: Sequence[str]) -> None:
   values, config = config_flag.parse(
     Options, GPTRecipe, "compile-for-pod", argv, __doc__
   )
-  # A program for chips that are not here cannot be read back (JAX 0.10.2).
-  jax.config.update("jax_enable_compilation_cache", False)
   recipe = build(GPTRecipe, config)
   encoder = _encoder(recipe, values.t5)
+  chips = topology.parse(values.topology).devices
   if values.search:
-    with topology.quiet() as errors:
-      trials = search(recipe, values.topology, errors, encoder)
-    lines, figures = [HEADER, *(trial.line() for trial in trials)], _tried(trials)
+
+    def compile_one(recipe: GPTRecipe) -> CompileReport:
+      return _compile(recipe, values, encoder, quiet=True)
+
+    trials = search(recipe, chips, compile_one, sys.stderr)
+    text = "\n".join([HEADER, *(trial.line() for trial in trials)])
+    figures = _tried(trials)
   else:
-    with topology.quiet():
-      verdict = judge(recipe, values, encoder)
-    lines, figures = verdict.lines(), verdict.figures()
-  print("\n".join(lines))
+    report = _compile(recipe, values, encoder)
+    text = as_text(report.rows())
+    figures = report.figures() | _compiled_with(values)
+  print(text)
   if values.json:
-    with open(values.json, "w") as file:
-      json.dump(figures, file, indent=1)
+    storage.write_json(storage.user_path(values.json), figures)
+
+
+def _compile(
+  recipe: GPTRecipe, values: Options, encoder: T5Config | None, quiet: bool = False
+) -> CompileReport:
+  """Compiles the program of the flags in a process of its own."""
+  where, quick = values.topology, values.quick
+  if values.program == "train":
+    call = (compile_train_step, recipe, where, encoder, None, quick)
+  elif values.program == "engine":
+    shape = (values.batch_size, values.chunk, values.tensor)
+    call = (compile_engine, recipe.model, *shape, where, quick)
+  else:
+    shape = (values.batch_size, values.tensor)
+    call = (compile_sampler, recipe.model, recipe.sampling, *shape, where, quick)
+  return run_apart(*call, news=io.StringIO() if quiet else sys.stderr)
+
+
+def _compiled_with(values: Options) -> dict[str, str]:
+  """Returns what was compiled, and by which versions, for tables of results."""
+  return {
+    "topology": values.topology,
+    "program": values.program,
+    "jax": importlib.metadata.version("jax"),
+    "libtpu": importlib.metadata.version("libtpu"),
+  }
 
 
 def _tried(trials: Sequence[Trial]) -> list[dict]:
@@ -89,7 +127,7 @@ def _tried(trials: Sequence[Trial]) -> list[dict]:
       "mesh": dataclasses.asdict(t.recipe.mesh),
       "remat": t.recipe.model.remat,
       "batch_size": t.recipe.data.batch_size,
-      "verdict": t.verdict.figures() if t.verdict else t.refusal,
+      "report": t.report.figures() if t.report else t.refusal,
     }
     for t in trials
   ]
@@ -101,14 +139,3 @@ def _encoder(recipe: GPTRecipe, size: str | None) -> T5Config | None:
   if recipe.data.t5:
     return read_t5_config(pathlib.Path(recipe.data.t5), recipe.data.t5_dtype)
   return None
-
-
-def judge(
-  recipe: GPTRecipe, values: Options, encoder: T5Config | None
-) -> CompileReport:
-  if values.program == "train":
-    return compile_train_step(recipe, values.topology, encoder)
-  shared = values.tensor, values.topology
-  if values.program == "engine":
-    return compile_engine(recipe.model, values.batch_size, values.chunk, *shared)
-  return compile_sampler(recipe.model, recipe.sampling, values.batch_size, *shared)

@@ -12,6 +12,7 @@ from typing import Any
 from absl import logging
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -35,11 +36,23 @@ def make_mesh(
   fsdp: int = 1,
   tensor: int = 1,
   devices: Sequence[jax.Device] | None = None,
+  slices: int = -1,
 ) -> Mesh:
   """Returns a mesh over all devices; a size of -1 takes the devices that are left.
 
+  Slices, groups of chips that only a data-center network connects, lie along `data`:
+  weights are gathered inside of a slice, and gradients alone go between slices.
+
+  Args:
+    data: size of the axis along which weights are replicated.
+    fsdp: size of the axis along which weights are gathered layer by layer.
+    tensor: size of the axis along which layers are split.
+    devices: all of JAX's by default.
+    slices: how many there are; -1 = as the devices say (one, if they are not TPUs).
+
   Raises:
-    UserError: the sizes do not multiply to the number of devices.
+    UserError: the sizes do not multiply to the number of devices, `data` is not a
+      multiple of the slices, or the devices come from another number of slices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
@@ -56,8 +69,37 @@ def make_mesh(
     )
   # Flax layers leave the placement of intermediates to the compiler.
   kinds = (AxisType.Auto,) * len(AXES)
-  shape = tuple(sizes.values())
-  return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+  grid = _device_grid(tuple(sizes.values()), devices, slices)
+  return Mesh(grid, AXES, axis_types=kinds)
+
+
+def _device_grid(
+  shape: tuple[int, ...], devices: Sequence[jax.Device], slices: int
+) -> np.ndarray:
+  """Returns devices in the shape of a mesh, neighbours on the torus side by side."""
+  named = len({getattr(device, "slice_index", 0) for device in devices})
+  if named > 1 and slices not in (-1, named):
+    raise UserError(f"mesh.slices={slices}, but the chips come from {named} slices")
+  slices = named if slices == -1 else slices
+  if slices < 1 or shape[0] % slices:
+    raise UserError(f"mesh.data={shape[0]} is not a multiple of mesh.slices={slices}")
+  if named == 1 and slices > 1:  # not TPUs: the devices of a host, then the next host's
+    return np.asarray(devices).reshape(shape)
+  inner = (shape[0] // slices, *shape[1:])
+
+  def grid(split: bool) -> np.ndarray:
+    if slices == 1:
+      return mesh_utils.create_device_mesh(
+        shape, devices, allow_split_physical_axes=split
+      )
+    return mesh_utils.create_hybrid_device_mesh(
+      inner, (slices, 1, 1), devices, allow_split_physical_axes=split
+    )
+
+  try:
+    return grid(split=False)
+  except NotImplementedError:  # no axis of the torus has the size of one of the mesh
+    return grid(split=True)
 
 
 def spec(mesh: Mesh, shape: tuple[int, ...], names: tuple) -> PartitionSpec:

@@ -1,9 +1,8 @@
 """The slot engine of serving, compiled for a pod: a chunk of steps of all slots."""
 
-import dataclasses
 import functools
-from typing import Any
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 
@@ -12,93 +11,98 @@ from llamagen_jax.gpt.flops import sampling_flops
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.parallel.mesh import abstract_tree, batch_sharding, replicated
 from llamagen_jax.pod import topology
-from llamagen_jax.pod.report import CompileReport, analysed
+from llamagen_jax.pod.compiler import analysed
+from llamagen_jax.pod.report import CompileReport
 from llamagen_jax.pod.sampler import abstract_params, bytes_of, read_bytes
 from llamagen_jax.sampling.slots import ChunkInputs, init_state, run_chunk
 from llamagen_jax.serving.engine import state_sharding
 
 
-@dataclasses.dataclass(frozen=True)
-class EngineVerdict(CompileReport):
-  """A chunk, with a guided image in every slot."""
-
-  slots: int  # on all chips
-  steps: int  # of the chunk
-  codes: int  # of an image
-  whole_bytes: float  # of the chunk, on one chip: weights and cache read once a step
-  least_bytes: float  # the same, but of the cache only what is written: half of it
-
-  @property
-  def images_per_second(self) -> float:
-    """On one chip, if the bottleneck resource were used to the full."""
-    return self._images / self.least_seconds
-
-  @property
-  def bound(self) -> float:
-    """Images a second on one chip that read the least there is to read."""
-    return self._images / (self.least_bytes / self.chip.hbm_bandwidth)
-
-  @property
-  def _images(self) -> float:
-    """Of one chip in a chunk."""
-    return self.slots / self.chips * self.steps / self.codes
-
-  def lines(self) -> list[str]:
-    m, step = self.found.memory, 1e3 * self.least_seconds / self.steps
-    return [
-      *super().lines(),
-      f"temporaries     {m.temporaries / m.arguments:.1%} of the arguments",
-      f"bytes read      {self.found.bytes / self.whole_bytes:.2f} x weights and cache"
-      f" once a step, {self.found.bytes / self.least_bytes:.2f} x weights and the"
-      " written half",
-      f"at best         {step:.2f} ms a step, {self.images_per_second:.2f}"
-      f" images/s a chip; {self.bound:.2f} by the roofline of the latter",
-    ]
-
-  def figures(self) -> dict[str, Any]:
-    names = ("slots", "steps", "codes", "whole_bytes", "least_bytes", "bound")
-    return super().figures() | {
-      "images_per_second": self.images_per_second,
-      **{name: getattr(self, name) for name in names},
-    }
-
-
 def compile_engine(
-  config: GPTConfig, slots: int, steps: int, tensor: int, where: str
-) -> EngineVerdict:
-  """Compiles a chunk of what `serve` runs for a topology, `v5e:1x1` say.
+  config: GPTConfig,
+  slots: int,
+  steps: int,
+  tensor: int,
+  where: str,
+  quick: bool = False,
+) -> CompileReport:
+  """Compiles a chunk of `serve`, with a guided image in every slot.
 
   Args:
     config: shape of the model.
     slots: of a group of `tensor` chips.
     steps: of the chunk.
     tensor: chips that share a model.
-    where: the topology.
+    where: the topology, such as `v5e:1x1`.
+    quick: stop before machine code is made.
   """
   c, mesh = config, topology.mesh(where, -1, 1, tensor)
   total = slots * mesh.shape["data"]
   with jax.set_mesh(mesh):
+    logging.info("tracing the engine's chunk")
     params = abstract_params(c, mesh)
-    places = state_sharding(mesh, c, total)
+    sharding = state_sharding(mesh, c, total)
     state = jax.eval_shape(functools.partial(init_state, c, total))
-    state = abstract_tree(state, places)
-    plan = abstract_tree(jax.eval_shape(lambda: _plan(total)), batch_sharding(mesh))
+    state = abstract_tree(state, sharding)
+    inputs = abstract_tree(jax.eval_shape(lambda: _inputs(total)), batch_sharding(mesh))
     program = jax.jit(
       functools.partial(run_chunk, c, steps),
       donate_argnums=1,
-      out_shardings=(places, replicated(mesh)),
+      out_shardings=(sharding, replicated(mesh)),
     )
-    found = analysed(program.lower(params, state, plan))
+    analysis = analysed(program.lower(params, state, inputs), quick)
   flops = sampling_flops(c, total, guidance=True) * steps / c.image_tokens / mesh.size
+  report = CompileReport(
+    topology.chip(mesh), mesh.size, topology.num_slices(mesh), flops, analysis
+  )
   weights = steps * read_bytes(params) / tensor
   cache = steps * bytes_of(state.cache) / mesh.size
-  return EngineVerdict(
-    topology.chip(mesh), mesh.size, flops, found, total, steps, c.image_tokens,
-    weights + cache, weights + cache / 2,
-  )  # fmt: skip
+  images = total / mesh.size * steps / c.image_tokens
+  figures = {"slots": total, "steps": steps, "codes": c.image_tokens}
+  return _with_rates(report, figures, images, weights, cache)
 
 
-def _plan(slots: int) -> ChunkInputs:
+def _with_rates(
+  report: CompileReport,
+  figures: dict[str, int],
+  images: float,
+  weights: float,
+  cache: float,
+) -> CompileReport:
+  """Adds images a second, of this program and of one that reads the least.
+
+  Args:
+    report: of the chunk.
+    figures: slots on all chips, steps of the chunk, codes of an image.
+    images: that one chip finishes in a chunk, on average.
+    weights: bytes, read once a step, of one chip in a chunk.
+    cache: the same of the whole cache; on average half of it is written.
+  """
+  memory, read = report.analysis.memory, report.analysis.bytes
+  whole, least = weights + cache, weights + cache / 2
+  rate = images / report.least_seconds
+  bound = images / (least / report.chip.hbm_bandwidth)
+  step = 1e3 * report.least_seconds / figures["steps"]
+  rows = [
+    ("temporaries", f"{memory.temporaries / memory.arguments:.1%} of the arguments"),
+    (
+      "bytes read",
+      f"{read / whole:.2f} x weights and cache once a step, {read / least:.2f} x"
+      " weights and the written half",
+    ),
+    (
+      "at best",
+      f"{step:.2f} ms a step, {rate:.2f} images/s a chip; {bound:.2f} by the roofline"
+      " of the latter",
+    ),
+  ]
+  return report.with_more(rows, {
+    **figures, "whole_bytes": whole, "least_bytes": least, "bound": bound,
+    "images_per_second": rate,
+  })  # fmt: skip
+
+
+def _inputs(slots: int) -> ChunkInputs:
   rows = 2 * slots
   keys = jnp.zeros((rows, 2), jnp.uint32)
   settings = jax.tree.map(jnp.asarray, SamplingConfig().rows(rows))

@@ -14,6 +14,8 @@ ALIASES = ("copy", "bitcast", "convert", "copy-start", "copy-done", "reshape")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
+  """A shape in the program's text."""
+
   dtype: str
   shape: tuple[int, ...]
   in_hbm: bool
@@ -25,14 +27,17 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Op:
+  """An operation: `%name = arrays kind(operands), attributes`."""
+
   name: str
   kind: str
   arrays: tuple[Array, ...]  # of the result, tuples flattened
   operands: tuple[str, ...]
-  literal: str  # what stands between the parentheses
+  literal: str  # the text between the parentheses
   attributes: str
 
   def attribute(self, name: str) -> str:
+    """Returns the value of an attribute, without its %; empty if there is none."""
     found = re.search(rf"[ ,]{name}=(%?[\w.\-]+)", self.attributes)
     return found[1].lstrip("%") if found else ""
 
@@ -42,8 +47,17 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _ASSIGN = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 
 
-def parse(text: str) -> tuple[dict[str, dict[str, Op]], dict[str, Op], str]:
-  """Computations by name, their roots, and the name of the entry."""
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """The computations of a program, as tables of operations by their names."""
+
+  computations: dict[str, dict[str, Op]]
+  roots: dict[str, Op]  # of the computations
+  entry: str  # name of the computation that runs first
+
+
+def parse(text: str) -> Program:
+  """Reads the text of a program."""
   computations, roots, entry, current = {}, {}, "", ""
   for line in text.splitlines():
     line = re.sub(r"/\*.*?\*/", "", line)
@@ -56,7 +70,7 @@ def parse(text: str) -> tuple[dict[str, dict[str, Op]], dict[str, Op], str]:
       computations[current][op.name] = op
       if assign[1]:
         roots[current] = op
-  return computations, roots, entry
+  return Program(computations, roots, entry)
 
 
 def _parse_op(name: str, text: str) -> Op:
@@ -83,7 +97,7 @@ def _parse_op(name: str, text: str) -> Op:
 
 
 def _closing(text: str, opened: int) -> int:
-  """Index of the parenthesis that closes the one at `opened`."""
+  """Returns the index of the parenthesis that closes the one at `opened`."""
   depth = 0
   for found in re.compile(r"[()]").finditer(text, opened):
     depth += 1 if found[0] == "(" else -1
@@ -93,7 +107,7 @@ def _closing(text: str, opened: int) -> int:
 
 
 def source_of(ops: dict[str, Op], name: str) -> Op:
-  """The operation that a scalar comes from."""
+  """Returns the operation that a scalar comes from."""
   op = ops[name]
   while op.kind in ALIASES and op.operands:
     op = ops[op.operands[0]]
@@ -101,6 +115,7 @@ def source_of(ops: dict[str, Op], name: str) -> Op:
 
 
 def branches(op: Op) -> list[str]:
+  """Returns the names of the computations that a conditional chooses from."""
   listed = re.search(r"branch_computations=\{([^}]*)\}", op.attributes)
   if listed:
     return re.findall(r"%?([\w.\-]+)", listed[1])
@@ -108,12 +123,12 @@ def branches(op: Op) -> list[str]:
 
 
 def is_reduce_scatter(op: Op) -> bool:
-  """The TPU writes reduce-scatter as all-reduce and slice, fused under that name."""
+  """Returns whether a fusion is a TPU's reduce-scatter: all-reduce and slice in one."""
   return op.kind == "fusion" and "all-reduce-scatter" in op.attribute("calls")
 
 
 def group_size(op: Op) -> int:
-  """Chips that take part in one exchange."""
+  """Returns the number of chips that take part in one exchange."""
   text = op.attributes
   if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
@@ -125,7 +140,17 @@ def group_size(op: Op) -> int:
   return 2  # collective-permute: a chip and its neighbour
 
 
-def declared_cost(op: Op, what: str) -> float:
-  """What a hand-written kernel says it costs."""
-  found = re.search(rf'"{what}":\s*"?(\d+)', op.attributes)
+def slices_of(op: Op) -> int:
+  """Returns the number of slices that a transfer over the DCN goes between."""
+  found = re.search(r'_xla_megascale_target="\{([^}]*)\}', op.attributes)
+  count = 0
+  for group in found[1].split(",") if found else ():
+    first, _, last = group.partition(":")
+    count += int(last or first) - int(first) + 1
+  return max(count, 2)
+
+
+def declared_cost(op: Op, field: str) -> float:
+  """Returns a cost that a hand-written kernel declares, 0 if it does not."""
+  found = re.search(rf'"{field}":\s*"?(\d+)', op.attributes)
   return float(found[1]) if found and "tpu_custom_call" in op.attributes else 0.0

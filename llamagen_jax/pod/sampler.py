@@ -1,9 +1,9 @@
 """The sampler, compiled for a pod: prefill and every code of a batch of images."""
 
-import dataclasses
 import functools
 from typing import Any
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 
@@ -21,7 +21,8 @@ from llamagen_jax.parallel.mesh import (
   unbox,
 )
 from llamagen_jax.pod import topology
-from llamagen_jax.pod.report import CompileReport, analysed
+from llamagen_jax.pod.compiler import analysed
+from llamagen_jax.pod.report import CompileReport
 from llamagen_jax.sampling.decode import (
   DecodeInputs,
   cache_segment_ends,
@@ -29,73 +30,74 @@ from llamagen_jax.sampling.decode import (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class SamplerVerdict(CompileReport):
-  """All codes of a batch of images."""
-
-  images: int  # on all chips
-  codes: int  # of one image
-  least_bytes: float  # of the run, on one chip: weights and cache read once a step
-
-  @property
-  def images_per_second(self) -> float:
-    """On one chip, if the bottleneck resource were used to the full."""
-    return self.images / self.chips / self.least_seconds
-
-  def lines(self) -> list[str]:
-    step = 1e3 * self.least_seconds / self.codes
-    return [
-      *super().lines(),
-      f"bytes read      {self.found.bytes / self.least_bytes:.2f} x weights and"
-      " the written cache once a step",
-      f"at best         {step:.2f} ms a step, {self.images_per_second:.2f}"
-      " images/s a chip",
-    ]
-
-  def figures(self) -> dict[str, Any]:
-    return super().figures() | {
-      "images": self.images,
-      "codes": self.codes,
-      "least_bytes": self.least_bytes,
-      "images_per_second": self.images_per_second,
-    }
-
-
 def compile_sampler(
-  config: GPTConfig, sampling: SamplingConfig, images: int, tensor: int, where: str
-) -> SamplerVerdict:
-  """Compiles what `sample` runs for a topology, `v5e:1x1` say.
+  config: GPTConfig,
+  sampling: SamplingConfig,
+  images: int,
+  tensor: int,
+  where: str,
+  quick: bool = False,
+) -> CompileReport:
+  """Compiles the program of `sample` for a topology such as `v5e:1x1`.
 
   Args:
     config: shape of the model.
     sampling: guidance doubles the rows.
-    images: drawn at once by a group of `tensor` chips.
+    images: sampled at once by a group of `tensor` chips.
     tensor: chips that share a model.
     where: the topology.
+    quick: stop before machine code is made.
   """
   mesh = topology.mesh(where, -1, 1, tensor)
   batch = images * mesh.shape["data"]
-  place, every = batch_sharding(mesh), replicated(mesh)
+  split, whole = batch_sharding(mesh), replicated(mesh)
   with jax.set_mesh(mesh):
+    logging.info("tracing the sampler")
     params = abstract_params(config, mesh)
     rows = jax.eval_shape(lambda: sampling.rows(batch))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-    condition, mask = _condition(config, batch, place)
+    condition, mask = _condition(config, batch, split)
     inputs = DecodeInputs(
-      params, abstract_tree(keys, place), mask, abstract_tree(rows, every)
+      params, abstract_tree(keys, split), mask, abstract_tree(rows, whole)
     )
     lowered = generate_codes.lower(config, sampling.active_filters, inputs, condition)
-    found = analysed(lowered)
+    analysis = analysed(lowered, quick)
   guided = sampling.guidance_scale > 1
   flops = sampling_flops(config, batch, guided) / mesh.size
-  least = _least_bytes(config, params, images * (2 if guided else 1), tensor)
-  return SamplerVerdict(
-    topology.chip(mesh), mesh.size, flops, found, batch, config.image_tokens, least
+  report = CompileReport(
+    topology.chip(mesh), mesh.size, topology.num_slices(mesh), flops, analysis
   )
+  least = _least_bytes(config, params, images * (2 if guided else 1), tensor)
+  return _with_rate(report, batch, config.image_tokens, least)
+
+
+def _with_rate(
+  report: CompileReport, images: int, codes: int, least_bytes: float
+) -> CompileReport:
+  """Adds the images a second.
+
+  Args:
+    report: of the program.
+    images: on all chips.
+    codes: of one image.
+    least_bytes: of the run, on one chip: weights and cache read once a step.
+  """
+  step = 1e3 * report.least_seconds / codes
+  rate = images / report.chips / report.least_seconds
+  share = report.analysis.bytes / least_bytes
+  rows = [
+    ("bytes read", f"{share:.2f} x weights and the written cache once a step"),
+    ("at best", f"{step:.2f} ms a step, {rate:.2f} images/s a chip"),
+  ]
+  figures = {
+    "images": images, "codes": codes, "least_bytes": least_bytes,
+    "images_per_second": rate,
+  }  # fmt: skip
+  return report.with_more(rows, figures)
 
 
 def abstract_params(config: GPTConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-  """Shapes and places of `decoding_params` on a mesh; run under `jax.set_mesh`."""
+  """Returns the shapes of `decoding_params` on a mesh; run under `jax.set_mesh`."""
   boxed = jax.eval_shape(lambda: init_gpt(config, jax.random.key(0)))
   trained = abstract_tree(unbox(boxed), shardings(mesh, boxed))
   lay_out = jax.jit(functools.partial(decoding_params, config))
@@ -103,19 +105,19 @@ def abstract_params(config: GPTConfig, mesh: jax.sharding.Mesh) -> dict[str, Any
   return abstract_tree(lowered.out_info, lowered.compile().output_shardings)
 
 
-def _condition(config: GPTConfig, batch: int, place):
+def _condition(config: GPTConfig, batch: int, sharding: jax.NamedSharding):
   c = config
   if c.condition == "class":
-    return jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=place), None
+    return jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharding), None
   shape = (batch, c.caption_tokens, c.caption_dim)
   return (
-    jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place),
-    jax.ShapeDtypeStruct(shape[:2], jnp.int32, sharding=place),
+    jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding),
+    jax.ShapeDtypeStruct(shape[:2], jnp.int32, sharding=sharding),
   )
 
 
 def _least_bytes(config: GPTConfig, params, rows: int, tensor: int) -> float:
-  """Weights and cache, read once a step, by one chip of a group of `tensor`."""
+  """Returns the bytes of weights and cache, read once a step, of one chip."""
   weights = read_bytes(params)
   total, start = 0.0, 1
   for end in cache_segment_ends(config):
@@ -127,10 +129,10 @@ def _least_bytes(config: GPTConfig, params, rows: int, tensor: int) -> float:
 
 
 def read_bytes(params: dict[str, Any]) -> int:
-  """Weights that a step reads; of the table of codes it reads a few rows."""
+  """Returns the bytes of weights that a step reads: all but the table of codes."""
   return bytes_of(params) - bytes_of(params["code_embedding"])
 
 
 def bytes_of(tree) -> int:
-  """Of all arrays, or shapes, of a tree."""
+  """Returns the bytes of all arrays, or shapes, of a tree."""
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,16 +1,13 @@
 """Which mesh, recomputation and batch a transformer trains cheapest with on a pod."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import dataclasses
 from typing import TextIO
 
 import tqdm
 
 from llamagen_jax.errors import UserError
-from llamagen_jax.pod import topology
-from llamagen_jax.pod.report import GIB
-from llamagen_jax.pod.train_step import TrainReport, compile_train_step
-from llamagen_jax.text.t5 import T5Config
+from llamagen_jax.pod.report import GIB, CompileReport
 from llamagen_jax.training.gpt_step import GPTRecipe
 from llamagen_jax.training.recipe import MeshConfig
 
@@ -23,31 +20,34 @@ class Trial:
   """A recipe that was tried, and the compiler's answer."""
 
   recipe: GPTRecipe
-  verdict: TrainReport | None
-  refusal: str = ""  # why there is no verdict
+  report: CompileReport | None
+  refusal: str = ""  # why there is no report
 
   @property
   def chip_seconds(self) -> float:
     """Least chip-seconds an image; infinite if it does not fit."""
-    v = self.verdict
-    if v is None or not v.fits:
+    report = self.report
+    if report is None or not report.fits:
       return float("inf")
-    return v.least_seconds * v.chips / self.recipe.data.batch_size
+    return report.least_seconds * report.chips / self.recipe.data.batch_size
 
   def line(self) -> str:
-    r, v = self.recipe, self.verdict
-    m = r.mesh
-    what = (
-      f"{m.data:5} {m.fsdp:5} {m.tensor:6}  {r.model.remat:5} {r.data.batch_size:6}"
+    """Returns the trial as a row under `HEADER`."""
+    recipe, report = self.recipe, self.report
+    m = recipe.mesh
+    tried = (
+      f"{m.data:5} {m.fsdp:5} {m.tensor:6}  {recipe.model.remat:5}"
+      f" {recipe.data.batch_size:6}"
     )
-    if v is None:
-      return f"{what}  {self.refusal}"
-    memory = v.hbm / GIB
-    if not v.fits:
-      return f"{what} {memory:6.1f}  over by {memory - v.chip.hbm_bytes / GIB:.1f} GiB"
+    if report is None:
+      return f"{tried}  {self.refusal}"
+    memory = report.hbm / GIB
+    if not report.fits:
+      over = memory - report.chip.hbm_bytes / GIB
+      return f"{tried} {memory:6.1f}  over by {over:.1f} GiB"
     return (
-      f"{what} {memory:6.1f} {1e3 * v.least_seconds:8.1f} {v.bottleneck:8}"
-      f"{v.mfu:4.0%} {1e3 * self.chip_seconds:8.2f}"
+      f"{tried} {memory:6.1f} {1e3 * report.least_seconds:8.1f} {report.bottleneck:8}"
+      f"{report.mfu:4.0%} {1e3 * self.chip_seconds:8.2f}"
     )
 
 
@@ -57,56 +57,59 @@ HEADER = (
 
 
 def search(
-  recipe: GPTRecipe, where: str, errors: TextIO, encoder: T5Config | None = None
+  recipe: GPTRecipe,
+  chips: int,
+  compile_one: Callable[[GPTRecipe], CompileReport],
+  errors: TextIO,
 ) -> list[Trial]:
   """Tries the meshes first, then recomputation and batch on the best of them.
 
-  One thing after the other, because every trial is a compilation: a few dozen
-  seconds each. A shape that does not fit with any mesh is tried with `full`.
+  One dimension after the other, because every trial is a compilation. A shape that
+  does not fit with any mesh is tried with `full`.
 
   Args:
     recipe: a config whose mesh, `model.remat` and `data.batch_size` are replaced.
-    where: a topology, `v5p:4x4x4` say.
-    errors: where the progress bar goes.
-    encoder: shape of the T5 that runs along, if one does.
+    chips: of the topology.
+    compile_one: compiles a recipe's train step; raises UserError if it cannot.
+    errors: stream of the progress bar.
 
   Returns:
     All trials, the cheapest an image first, those that do not fit last.
-
-  Raises:
-    UserError: an unknown topology.
   """
-  chips = len(topology.devices(where))
   tried: dict[GPTRecipe, Trial] = {}
   bar = tqdm.tqdm(desc="compile", unit="program", file=errors, dynamic_ncols=True)
 
   def best(recipes) -> GPTRecipe:
     for r in recipes:
       if r not in tried:
-        tried[r] = _try(r, where, encoder)
+        tried[r] = _try(r, compile_one)
         bar.update()
         bar.write(tried[r].line(), file=errors)
     return min(tried.values(), key=lambda trial: trial.chip_seconds).recipe
 
   with bar:
     bar.write(HEADER, file=errors)
-    found = best(_meshes(recipe, chips))
-    if tried[found].chip_seconds == float("inf"):
+    cheapest = best(_meshes(recipe, chips))
+    if tried[cheapest].chip_seconds == float("inf"):
       full = dataclasses.replace(recipe.model, remat="full")
-      found = best(_meshes(dataclasses.replace(recipe, model=full), chips))
-    found = best(
-      dataclasses.replace(found, model=dataclasses.replace(found.model, remat=remat))
+      cheapest = best(_meshes(dataclasses.replace(recipe, model=full), chips))
+    cheapest = best(
+      dataclasses.replace(
+        cheapest, model=dataclasses.replace(cheapest.model, remat=remat)
+      )
       for remat in REMATS
     )
     best(
-      dataclasses.replace(found, data=dataclasses.replace(found.data, batch_size=size))
-      for size in (2 * found.data.batch_size, 4 * found.data.batch_size)
+      dataclasses.replace(
+        cheapest, data=dataclasses.replace(cheapest.data, batch_size=size)
+      )
+      for size in (2 * cheapest.data.batch_size, 4 * cheapest.data.batch_size)
     )
   return sorted(tried.values(), key=lambda trial: trial.chip_seconds)
 
 
 def _meshes(recipe: GPTRecipe, chips: int) -> Iterator[GPTRecipe]:
-  """Weights whole on a chip, spread over all chips, and spread over about a root."""
+  """Yields meshes: weights whole on a chip, over all chips, over about their root."""
   for tensor in TENSORS:
     if chips % tensor:
       continue
@@ -118,8 +121,8 @@ def _meshes(recipe: GPTRecipe, chips: int) -> Iterator[GPTRecipe]:
         yield dataclasses.replace(recipe, mesh=mesh)
 
 
-def _try(recipe: GPTRecipe, where: str, encoder: T5Config | None) -> Trial:
+def _try(recipe: GPTRecipe, compile_one: Callable[[GPTRecipe], CompileReport]) -> Trial:
   try:
-    return Trial(recipe, compile_train_step(recipe, where, encoder))
+    return Trial(recipe, compile_one(recipe))
   except UserError as refused:
     return Trial(recipe, None, str(refused))

@@ -4,10 +4,9 @@ With captions a T5 may run along: a program of its own, right before every step,
 weights stay on the chips.
 """
 
-import dataclasses
 import functools
-from typing import Any
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 
@@ -17,61 +16,11 @@ from llamagen_jax.gpt.flops import t5_flops
 from llamagen_jax.gpt.objective import ObjectivePhase
 from llamagen_jax.parallel.mesh import batch_sharding, replicated
 from llamagen_jax.pod import topology
-from llamagen_jax.pod.report import GIB, CompileReport, analysed
+from llamagen_jax.pod.compiler import analysed
+from llamagen_jax.pod.report import GIB, CompileReport
 from llamagen_jax.text.t5 import T5Config, init_t5, padded_features
 from llamagen_jax.training.gpt_step import GPTRecipe, init_state, train_step, work
 from llamagen_jax.training.state import abstract_state
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainReport(CompileReport):
-  """One update, and all updates of the config."""
-
-  steps: int
-  encoder: CompileReport | None = None  # of the T5 that runs along
-
-  @property
-  def hbm(self) -> int:
-    if self.encoder is None:
-      return super().hbm
-    step, encoder = self.found.memory, self.encoder.found.memory
-    return max(step.total + encoder.arguments, encoder.total + step.arguments)
-
-  @property
-  def least_seconds(self) -> float:
-    encoder = self.encoder.least_seconds if self.encoder else 0.0
-    return super().least_seconds + encoder
-
-  @property
-  def chip_hours(self) -> float:
-    return self.least_seconds * self.steps * self.chips / 3600
-
-  def lines(self) -> list[str]:
-    return [
-      *super().lines(),
-      *(self._encoder_lines() if self.encoder else ()),
-      f"at best         {1e3 * self.least_seconds:.1f} ms a step, MFU {self.mfu:.0%},"
-      f" {self.chip_hours:,.0f} chip-hours, {self.chip_hours / self.chips:.1f} hours"
-      f" for {self.steps} steps",
-    ]
-
-  def _encoder_lines(self) -> list[str]:
-    e = self.encoder
-    m = e.found.memory
-    return [
-      f"T5 before it    weights {m.arguments / GIB:.2f} GiB, in the total; temporaries"
-      f" {m.temporaries / GIB:.2f}; {e.found.flops:.3g} FLOPs,"
-      f" {e.found.bytes / 1e9:.2f} GB",
-      f"  least ms      {e.times}",
-    ]
-
-  def figures(self) -> dict[str, Any]:
-    return super().figures() | {
-      "steps": self.steps,
-      "least_seconds": self.least_seconds,
-      "chip_hours": self.chip_hours,
-      "encoder": self.encoder.figures() if self.encoder else None,
-    }
 
 
 def compile_train_step(
@@ -79,59 +28,90 @@ def compile_train_step(
   where: str,
   encoder: T5Config | None = None,
   phase: ObjectivePhase | None = None,
-) -> TrainReport:
-  """Compiles the step that `train-gpt` runs for a topology, `v5e:2x4` say.
+  quick: bool = False,
+) -> CompileReport:
+  """Compiles the step that `train-gpt` runs for a topology such as `v5e:2x4`.
 
   Args:
     recipe: the config.
     where: the topology.
     encoder: shape of the T5 that runs along, if one does.
     phase: of the objective; None = the last one of the run.
+    quick: stop before machine code is made.
 
   Raises:
     UserError: an unknown topology, a mesh that is not its size, a batch that the
       mesh does not divide, an encoder whose features the model does not take, or a
-      program that the compiler cannot place.
+      program that does not fit into a chip's memory.
   """
   m, batch_size = recipe.mesh, recipe.data.batch_size
   phase = phase or list(recipe.objective.phases().values())[-1]
   if encoder:
     _check_encoder(encoder, recipe.model)
   mesh = topology.mesh(where, m.data, m.fsdp, m.tensor)
-  parts = mesh.shape["data"] * mesh.shape["fsdp"]
-  if batch_size % parts:
+  shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  if batch_size % shards:
     raise UserError(
       f"data.batch_size={batch_size} is not a multiple of the mesh's data x fsdp ="
-      f" {parts}"
+      f" {shards}"
     )
   with jax.set_mesh(mesh):
+    logging.info("tracing the train step")
     state = abstract_state(functools.partial(init_state, recipe), mesh)
-    places = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(
       functools.partial(train_step, recipe, phase=phase),
       donate_argnums=0,
-      out_shardings=(places, replicated(mesh)),
+      out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)),
     )
-    rows = abstract_batch(recipe.model, batch_size, batch_sharding(mesh))
-    found = analysed(step.lower(state, rows))
-    along = compile_encoder(encoder, recipe, mesh) if encoder else None
+    batch = abstract_batch(recipe.model, batch_size, batch_sharding(mesh))
+    analysis = analysed(step.lower(state, batch), quick)
+    before = compile_encoder(encoder, recipe, mesh, quick) if encoder else None
   flops = work(recipe, phase.patch).flops / mesh.size
-  chip, steps = topology.chip(mesh), recipe.run.steps
-  return TrainReport(chip, mesh.size, flops, found, steps, along)
+  report = CompileReport(
+    topology.chip(mesh), mesh.size, topology.num_slices(mesh), flops, analysis, before
+  )
+  return _with_hours(report, recipe.run.steps)
+
+
+def _with_hours(report: CompileReport, steps: int) -> CompileReport:
+  """Adds the time that all steps of a config take."""
+  seconds = report.least_seconds
+  hours = seconds * steps * report.chips / 3600
+  rows = []
+  if report.before:
+    a = report.before.analysis
+    rows = [
+      (
+        "T5 before it",
+        f"weights {a.memory.arguments / GIB:.2f} GiB, in the total; temporaries"
+        f" {a.memory.temporaries / GIB:.2f}; {a.flops:.3g} FLOPs,"
+        f" {a.bytes / 1e9:.2f} GB",
+      ),
+      ("  least ms", report.before.times),
+    ]
+  best = (
+    f"{1e3 * seconds:.1f} ms a step, MFU {report.mfu:.0%}, {hours:,.0f} chip-hours,"
+    f" {hours / report.chips:.1f} hours for {steps} steps"
+  )
+  return report.with_more(
+    [*rows, ("at best", best)], {"steps": steps, "chip_hours": hours}
+  )
 
 
 def compile_encoder(
-  config: T5Config, recipe: GPTRecipe, mesh: jax.sharding.Mesh
+  config: T5Config, recipe: GPTRecipe, mesh: jax.sharding.Mesh, quick: bool
 ) -> CompileReport:
-  """Compiles what makes features of a batch's tokens; run under `jax.set_mesh`."""
+  """Compiles the T5 over a batch's tokens; run under `jax.set_mesh`."""
   c, batch_size = recipe.model, recipe.data.batch_size
   params = abstract_state(functools.partial(init_t5, config), mesh)
   ids = jax.ShapeDtypeStruct(
     (batch_size, c.caption_tokens), jnp.int32, sharding=batch_sharding(mesh)
   )
-  found = analysed(padded_features.lower(config, params, ids, ids))
+  logging.info("tracing the T5")
+  analysis = analysed(padded_features.lower(config, params, ids, ids), quick)
   flops = t5_flops(config, batch_size, c.caption_tokens) / mesh.size
-  return CompileReport(topology.chip(mesh), mesh.size, flops, found)
+  slices = topology.num_slices(mesh)
+  return CompileReport(topology.chip(mesh), mesh.size, slices, flops, analysis)
 
 
 def _check_encoder(encoder: T5Config, model: GPTConfig) -> None:
@@ -143,12 +123,12 @@ def _check_encoder(encoder: T5Config, model: GPTConfig) -> None:
     )
 
 
-def abstract_batch(config: GPTConfig, batch_size: int, place: jax.NamedSharding):
-  """Shapes of a batch as `train_step` takes it."""
+def abstract_batch(config: GPTConfig, batch_size: int, sharding: jax.NamedSharding):
+  """Returns the shapes of a batch as `train_step` takes it."""
   c = config
 
   def rows(dtype, *shape):
-    return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=place)
+    return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
 
   codes = {"codes": rows(jnp.int32, c.image_tokens)}
   if c.condition == "class":

@@ -26,6 +26,7 @@ class MeshConfig:
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
+  slices: int = -1  # along `data`, joined by a data-center network; -1 = as chips say
 
 
 @dataclasses.dataclass(frozen=True)

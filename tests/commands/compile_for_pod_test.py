@@ -7,11 +7,14 @@ import jax
 import pytest
 
 from llamagen_jax.commands import cli
+from llamagen_jax.configs.c2i_imagenet import get_config
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.flops import products, train_flops
 from llamagen_jax.gpt.model import init_gpt
 from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.text.t5 import T5Config
+from llamagen_jax.training.gpt_step import GPTRecipe
+from llamagen_jax.training.recipe import build
 from llamagen_jax.weights.t5 import FIELDS
 from tests import tiny
 
@@ -20,7 +23,7 @@ CONFIG = "configs/c2i_imagenet.py:runlocal"
 
 def compile_for_pod(*flags: str) -> int:
   command = ["compile-for-pod", f"--config={CONFIG}", "--config.data.batch_size=16"]
-  return cli.run([*command, *flags])
+  return cli.run([*command, "--quick", *flags])
 
 
 def sizes_of(config: GPTConfig) -> dict[str, int]:
@@ -57,7 +60,7 @@ def test_a_small_config_compiles_for_four_chips(mesh, tmp_path, capsys):
     flags.append("--config.mesh.data=1")
   assert compile_for_pod("--topology=v5e:2x2", *flags) == 0
   printed = capsys.readouterr().out
-  assert "4 x v5e" in printed and "fits" in printed
+  assert "4 x v5e" in printed and "fits, scratch memory of kernels" in printed
   found = json.loads((tmp_path / "figures.json").read_text())
   assert found["fits"] and found["chips"] == 4
   # 1.0 but for what every chip repeats of the small matrices that do not divide.
@@ -66,6 +69,46 @@ def test_a_small_config_compiles_for_four_chips(mesh, tmp_path, capsys):
   assert "all-reduce" in kinds or "reduce-scatter" in kinds
   if axis == "data":
     assert "all-to-all" not in kinds
+
+
+@pytest.mark.extra
+def test_machine_code_adds_scratch_memory_and_nothing_else(tmp_path, capsys):
+  pytest.importorskip("libtpu", reason="compiles for a TPU")
+  found = []
+  for flag in ("--quick", "--noquick"):
+    json_flag = f"--json={tmp_path}/figures.json"
+    assert compile_for_pod("--topology=v5e:2x2", flag, json_flag) == 0
+    found.append(json.loads((tmp_path / "figures.json").read_text()))
+  quick, whole = found
+  err = capsys.readouterr().err
+  assert "making machine code" in err and "tracing the train step" in err
+  assert (quick.pop("machine_code"), whole.pop("machine_code")) == (False, True)
+  planned, taken = quick.pop("memory"), whole.pop("memory")
+  assert planned["arguments"] == taken["arguments"]
+  # The plan rounds every output up to a block of 512 bytes.
+  assert abs(planned["outputs"] - taken["outputs"]) < 8192
+  assert 0 < planned["temporaries"] <= taken["temporaries"]
+  assert planned["code"] == 0 < taken["code"]
+  assert quick.pop("hbm") < whole.pop("hbm")
+  assert quick == whole
+  assert whole["topology"] == "v5e:2x2" and whole["libtpu"]
+
+
+@pytest.mark.extra
+def test_two_slices(tmp_path, capsys):
+  pytest.importorskip("libtpu", reason="compiles for a TPU")
+  flags = ["--config.mesh.fsdp=4", f"--json={tmp_path}/figures.json"]
+  assert compile_for_pod("--topology=v5e:2x2x2", *flags) == 0
+  printed = capsys.readouterr().out
+  assert "8 x v5e in 2 slices" in printed and "among 2 slices" in printed
+  found = json.loads((tmp_path / "figures.json").read_text())
+  assert (found["slices"], found["chips"]) == (2, 8)
+  between = [c for c in found["collectives"] if c["network"] == "DCN"]
+  sent = sum(c["sent"] for c in between)
+  assert found["seconds"]["DCN"] == pytest.approx(sent / 3.125e9)
+  # Gradients in float32, each chip its quarter; what is not sharded over fsdp, whole.
+  parameters = sum(sizes_of(build(GPTRecipe, get_config("runlocal")).model).values())
+  assert 4 * parameters / 4 <= sent < 1.2 * 4 * parameters
 
 
 @pytest.mark.extra
@@ -78,7 +121,7 @@ def test_captions_compile_with_features_and_with_a_t5_along(mesh, tmp_path, caps
   (tmp_path / "config.json").write_text(json.dumps(fields))
   command = (
     "compile-for-pod --config=configs/t2i_laion.py:stage2,runlocal --topology=v5e:2x2"
-    f" --config.data.batch_size=16 --config.model.caption_dim=256 {mesh}"
+    f" --config.data.batch_size=16 --config.model.caption_dim=256 {mesh} --quick"
     f" --json={tmp_path}/figures.json"
   ).split()
   found = []
@@ -88,9 +131,9 @@ def test_captions_compile_with_features_and_with_a_t5_along(mesh, tmp_path, caps
   printed = capsys.readouterr().out
   assert printed.count("T5 before it") == 1
   stored, along = found
-  assert stored["fits"] and stored["encoder"] is None
+  assert stored["fits"] and stored["before"] is None
   assert 0.95 < stored["flops"] / stored["model_flops"] < 1.2
-  encoder = along.pop("encoder")
+  encoder = along.pop("before")
   assert 0.95 < encoder["flops"] / encoder["model_flops"] < 1.2
   # Half of the matrices on every chip, in bfloat16, beside what was there before.
   matrices = 3 * (4 * 256 * 256 + 3 * 256 * 512) + 512 * 256

@@ -7,8 +7,8 @@ import pytest
 
 from llamagen_jax.commands import cli
 from llamagen_jax.gpt.config import GPTConfig
-from llamagen_jax.pod import topology
 from llamagen_jax.pod.engine import compile_engine
+from llamagen_jax.pod.report import as_text
 
 pytestmark = pytest.mark.extra
 
@@ -22,17 +22,16 @@ CONFIG = "configs/c2i_imagenet.py:runlocal"
 def test_a_chunk_reads_weights_and_cache_once_a_step(preset, where, tensor, capsys):
   pytest.importorskip("libtpu", reason="compiles for a TPU")
   config = GPTConfig.preset(preset, image_size=384, dtype="bfloat16")
-  with topology.quiet():
-    verdict = compile_engine(config, slots=32, steps=8, tensor=tensor, where=where)
+  report = compile_engine(config, slots=32, steps=8, tensor=tensor, where=where)
   with capsys.disabled():
-    print(f"\n{preset} at 384, 32 slots on {where}", *verdict.lines(), sep="\n")
-  m = verdict.found.memory
-  assert verdict.fits
-  assert m.temporaries < 0.05 * m.arguments
-  assert 0.95 < verdict.found.bytes / verdict.whole_bytes < 1.1
-  largest = max((copy.size for copy in verdict.found.copies), default=0)
+    print(f"\n{preset} at 384, 32 slots on {where}", as_text(report.rows()), sep="\n")
+  found, more = report.analysis, report.more_figures
+  assert report.fits
+  assert found.memory.temporaries < 0.05 * found.memory.arguments
+  assert 0.95 < found.bytes / more["whole_bytes"] < 1.1
+  largest = max((copy.size for copy in found.copies), default=0)
   assert largest < 2e6  # a cache has 94 MB or 59 MB
-  assert 0 < verdict.images_per_second < verdict.bound
+  assert 0 < more["images_per_second"] < more["bound"]
 
 
 @pytest.mark.parametrize("condition", ["class", "caption"])
@@ -42,9 +41,8 @@ def test_what_four_chips_exchange(condition, tensor):
   config = dataclasses.replace(
     GPTConfig(2, 4, 128, grid=8, vocab_size=512), condition=condition, dtype="bfloat16"
   )
-  with topology.quiet():
-    verdict = compile_engine(config, slots=4, steps=4, tensor=tensor, where="v5e:2x2")
-  sent = {c.kind: c.largest for c in verdict.found.collectives}
+  report = compile_engine(config, slots=4, steps=4, tensor=tensor, where="v5e:2x2")
+  sent = {c.kind: c.largest for c in report.analysis.collectives}
   assert "all-to-all" not in sent
   # The codes go to all chips. Chips that share a model add up the residual stream.
   residual = 2 * 4 * 128 * 4

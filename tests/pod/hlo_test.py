@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llamagen_jax.pod import hlo, topology
+from llamagen_jax.errors import UserError
+from llamagen_jax.parallel.mesh import make_mesh
+from llamagen_jax.pod import compiler, hlo, hlo_cost, topology
 
 NO_MEMORY = hlo.Memory(0, 0, 0, 0)
 
@@ -29,7 +31,8 @@ CHAIN_FLOPS = 5 * 3 * 2 * 16 * 32 * 32
 
 
 def test_loop_bodies_count_as_often_as_they_run():
-  found = hlo.analyse(jax.jit(matmul_chain).lower(*SHAPES).compile())
+  compiled = jax.jit(matmul_chain).lower(*SHAPES).compile()
+  found = hlo.analyse_text(compiled.as_text(), hlo.memory_of(compiled))
   assert found.flops == CHAIN_FLOPS
   assert found.memory.arguments == 4 * (16 * 32 + 3 * 32 * 32)
   # Every run of the inner body reads a weight.
@@ -148,15 +151,129 @@ ENTRY %main (x: f32[4,8]) -> f32[16,8] {
   assert (found.count, found.size) == (2, 2 * 4 * 16 * 8)
 
 
+def test_an_exchange_between_slices():
+  text = """HloModule m
+
+ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %begin = token[] after-all()
+  %send = (bf16[4,8]{1,0}, u32[]{:S(2)}, token[]) send(%x, %begin), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1:3}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent = token[] send-done(%send), channel_id=1
+  %recv = (bf16[4,8]{1,0}, u32[]{:S(2)}, token[]) recv(%begin), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1:3}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %received = (bf16[4,8]{1,0}, token[]) recv-done(%recv), channel_id=2
+  ROOT %out = bf16[4,8]{1,0} get-tuple-element(%received), index=0
+}
+"""  # noqa: E501
+  found = hlo.analyse_text(text, NO_MEMORY)
+  (exchange,) = found.collectives
+  assert (exchange.kind, exchange.network, exchange.group) == ("all-reduce", "DCN", 3)
+  size = 2 * 4 * 8
+  assert exchange.sent == pytest.approx(2 * 2 / 3 * size)
+  assert found.bytes == 2 * size  # read once, and written once
+
+
+def test_costs_add_and_repeat():
+  gather = ("all-gather", 4, "ICI")
+  one = hlo_cost.Cost(2.0, 3.0, 1, {gather: hlo_cost.Exchanged(1, 8, 8)}, {})
+  two = hlo_cost.Cost(bytes=1.0, exchanges={gather: hlo_cost.Exchanged(1, 6, 6)})
+  total = (one + two) * 3
+  assert (total.flops, total.bytes, total.silent_kernels) == (6.0, 12.0, 3)
+  assert total.exchanges == {gather: hlo_cost.Exchanged(6, 42, 8)}
+  assert one * 0 == hlo_cost.Cost(exchanges={gather: hlo_cost.Exchanged()})
+
+
+def test_planned_memory_counts_hbm_only():
+  found = hlo.planned_memory("""BufferAssignment:
+allocation 0: size 512, thread-local:
+ value: <1 a @0> (size=4,offset=0): f32[]
+allocation 1: size 4096, parameter 1, shape |f32[1024]| at {}, maybe-live-out:
+allocation 2: size 1024, parameter 0, shape |f32[256]| at ShapeIndex {}:
+allocation 3: size 64, maybe-live-out:
+allocation 4: size 4, constant:
+allocation 5: size 2048, preallocated-temp:
+allocation 6: size 999, color 1, preallocated-temp:
+""")
+  assert found == hlo.Memory(arguments=5120, outputs=64, temporaries=2048, code=0)
+
+
+def layers(count: int):
+  """A chain of layers without a loop, as XLA's own cost analysis can count it."""
+
+  def forward(x, weights):
+    for layer in range(count):
+      x = jax.nn.gelu(x @ weights[layer])
+    return x
+
+  shapes = (SHAPES[0], jax.ShapeDtypeStruct((count, 32, 32), jnp.float32))
+  return jax.jit(forward).lower(*shapes).compile()
+
+
+def test_bytes_and_flops_agree_with_xlas_cost_analysis_of_L_and_2L_layers():  # noqa: N802
+  """The difference of L and 2L layers is L layers, without what all have in common."""
+
+  def difference(count):
+    few, many = layers(4), layers(8)
+    return [b - a for a, b in zip(count(few), count(many), strict=True)]
+
+  def ours(compiled):
+    found = hlo.analyse_text(compiled.as_text(), NO_MEMORY)
+    return found.bytes, found.flops
+
+  def xlas(compiled):
+    cost = compiled.cost_analysis()
+    return cost["bytes accessed"], cost["flops"]
+
+  ours_bytes, ours_flops = difference(ours)
+  xlas_bytes, xlas_flops = difference(xlas)
+  assert ours_flops == 4 * 2 * 16 * 32 * 32
+  assert ours_bytes == pytest.approx(xlas_bytes, rel=0.05)
+  assert ours_flops == pytest.approx(xlas_flops, rel=0.2)  # theirs counts gelu, too
+
+
 @pytest.mark.extra
 def test_the_tpu_compiler_counts_the_same():
   pytest.importorskip("libtpu", reason="compiles for a TPU")
   mesh = topology.mesh("v5e:2x2")
-  where = jax.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  shapes = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where) for s in SHAPES]
+  whole = jax.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  shapes = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole) for s in SHAPES]
   with jax.set_mesh(mesh):
-    compiled = jax.jit(matmul_chain).lower(*shapes).compile()
-  found = hlo.analyse(compiled)
-  assert found.flops == CHAIN_FLOPS
-  assert topology.torus(mesh) == (2, 2)
+    lowered = jax.jit(matmul_chain).lower(*shapes)
+  found = compiler.analysed(lowered)
+  assert found.flops == CHAIN_FLOPS and found.machine_code
   assert topology.chip(mesh).name == "v5e"
+  quick = compiler.analysed(lowered, quick=True)
+  assert (quick.flops, quick.bytes) == (found.flops, found.bytes)
+  assert quick.memory.arguments == found.memory.arguments
+  assert quick.memory.temporaries <= found.memory.temporaries
+
+
+@pytest.mark.extra
+def test_two_slices_exchange_gradients_only():
+  pytest.importorskip("libtpu", reason="compiles for a TPU")
+  chips = topology.devices("v5e:2x2x2")
+  mesh = make_mesh(data=2, fsdp=4, devices=chips)
+  assert topology.num_slices(mesh) == 2
+  for row, wanted in zip(mesh.devices, (0, 1), strict=True):
+    assert {chip.slice_index for chip in row.flat} == {wanted}
+  spec = jax.sharding.PartitionSpec
+  x = jax.NamedSharding(mesh, spec(("data", "fsdp")))
+  weights = jax.NamedSharding(mesh, spec(None, "fsdp"))
+
+  def step(x, weights):
+    loss = lambda w: matmul_chain(x, w).sum()  # noqa: E731
+    return weights - jax.grad(loss)(weights)
+
+  shapes = [
+    jax.ShapeDtypeStruct((512, 256), jnp.bfloat16, sharding=x),
+    jax.ShapeDtypeStruct((3, 256, 256), jnp.bfloat16, sharding=weights),
+  ]
+  with jax.set_mesh(mesh):
+    lowered = jax.jit(step, out_shardings=weights).lower(*shapes)
+  found = compiler.analysed(lowered, quick=True)
+  between = [c for c in found.collectives if c.network == "DCN"]
+  assert {c.kind for c in between} == {"all-reduce"}
+  assert {c.group for c in between} == {2}
+  # A chip exchanges its shard of the gradients, and once.
+  assert sum(c.size for c in between) == pytest.approx(2 * 3 * 256 * 256 / 4, rel=0.1)
+  with pytest.raises(UserError, match="slices=3, but the chips come from 2 slices"):
+    make_mesh(devices=chips, slices=3)

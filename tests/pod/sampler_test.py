@@ -12,7 +12,8 @@ from llamagen_jax.commands import cli
 from llamagen_jax.gpt.cache import init_cache
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.sampling_config import SamplingConfig
-from llamagen_jax.pod import hlo, topology
+from llamagen_jax.pod import topology
+from llamagen_jax.pod.compiler import analysed
 from llamagen_jax.pod.sampler import abstract_params
 from llamagen_jax.sampling.decode import DecodeInputs, DecodeState, decode_segment
 
@@ -30,31 +31,30 @@ def test_a_decode_step_reads_weights_and_cache_once(capsys):
   pytest.importorskip("libtpu", reason="compiles for a TPU")
   c = GPTConfig.preset("XL", image_size=384, dtype="bfloat16")
   sampling, images, steps = SamplingConfig(guidance_scale=1.75), 32, 72
-  with topology.quiet():
-    mesh = topology.mesh("v5e:1x1")
-    place = jax.NamedSharding(mesh, jax.P())
+  mesh = topology.mesh("v5e:1x1")
+  whole = jax.NamedSharding(mesh, jax.P())
 
-    def abstract(make):
-      tree = jax.eval_shape(make)
-      return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree
-      )
+  def abstract(make):
+    tree = jax.eval_shape(make)
+    return jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), tree
+    )
 
-    with jax.set_mesh(mesh):
-      params = abstract_params(c, mesh)
-      cache = abstract(lambda: init_cache(c, 2 * images, c.length))
-      keys = abstract(lambda: jax.random.split(jax.random.key(0), images))
-      codes = abstract(lambda: jnp.zeros(images, jnp.int32))
-      rows = abstract(lambda: sampling.rows(images))
-      start = c.image_tokens - steps
+  with jax.set_mesh(mesh):
+    params = abstract_params(c, mesh)
+    cache = abstract(lambda: init_cache(c, 2 * images, c.length))
+    keys = abstract(lambda: jax.random.split(jax.random.key(0), images))
+    codes = abstract(lambda: jnp.zeros(images, jnp.int32))
+    rows = abstract(lambda: sampling.rows(images))
+    start = c.image_tokens - steps
 
-      @functools.partial(jax.jit, donate_argnums=2)
-      def segment(params, codes, cache, keys, rows):
-        inputs = DecodeInputs(params, keys, None, rows)
-        state = DecodeState(codes, jnp.int32(start), cache)
-        return decode_segment(c, sampling.active_filters, inputs, state, steps)
+    @functools.partial(jax.jit, donate_argnums=2)
+    def segment(params, codes, cache, keys, rows):
+      inputs = DecodeInputs(params, keys, None, rows)
+      state = DecodeState(codes, jnp.int32(start), cache)
+      return decode_segment(c, sampling.active_filters, inputs, state, steps)
 
-      found = hlo.analyse(segment.lower(params, codes, cache, keys, rows).compile())
+    found = analysed(segment.lower(params, codes, cache, keys, rows))
   m = found.memory
   once = size(params) - size(params["code_embedding"]) + size(cache)
   ratio = found.bytes / steps / once
