@@ -65,7 +65,7 @@ class Options(config_flag.ConfigOptions):
   )
   quick: bool = option(
     "stop before machine code is made: a tenth of the time, but scratch memory of"
-    " kernels, up to a fifth of the temporaries, is not counted",
+    " kernels, up to a third of the temporaries, is not counted",
     False,
   )
   json: str = option("file for the figures, too", "", unit="FILE")
