@@ -7,6 +7,7 @@ from absl import logging
 import jax
 import jax.numpy as jnp
 
+from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.cache import Cache, init_cache
 from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.gpt.config import GPTConfig
@@ -26,7 +27,7 @@ from llamagen_jax.pod.report import CompileReport
 from llamagen_jax.sampling.decode import (
   DecodeInputs,
   cache_segment_ends,
-  generate_codes,
+  decode_codes,
 )
 
 
@@ -47,7 +48,14 @@ def compile_sampler(
     tensor: chips that share a model.
     where: the topology.
     quick: stop before machine code is made.
+
+  Raises:
+    UserError: decoding in windows, whose number of forwards only the images decide.
   """
+  if sampling.window > 1:
+    raise UserError(
+      f"sampling.window={sampling.window}: expected 1 for compile-for-pod"
+    )
   mesh = topology.mesh(where, -1, 1, tensor)
   batch = images * mesh.shape["data"]
   split, whole = batch_sharding(mesh), replicated(mesh)
@@ -60,7 +68,7 @@ def compile_sampler(
     inputs = DecodeInputs(
       params, abstract_tree(keys, split), mask, abstract_tree(rows, whole)
     )
-    lowered = generate_codes.lower(config, sampling.active_filters, inputs, condition)
+    lowered = decode_codes.lower(config, sampling.active_filters, inputs, condition)
     analysis = analysed(lowered, quick)
   guided = sampling.guidance_scale > 1
   flops = sampling_flops(config, batch, guided) / mesh.size
