@@ -33,8 +33,9 @@ from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.gpt.config import PRESETS, GPTConfig
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.runtime import prepare
+from llamagen_jax.sampling.keys import image_keys
 from llamagen_jax.serving.engine import CHUNK, Engine
-from llamagen_jax.serving.image_model import ImageModel, image_keys
+from llamagen_jax.serving.image_model import ImageModel
 from llamagen_jax.serving.request import Request
 from llamagen_jax.serving.worker import Finished, RequestHandle, Worker
 from llamagen_jax.weights import bundle
@@ -118,7 +119,7 @@ def _requests(gpt, count: int, mixed: tuple[SamplingConfig, ...]) -> list[Reques
       key,
       mixed[rng.integers(len(mixed))] if mixed else GUIDED,
     )
-    for key in image_keys(0, count)
+    for key in image_keys(0, range(count))
   ]
 
 

@@ -6,13 +6,13 @@ import io
 import threading
 from typing import Any
 
-import jax
 import numpy as np
 from PIL import Image, ImageOps
 
 from llamagen_jax.data.classes import RANGE, shown_name, to_labels
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.sampling_config import SamplingConfig
+from llamagen_jax.sampling.keys import image_keys
 from llamagen_jax.sampling.prompts import Prompts
 from llamagen_jax.sampling.sample import check_pair, render
 from llamagen_jax.serving.api_error import APIError
@@ -81,7 +81,7 @@ class ImageModel:
     if self.of_captions and (body.negative_prompt or "").strip():
       negative = self._features(body.negative_prompt)
     conditions = [c for c in self._conditions(body) for _ in range(body.n or 1)]
-    keys = image_keys(seed, len(conditions))
+    keys = image_keys(seed, range(len(conditions)))
     return [
       Request(condition, key, sampling, mask, *negative)
       for (condition, mask), key in zip(conditions, keys, strict=True)
@@ -175,35 +175,8 @@ class ImageModel:
   def warm_up(self) -> None:
     """Compiles the programs that the methods above run."""
     self.render(np.zeros((1, self.gpt.config.image_tokens), np.int32))
-    image_keys(0, 1)
     if self.of_captions:
       self._features("warm up")
-
-
-def image_keys(seed: int, count: int) -> np.ndarray:
-  """Returns the key data of the first images of a seed, uint32 [count, 2].
-
-  Computed on the host's CPU: an accelerator would first end the chunk that it is in.
-  """
-  words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
-  padded = 1 << (count - 1).bit_length()  # few programs for all counts
-  with jax.default_device(_host_device()):
-    return np.asarray(_fold_in(words, np.arange(padded)))[:count]
-
-
-@functools.cache
-def _host_device() -> jax.Device | None:
-  try:
-    return jax.local_devices(backend="cpu")[0]
-  except RuntimeError:  # JAX_PLATFORMS names the accelerator alone
-    return None
-
-
-@jax.jit
-def _fold_in(words_2: jax.Array, index_B: jax.Array) -> jax.Array:
-  """Words of a seed, uint32 [2], and numbers of images -> key data, uint32 [B, 2]."""
-  key = jax.random.wrap_key_data(words_2)
-  return jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, index_B))
 
 
 def encode_image(image: np.ndarray, body: ImageRequest, size: Size) -> bytes:

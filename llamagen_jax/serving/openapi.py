@@ -19,11 +19,30 @@ ERRORS = {
   status: {"model": ErrorBody} for status in (400, 401, 404, 408, 413, 415, 429, 503)
 }
 KEY_ERRORS = {status: ERRORS[status] for status in (401, 404)}
+# The schema of a stream is that of each of its events.
+EVENT = {
+  "type": "object",
+  "required": ["event", "data"],
+  "properties": {
+    "event": {
+      "enum": [*(event.model_fields["type"].default for event in EVENTS), "error"]
+    },
+    "data": {
+      "type": "string",
+      "contentMediaType": "application/json",
+      "contentSchema": {
+        "oneOf": [
+          {"$ref": REFERENCE.format(model=model.__name__)}
+          for model in (*EVENTS, ErrorBody)
+        ]
+      },
+    },
+  },
+}
 GENERATED = {
   "model": ImagesResponse,
-  "description": "Images. With `stream`, events of the types PartialImage and"
-  " Completed, whose names are their `type`; an `error` ends the stream.",
-  "content": {"text/event-stream": {"schema": {"type": "string"}}},
+  "description": "Images, or with `stream` events PartialImage and Completed.",
+  "content": {"text/event-stream": {"schema": EVENT}},
 }
 BODY = {
   "required": True,

@@ -13,7 +13,7 @@ from llamagen_jax.gpt.sampling_config import SCHEDULES
 
 LONGEST_PROMPT = 32_000  # characters, as OpenAI's
 LONGEST_CLASS = 200
-LARGEST_SEED = 2**63 - 1
+LARGEST_SEED = 2**64 - 1
 RANDOM_SEED = -1
 GREEDY_TEMPERATURE = 1e-3  # below it the most probable code is taken
 

@@ -92,7 +92,7 @@ def test_the_openai_client(server):
   {"temperature": 0.7, "top_p": 0.8},
 ])  # fmt: skip
 def test_the_images_of_sample(saved, server, sampling):
-  """Beside other requests, and in another batch than `sample` draws."""
+  """Beside other requests, and in another batch than `sample` generates."""
   gpt, tokenizer = lg.load_gpt(saved / "gpt"), lg.load_tokenizer(saved / "vq")
   expected = lg.sample(gpt, tokenizer, [2, 2, 0, 0], seed=11, **sampling)
   with ThreadPoolExecutor(9) as pool:

@@ -121,7 +121,7 @@ def test_streams(client, image_model):
     assert last.b64_json == image.b64_json and last.usage.output_tokens == 16
     for quarter, event in enumerate(partial, start=1):
       image = np.asarray(opened(event.b64_json))
-      assert (image[2 * quarter :] == 128).all()  # grey below what is drawn
+      assert (image[2 * quarter :] == 128).all()  # grey below the last code
       assert (image[: 2 * quarter] != 128).any()
 
 
@@ -166,7 +166,7 @@ REFUSED = [
   (400, "guidance_schedule", {"prompt": "1", "guidance_schedule": "zigzag"}),
   (400, "top_p", {"prompt": "1", "top_p": 1.5}),
   (400, "seed", {"prompt": "1", "seed": -2}),
-  (400, "seed", {"prompt": "1", "seed": 2**63}),
+  (400, "seed", {"prompt": "1", "seed": 2**64}),
   (400, "class_label", {"class_label": "unicorn"}),
   (400, "class_labels", {"class_labels": [0, 99]}),
   (400, "frame_count", {"prompt": "1", "frame_count": 2}),

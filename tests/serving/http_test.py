@@ -144,17 +144,17 @@ def url_of(server, **headers) -> str:
 
 def test_urls_behind_a_proxy(server):
   assert url_of(server) == f"{server.url}/images"
-  url = url_of(server, Proto="https", Host="art.example", Prefix="/draw/it/")
-  assert url == "https://art.example/draw/it/images"
+  url = url_of(server, Proto="https", Host="art.example", Prefix="/make/it/")
+  assert url == "https://art.example/make/it/images"
   assert url_of(server, Host="a.example, b.example") == "http://a.example/images"
   bad = url_of(server, Host="a b", Proto="javascript", Prefix="//evil")
   assert bad == f"{server.url}/images"
 
 
 def test_a_public_url(image_model):
-  app = {"public_url": "https://art.example/draw"}
+  app = {"public_url": "https://art.example/make"}
   with live.serve(image_model, app=app) as server:
-    assert url_of(server, Host="other") == "https://art.example/draw/images"
+    assert url_of(server, Host="other") == "https://art.example/make/images"
     assert httpx.get(server.url + "/v1/models").status_code == 200
 
 

@@ -1,5 +1,7 @@
 """Whatever fits, or does not fit, the OpenAPI document is answered as it says."""
 
+import dataclasses
+
 import pytest
 
 schemathesis = pytest.importorskip("schemathesis")
@@ -25,9 +27,28 @@ def schema():
   image_model = live.tiny_model()
   image_model.warm_up()
   limits = live.Limits(images=4, seconds=20.0, body_bytes=2**20)
-  fake = {"tick": 0.0001, "chunk": 16, "places": 50}
+  fake = {"tick": 0.0001, "chunk": 16, "queue": 50}
   with live.serve(image_model, limits=limits, key=live.KEY, **fake) as server:
     yield schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+
+
+def test_the_document_is_valid_and_has_the_limits():
+  validator = pytest.importorskip("openapi_spec_validator")
+  httpx = pytest.importorskip("httpx")
+  limits = dataclasses.replace(live.LIMITS, strict=True)
+  with live.serve(live.tiny_model(), key=live.KEY, limits=limits) as server:
+    document = httpx.get(f"{server.url}/openapi.json").json()
+  validator.validate(document)
+  request = document["components"]["schemas"]["ImageRequest"]
+  fields = request["properties"]
+  assert request["additionalProperties"] is False
+  assert fields["n"]["anyOf"][0]["maximum"] == 4
+  assert fields["class_label"]["anyOf"][0]["maximum"] == 3
+  labels = fields["class_labels"]["anyOf"][0]
+  assert labels["maxItems"] == 4 and labels["items"]["anyOf"][0]["maximum"] == 3
+  generate = document["paths"]["/v1/images/generations"]["post"]
+  assert {"HTTPBearer": []} in generate["security"]
+  assert "security" not in document["paths"]["/health"]["get"]
 
 
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode))
@@ -45,7 +66,7 @@ def test_every_answer_is_documented(schema, path, method, mode):
   )
   def check(case):
     if method == "POST" and mode.is_positive:
-      # Names that are drawn at random are of nothing that is here.
+      # Random names are of nothing that is here.
       case.body = {k: v for k, v in case.body.items() if k not in NAMES}
       case.body["prompt"] = "1"
     response = case.call(headers=headers)
