@@ -62,9 +62,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.train = {
     # all | table (of the classes) | head | none (the adapters alone)
     "only": "table" if arg.lora and arg.only == "all" else arg.only,
-    "lora_rank": 16 if arg.lora else 0,  # 0 = no adapters
-    "lora_alpha": 16.0,  # the adapters count alpha / rank
-    "lora_targets": ("qkv", "out", "ffn_in", "ffn_out"),  # matrices of every layer
+    "lora": {
+      "rank": 16 if arg.lora else 0,  # 0 = no adapters
+      "alpha": 16.0,  # the adapters count alpha / rank
+      "targets": ("qkv", "out", "ffn_in", "ffn_out"),  # matrices of every layer
+    },
   }
 
   config.objective = {

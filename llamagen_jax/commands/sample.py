@@ -11,6 +11,7 @@ import dataclasses
 import math
 from typing import Any
 
+from absl import logging
 from etils import epath
 import jax
 import numpy as np
@@ -37,7 +38,9 @@ from llamagen_jax.sampling.sample import (
   sample_images,
 )
 from llamagen_jax.storage import read_text, user_path, write_json
+from llamagen_jax.training.export import load_run
 from llamagen_jax.weights import bundle
+from llamagen_jax.weights.adapter import apply_adapter
 from llamagen_jax.weights.t5 import load_t5
 
 BATCH_SIZE = 16
@@ -50,7 +53,17 @@ LABELLED_SIDE = 64  # smaller images are too narrow for a name
 class Options(hosts.HostOptions, sampling_flags.SamplingOverrides):
   """Options of sample."""
 
-  gpt: str = option("bundle of the transformer", unit="FOLDER", group="models")
+  gpt: str | None = option(
+    "bundle of the transformer", None, unit="FOLDER", group="models"
+  )
+  workdir: str | None = option(
+    "in place of --gpt: a run of train-gpt, of which the newest checkpoint is taken",
+    None, unit="FOLDER", group="models",
+  )  # fmt: skip
+  adapter: str | None = option(
+    "what a finetuned model adds to the transformer", None, unit="FOLDER",
+    group="models",
+  )  # fmt: skip
   tokenizer: str = option("bundle of the tokenizer", unit="FOLDER", group="models")
   t5: str | None = option(
     "the T5 that the transformer was trained with", None, unit="FOLDER", group="models"
@@ -115,12 +128,14 @@ def main(argv: Sequence[str]) -> None:
 
 def run(args: Options) -> None:
   """Generates and writes what the options ask for."""
+  if bool(args.gpt) == bool(args.workdir):
+    raise UserError("expected either --gpt or --workdir")
   _check(args)
   hosts.initialize_distributed(args)
   out = user_path(args.out)
   mesh = make_mesh(tensor=args.tensor)
   dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-  gpt = bundle.load_gpt(args.gpt, mesh, dtype)
+  gpt = _load_gpt(args, mesh, dtype)
   tokenizer = bundle.load_tokenizer(args.tokenizer, mesh)
   check_pair(gpt, tokenizer)
 
@@ -177,6 +192,17 @@ def _check(args: Options) -> None:
     raise UserError(f"--out={args.out}: expected a name that ends in {expected}")
   if args.png_folder and not args.fid_batch:
     raise UserError("--png-folder goes with --fid-batch: give a folder as --out")
+
+
+def _load_gpt(args: Options, mesh: jax.sharding.Mesh, dtype: str) -> bundle.Transformer:
+  """Returns the transformer of --gpt or --workdir, with its --adapter."""
+  if args.workdir:
+    step, gpt = load_run(user_path(args.workdir), mesh=mesh)
+    logging.info("the transformer is of step %d in %s", step, args.workdir)
+    gpt = dataclasses.replace(gpt, config=dataclasses.replace(gpt.config, dtype=dtype))
+  else:
+    gpt = bundle.load_gpt(args.gpt, mesh, dtype)
+  return apply_adapter(args.adapter, gpt) if args.adapter else gpt
 
 
 def _prompts(args: Options, gpt: bundle.Transformer, dtype: str) -> Prompts:

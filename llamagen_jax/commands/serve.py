@@ -28,6 +28,7 @@ from llamagen_jax.options import option
 from llamagen_jax.parallel.mesh import make_mesh
 from llamagen_jax.storage import local_path
 from llamagen_jax.weights import bundle
+from llamagen_jax.weights.adapter import apply_adapter
 from llamagen_jax.weights.t5 import load_t5
 
 # Of the extra `serve`.
@@ -63,6 +64,9 @@ class Options:
   )
   tokenizer: tuple[str, ...] = option(
     "bundle of their tokenizer, or one for each", (), unit="FOLDER"
+  )
+  adapter: tuple[str, ...] = option(
+    "what finetuned models add to the transformers, one for each", (), unit="FOLDER"
   )
   t5: str = option("the T5 that the transformers were trained with", "", unit="FOLDER")
   name: tuple[str, ...] = option("of the models; default: their folders'", ())
@@ -200,7 +204,10 @@ def make_service(options: Options) -> Service:
   o = options
   tokenizers = o.tokenizer * len(o.gpt) if len(o.tokenizer) == 1 else o.tokenizer
   names = o.name or tuple(map(_name, o.gpt))
-  for flag, values in (("tokenizer", tokenizers), ("name", names)):
+  adapters = o.adapter or ("",) * len(o.gpt)
+  for flag, values in (
+    ("tokenizer", tokenizers), ("name", names), ("adapter", adapters),
+  ):  # fmt: skip
     if len(values) != len(o.gpt):
       raise UserError(
         f"--{flag}: {len(values)} for {len(o.gpt)} transformers (--gpt); expected one"
@@ -211,8 +218,10 @@ def make_service(options: Options) -> Service:
   encoder = load_t5(o.t5, dtype=dtype) if o.t5 else None
   load_tokenizer = functools.cache(bundle.load_tokenizer)
   workers = {}
-  for folder, tokenizer, name in zip(o.gpt, tokenizers, names, strict=True):
+  models = zip(o.gpt, adapters, tokenizers, names, strict=True)
+  for folder, adapter, tokenizer, name in models:
     gpt = bundle.load_gpt(folder, mesh, dtype)
+    gpt = apply_adapter(adapter, gpt) if adapter else gpt
     gpt = dataclasses.replace(gpt, params=decoding_params(gpt.config, gpt.params))
     model = ImageModel(name, gpt, load_tokenizer(tokenizer), encoder)
     engine = Engine(gpt, o.slots, o.chunk)

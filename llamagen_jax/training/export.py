@@ -1,6 +1,7 @@
 """Bundles of a run's weights: at its end, and from its checkpoints at any time."""
 
 from collections.abc import Mapping
+import dataclasses
 import functools
 import os
 from typing import Any
@@ -16,10 +17,17 @@ from llamagen_jax.parallel.mesh import make_mesh
 from llamagen_jax.tokenizer.config import TokenizerConfig
 from llamagen_jax.tokenizer.model import init_tokenizer
 from llamagen_jax.training.checkpoint import restore_items
-from llamagen_jax.training.finetune import TrainableConfig, init_params, merge_once
+from llamagen_jax.training.finetune import (
+  FIRST,
+  LORA,
+  TrainableConfig,
+  init_params,
+  merge_once,
+)
 from llamagen_jax.training.recipe import build
 from llamagen_jax.training.state import abstract_state
 from llamagen_jax.weights import bundle
+from llamagen_jax.weights.adapter import save_adapter
 
 KINDS = ("gpt", "tokenizer")
 
@@ -60,6 +68,26 @@ def write_bundle(
     bundle.save_tokenizer(path, model, weights)
   else:
     bundle.save_gpt(path, _transformer(config, description, weights))
+
+
+def write_adapter(
+  path: os.PathLike,
+  config: Mapping[str, Any],
+  description: dict[str, Any],
+  weights: Any,
+) -> None:
+  """Writes what a run with adapters trained, for the model that it started from.
+
+  Does nothing for a run without adapters. Arguments as of `write_bundle`.
+  """
+  if description["kind"] != "gpt" or LORA not in weights:
+    return
+  trainable = _trainable(config)
+  first = {FIRST.get(trainable.only), LORA}
+  trained = {name: leaf for name, leaf in weights.items() if name in first}
+  model = {name: leaf for name, leaf in weights.items() if name != LORA}
+  gpt = dataclasses.replace(_transformer(config, description, model), params=model)
+  save_adapter(path, trainable.lora, gpt, trained)
 
 
 def load_run(

@@ -1,6 +1,5 @@
 """Training a part of the weights: a table, the head, or low-rank adapters.
 
-LoRA (arXiv 2106.09685): a matrix W becomes W + (alpha / rank) A B with B zero at first.
 The adapters stand beside the model's parameters as params["lora"]; a bundle has them
 merged, so that sampling and serving need nothing new.
 """
@@ -8,33 +7,25 @@ merged, so that sampling and serving need nothing new.
 from collections.abc import Sequence
 import dataclasses
 import functools
-import math
 from typing import Any
 
 from absl import logging
 import flax
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.config import GPTConfig
+from llamagen_jax.gpt.lora import LoRAConfig, add_adapters, init_adapters
 from llamagen_jax.gpt.model import init_gpt
-from llamagen_jax.parallel.mesh import is_boxed
+from llamagen_jax.weights.adapter import LORA
 
 ONLY = ("all", "table", "head", "none")
-LORA = "lora"
+FIRST = {"table": "condition", "head": "head"}  # first name of their parameters
 TABLE = "condition/table"
 # Parameters that a model may get when it is loaded from one without them.
 ADDED = (LORA, "guidance", "target_embedding")
-# Target: (path below params["layers"], axes of one layer's input).
-TARGETS = {
-  "qkv": (("attention", "qkv"), 1),
-  "out": (("attention", "out"), 3),
-  "ffn_in": (("ffn", "in"), 1),
-  "ffn_out": (("ffn", "out"), 1),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,72 +33,33 @@ class TrainableConfig:
   """Which weights a run trains; the others stay as they were loaded."""
 
   only: str = "all"  # all | table (of the condition) | head | none (adapters alone)
-  lora_rank: int = 0  # of the adapters; 0 = none
-  lora_alpha: float = 16.0  # adapters count alpha / rank
-  lora_targets: tuple[str, ...] = tuple(TARGETS)  # matrices of the layers
+  lora: LoRAConfig = LoRAConfig()
 
   def __post_init__(self):
-    object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
     if self.only not in ONLY:
       raise UserError(f"train.only={self.only!r}: expected one of {', '.join(ONLY)}")
-    if self.lora_rank < 0 or (self.only == "none" and not self.lora_rank):
+    if self.only == "none" and not self.lora.rank:
+      raise UserError("train.lora.rank=0: expected a rank > 0 with train.only='none'")
+    if self.lora.rank and self.only == "all":
       raise UserError(
-        f"train.lora_rank={self.lora_rank}: expected a rank > 0 with train.only='none'"
-      )
-    if self.lora_rank and self.only == "all":
-      raise UserError(
-        "train.lora_rank: expected train.only=table, head or none, found 'all'"
-      )
-    if unknown := set(self.lora_targets) - set(TARGETS):
-      raise UserError(
-        f"train.lora_targets: unknown {unknown.pop()!r}; expected of"
-        f" {', '.join(TARGETS)}"
+        "train.lora.rank: expected train.only=table, head or none, found 'all'"
       )
 
 
 def init_params(model: GPTConfig, config: TrainableConfig, key: jax.Array) -> Any:
   """Returns fresh boxed parameters, with adapters where the config has some."""
   params = init_gpt(model, key)
-  if config.lora_rank:
-    params = params | {LORA: _init_adapters(config, params, key)}
+  if config.lora.rank:
+    params = params | {LORA: init_adapters(config.lora, params, key)}
   return params
-
-
-def _init_adapters(config: TrainableConfig, params: Any, key: jax.Array) -> Any:
-  adapters = {}
-  for number, name in enumerate(config.lora_targets):
-    path, inputs = TARGETS[name]
-    boxed = params["layers"][path[0]][path[1]]
-    weight = boxed.value if is_boxed(boxed) else boxed
-    names = boxed.names if is_boxed(boxed) else (None,) * weight.ndim
-    layers, split = weight.shape[0], 1 + inputs
-    a_shape = (layers, *weight.shape[1:split], config.lora_rank)
-    b_shape = (layers, config.lora_rank, *weight.shape[split:])
-    width = math.prod(weight.shape[1:split])
-    a = jax.random.normal(jax.random.fold_in(key, number), a_shape) * width**-0.5
-    adapters[name] = {
-      "a": nn.LogicallyPartitioned(a, (*names[:split], None)),
-      "b": nn.LogicallyPartitioned(
-        jnp.zeros(b_shape, jnp.float32), (names[0], None, *names[split:])
-      ),
-    }
-  return {"layers": adapters}
 
 
 def merged(config: TrainableConfig, params: Any) -> Any:
   """Returns the model's parameters with the adapters added to their matrices."""
   if LORA not in params:
     return params
-  layers = dict(params["layers"])
-  for name, adapter in params[LORA]["layers"].items():
-    (block, leaf), _ = TARGETS[name]
-    delta = jax.vmap(lambda a, b: jnp.tensordot(a, b, axes=1))(
-      adapter["a"], adapter["b"]
-    )
-    scale = config.lora_alpha / config.lora_rank
-    layers[block] = layers[block] | {leaf: layers[block][leaf] + scale * delta}
   model = {name: value for name, value in params.items() if name != LORA}
-  return model | {"layers": layers}
+  return add_adapters(config.lora, model, params[LORA])
 
 
 def merge_once(config: TrainableConfig, params: Any) -> Any:
@@ -119,7 +71,7 @@ def merge_once(config: TrainableConfig, params: Any) -> Any:
 
 def trainable(config: TrainableConfig, params: Any) -> Any:
   """Returns True for every leaf that the run trains."""
-  first = {"table": "condition", "head": "head"}.get(config.only)
+  first = FIRST.get(config.only)
 
   def trains(path, _):
     name = path[0].key

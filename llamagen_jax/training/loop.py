@@ -22,7 +22,7 @@ from llamagen_jax.errors import RunFailed, Stopped, UserError
 from llamagen_jax.parallel.hosts import StopSignal
 from llamagen_jax.parallel.mesh import make_mesh, replicated
 from llamagen_jax.training.checkpoint import Checkpoints
-from llamagen_jax.training.export import write_bundle
+from llamagen_jax.training.export import write_adapter, write_bundle
 from llamagen_jax.training.profile import Profile
 from llamagen_jax.training.recipe import MeshConfig, RunConfig
 from llamagen_jax.training.reporter import Evaluation, Reporter
@@ -78,8 +78,8 @@ def fit(
   """Trains to `run.steps`, from the newest checkpoint of `workdir` if there is one.
 
   Leaves there: checkpoints, config.json, metrics.jsonl, event files, loss.png,
-  the evaluation's images, and the finished model in `bundle`; with `profile`, a
-  trace of so many steps in `profile`. Returns the state.
+  the evaluation's images, the finished model in `bundle` and, with LoRA, what it adds
+  in `adapter`; with `profile`, a trace of so many steps. Returns the state.
 
   Raises:
     UserError: the config is not that of the run in `workdir`, or does not fit it.
@@ -110,6 +110,7 @@ def fit(
       state = loop.train(state, start, batches)
     checkpoints.finish()
     write_bundle(workdir / "bundle", config, description, state.weights)
+    write_adapter(workdir / "adapter", config, description, state.weights)
   return state
 
 
@@ -142,7 +143,9 @@ def _log_run(
     for name in old.keys() & new.keys():
       rates = float(old[name](step)), float(new[name](step))
       if rates[0] != rates[1]:
-        logging.warning("%s of step %d: %.3g -> %.3g", name, step, *rates)
+        logging.warning(
+          "learning rate (%s) of step %d: %.3g -> %.3g", name, step, *rates
+        )
   if jax.process_index() > 0:  # the others hold only a part of the values
     return
   logging.info(

@@ -49,6 +49,33 @@ def test_transformer(tmp_path, mesh):
   np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+RECIPES = {
+  "npp": {"objective": {"patch_phases": ((3, 2),)}},
+  "rar": {"objective": {"random_order": (2, 4)}, "model": {"target_embedding": True}},
+  "gft": {
+    "objective": {"kind": "guidance-free"}, "model": {"guidance_embedding": True},
+  },
+  "lora": {"train": {"only": "table", "lora": {"rank": 2}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_beyond_the_published_one(tmp_path, name):
+  codes = tiny.write_codes(tmp_path / "codes")
+
+  def config():
+    config = tiny.gpt_config(codes, 5)
+    for section, fields in RECIPES[name].items():
+      config[section] = {**config.get(section, {}), **fields}
+    return config
+
+  found = losses(gpt_train, config(), tmp_path / "run", MESHES["mixed"])
+  with pytest.MonkeyPatch.context() as patch:
+    expected = losses(gpt_train, config(), tmp_path / "one", None, patch)
+  assert len(expected) == 5
+  np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("mesh", ["data", "fsdp"])
 def test_tokenizer(tmp_path, mesh):
   images = tiny.write_images(tmp_path / "images")

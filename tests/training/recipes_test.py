@@ -10,6 +10,7 @@ from PIL import Image
 import pytest
 
 from llamagen_jax import GPT, UserError
+from llamagen_jax.gpt.lora import LoRAConfig
 from llamagen_jax.gpt.model import init_gpt
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.parallel.mesh import unbox
@@ -59,7 +60,7 @@ RECIPES = {
     "objective": {"kind": "guidance-free"}, "model": {"guidance_embedding": True},
   },
   "cca": {"objective": {"kind": "contrastive", "accumulate": 2}},
-  "lora": {"train": {"only": "none", "lora_rank": 2}},
+  "lora": {"train": {"only": "none", "lora": {"rank": 2}}},
 }  # fmt: skip
 
 
@@ -139,7 +140,7 @@ def test_the_rest_stays_as_it_was(codes, published, tmp_path, only):
 
 
 def test_adapters_begin_as_the_model_and_merge_into_it():
-  config = TrainableConfig(only="none", lora_rank=2, lora_alpha=3.0)
+  config = TrainableConfig("none", LoRAConfig(2, 3.0))
   params = unbox(init_params(tiny.GPT, config, jax.random.key(0)))
   head = jax.random.normal(jax.random.key(1), params["head"].shape)
   params |= {"head": head}
@@ -193,9 +194,9 @@ def test_images_of_fixed_classes_at_every_evaluation(tmp_path):
     ({"model": {"dim": 64}}, r"code_embedding is \(50, 32\), .* expects \(50, 64\)"),
     ({"model": {"qk_norm": True}}, "layers/attention/k_norm is missing"),
     ({"train": {"only": "tables"}}, "train.only='tables': expected one of all, table"),
-    ({"train": {"only": "none"}}, "train.lora_rank=0: expected a rank > 0"),
+    ({"train": {"only": "none"}}, "train.lora.rank=0: expected a rank > 0"),
     (
-      {"train": {"only": "none", "lora_rank": 2, "lora_targets": ("mlp",)}},
+      {"train": {"only": "none", "lora": {"rank": 2, "targets": ("mlp",)}}},
       "unknown 'mlp'; expected of qkv",
     ),
     ({"objective": {"patch_phases": ((2, 5),)}}, "do not divide the grid of 3x3"),

@@ -69,7 +69,7 @@ def test_lr_clip_guard_and_logs_may_change_and_are_said(codes, tmp_path, log):
     train_gpt.train(config, workdir)
   for line in (
     "resumed from step 2 of 4", "config.optimizer.lr: 0.01 -> 0.02 from step 2 on",
-    "config.guard.skip_spike: None -> 3.0", "optimizer of step 2: 0.01 -> 0.02",
+    "config.guard.skip_spike: None -> 3.0", "(optimizer) of step 2: 0.01 -> 0.02",
     "1 hosts, 1 devices", "parameters:",
   ):  # fmt: skip
     assert line in log.text
@@ -91,7 +91,7 @@ def test_a_longer_cosine_says_how_the_rate_jumps(codes, tmp_path, log):
   with log.at_level("INFO"):
     train_gpt.train(config, workdir)
   assert "config.run.steps: 3 -> 4 from step 3 on" in log.text
-  assert "optimizer of step 3: 0 -> 0.005" in log.text
+  assert "(optimizer) of step 3: 0 -> 0.005" in log.text
 
 
 def test_a_refused_config_leaves_the_folder_free(codes, tmp_path):
