@@ -104,7 +104,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "max_skipped_in_a_row": 10,  # skipped steps in a row that end the run
   }
 
-  # What the finished model is drawn with when nothing else is asked for.
+  # What the finished model is sampled with when nothing else is asked for.
   published = PUBLISHED.get(f"c2i_{arg.variant}_{arg.image_size}")
   scale = published.guidance_scale if published else 2.0
   config.images = {
@@ -168,7 +168,8 @@ def guidance_free(config: ml_collections.ConfigDict, steps: int) -> None:
   config.model.guidance_embedding = True
   config.objective.kind = "guidance-free"
   config.optimizer.update(schedule="cosine", final_lr=1e-5)
-  config.sampling.guidance_scale = 1.0
+  # About 1 / guidance scale; another one can be asked for in sampling.
+  config.sampling.update(guidance_scale=1.0, guidance_beta=0.66)
 
 
 RECIPES = {

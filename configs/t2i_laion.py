@@ -7,10 +7,17 @@ llamagen extract-codes --tokenizer=vq16/bundle --source=captions:/data/captions 
 llamagen extract-text --t5=/data/flan-t5-xl --captions=/data/captions \\
     --out=/data/features
 llamagen train-gpt --config=configs/t2i_laion.py:stage1 --workdir=gs://bucket/t2i1 \\
-    --config.data.codes=/data/codes256 --config.data.texts=/data/features
+    --config.data.codes=/data/codes256 --config.data.eval_codes=/data/codes256_val \\
+    --config.data.texts=/data/features --config.data.eval_texts=/data/features_val
+
+The first three once more for some held-out pairs (`_val`), and all of them for the
+images of stage 2, with --min-side=512 and --image-size=512:
+
 llamagen train-gpt --config=configs/t2i_laion.py:stage2 --workdir=gs://bucket/t2i2 \\
     --init-from=gs://bucket/t2i1 \\
-    --config.data.codes=/data/codes512 --config.data.texts=/data/features512
+    --config.data.codes=/data/codes512 --config.data.eval_codes=/data/codes512_val \\
+    --config.data.texts=/data/features512 \\
+    --config.data.eval_texts=/data/features512_val
 
 Features take 4 kB a token: a caption of 30 tokens 123 kB, 123 GB per million. Without
 that store, give data.t5 the folder of the encoder and data.texts the captions.
@@ -86,7 +93,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "ema": 0.0,
   }
 
-  # What the finished model is drawn with when nothing else is asked for.
+  # What the finished model is sampled with when nothing else is asked for.
   config.sampling = {"guidance_scale": 7.5, "top_k": 1000, "temperature": 1.0}
 
   # Weights and optimiser, and a T5 that runs along, are spread over four chips.

@@ -20,7 +20,7 @@ from llamagen_jax.gpt.cache import Cache, LayerCache, as_cache, pin_layout, writ
 from llamagen_jax.gpt.cached_attention import attend_prefill, write_and_attend
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.layers import rms_norm
-from llamagen_jax.gpt.rope import apply_rope, rope_table
+from llamagen_jax.gpt.rope import apply_rope, rope_in_order, rope_table
 
 # (q_BTKGH, k_BTKH, v_BTKH, cache of the layer) -> (mixed_BTKGH, its new cache)
 Attend = Callable[
@@ -72,6 +72,8 @@ def prefill_forward(
   x_BTD: jax.Array,
   cache: Cache,
   mask_BTS: jax.Array,
+  *,
+  order_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
   """Runs the first T embedded tokens, at the positions 0 .. T - 1.
 
@@ -81,6 +83,7 @@ def prefill_forward(
     x_BTD: embedded tokens.
     cache: empty, from `init_cache`.
     mask_BTS: bool [B or 1, T, S], the cache entries that a token sees.
+    order_BT: as of `run_layers`.
 
   Returns:
     float32 logits [B, V] after the last of the tokens, and the cache.
@@ -91,7 +94,9 @@ def prefill_forward(
     return attend_prefill(q_BTKGH, new, mask_BTS), pin_layout(new)
 
   at_T = jnp.arange(x_BTD.shape[1])
-  x_BTD, cache = run_layers(config, params, x_BTD, at_T, cache, attend)
+  x_BTD, cache = run_layers(
+    config, params, x_BTD, at_T, cache, attend, order_BT=order_BT
+  )
   return to_logits(config, params, x_BTD[:, -1]), cache
 
 
@@ -102,6 +107,8 @@ def step_forward(
   cache: Cache,
   position: jax.Array,
   mask_B1S: jax.Array,
+  *,
+  order_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
   """Runs one embedded token a row, all of them at the same position.
 
@@ -113,6 +120,7 @@ def step_forward(
     position: of the tokens, an integer scalar.
     mask_B1S: bool [B or 1, 1, S], the cache entries that a token sees, itself
       included.
+    order_BT: as of `run_layers`.
 
   Returns:
     float32 logits [B, V] of the codes that follow, and the new cache.
@@ -123,7 +131,9 @@ def step_forward(
     return write_and_attend(q_B1KGH, token, old, position, mask_B1S)
 
   at_1 = jnp.asarray(position)[None]
-  x_B1D, cache = run_layers(config, params, x_B1D, at_1, cache, attend)
+  x_B1D, cache = run_layers(
+    config, params, x_B1D, at_1, cache, attend, order_BT=order_BT
+  )
   return to_logits(config, params, x_B1D[:, 0]), cache
 
 
@@ -134,6 +144,8 @@ def run_layers(
   position: jax.Array,
   cache: Cache,
   attend: Attend,
+  *,
+  order_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
   """Runs embedded tokens through all layers, with attention by the caller.
 
@@ -144,13 +156,23 @@ def run_layers(
     position: of the tokens, [T], or [B, T] where every row has its own.
     cache: one entry a layer, in the form that `attend` takes and returns.
     attend: writes the tokens of a layer to its cache and attends from them.
+    order_BT: the codes' positions in the order that the model predicts them in, for
+      one that was trained in random orders; None = raster order.
 
   Returns:
     Hidden states [B, T, D] and the new cache.
   """
-  rope = tuple(jnp.asarray(table)[position] for table in rope_table(config))
+  if order_BT is None:
+    rope = tuple(jnp.asarray(table)[position] for table in rope_table(config))
+  else:
+    at_BT = jnp.broadcast_to(position, x_BTD.shape[:2])
+    rope = tuple(
+      jnp.take_along_axis(table_BSF, at_BT[..., None], axis=1)
+      for table_BSF in rope_in_order(config, order_BT)
+    )
   if config.target_embedding:
-    x_BTD = x_BTD + _target(config, params["target_embedding"], position)
+    target_TD = params["target_embedding"]
+    x_BTD = x_BTD + _target(config, target_TD, position, order_BT)
   new_cache = []
   for layer, layer_cache in zip(params["layers"], cache, strict=True):
     normed = rms_norm(x_BTD, layer["attention_norm"], config.norm_eps)
@@ -165,14 +187,21 @@ def run_layers(
   return x_BTD, tuple(new_cache)
 
 
-def _target(config: GPTConfig, target_TD: jax.Array, position: jax.Array) -> jax.Array:
-  """Returns the embeddings of the codes that tokens predict, in raster order.
+def _target(
+  config: GPTConfig,
+  target_TD: jax.Array,
+  position: jax.Array,
+  order_BT: jax.Array | None,
+) -> jax.Array:
+  """Returns the embeddings of the codes that the tokens at `position` predict.
 
   Zero for the tokens of a condition that predict none.
   """
-  code = position - (config.prefix_tokens - 1)
-  rows = target_TD[jnp.clip(code, 0, config.image_tokens - 1)]
-  return jnp.where((code >= 0)[..., None], rows, 0.0).astype(config.dtype)
+  index = position - (config.prefix_tokens - 1)
+  code = jnp.clip(index, 0, config.image_tokens - 1)
+  if order_BT is not None:
+    code = jnp.take_along_axis(order_BT, jnp.atleast_2d(code), axis=1)
+  return jnp.where((index >= 0)[..., None], target_TD[code], 0.0).astype(config.dtype)
 
 
 def to_logits(config: GPTConfig, params: dict[str, Any], x_BD: jax.Array) -> jax.Array:

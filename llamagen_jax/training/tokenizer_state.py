@@ -123,16 +123,16 @@ def _restart_schedule(opt_state: Any) -> Any:
   )
 
 
-def _check_shapes(path: epath.Path, found: Params, expected: Params) -> None:
+def _check_shapes(path: epath.Path, loaded: Params, expected: Params) -> None:
   shapes = (
     {jax.tree_util.keystr(k, simple=True, separator="/"): v.shape
      for k, v in jax.tree.leaves_with_path(tree)}
-    for tree in (found, expected)
+    for tree in (loaded, expected)
   )  # fmt: skip
-  found, expected = shapes
-  for name in sorted(found.keys() | expected.keys()):
-    if found.get(name) != expected.get(name):
+  loaded, expected = shapes
+  for name in sorted(loaded.keys() | expected.keys()):
+    if loaded.get(name) != expected.get(name):
       raise UserError(
-        f"--init-from={path}: {name} is {found.get(name)}, this model expects"
+        f"--init-from={path}: {name} is {loaded.get(name)}, this model expects"
         f" {expected.get(name)}"
       )
