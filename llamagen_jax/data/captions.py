@@ -44,18 +44,19 @@ class CaptionSource:
   def __init__(self, folder: str | os.PathLike):
     self.folder = user_path(folder)
     self.manifest = shards.read_manifest(self.folder, KIND)
-    self._records = shards.open_records(self.folder, self.manifest, "text")
+    self._records = shards.Records(self.folder, self.manifest, "text", Caption.unpack)
 
   def __len__(self) -> int:
     return len(self._records)
 
   def __getitem__(self, index: int) -> Caption:
-    return Caption.unpack(self._records[index])
+    return self._records[index]
 
   @property
   def identity(self) -> str:
     """Checksum of the captions of all shards, in their order."""
-    return shards.identity(self.manifest, "text")
+    with shards.refuse_damage(self.folder / shards.MANIFEST):
+      return shards.identity(self.manifest, "text")
 
   def shard_ranges(self) -> list[range]:
     """Returns the records that every shard holds."""

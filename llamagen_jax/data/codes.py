@@ -7,6 +7,7 @@ A record is one image: label int32, key length uint16, key (UTF-8), codes uint16
 import collections
 from collections.abc import Iterable, Mapping
 import dataclasses
+import functools
 import os
 import struct
 from typing import Any
@@ -161,9 +162,11 @@ class CodeSource:
   def __init__(self, folder: str | os.PathLike):
     self.folder = user_path(folder)
     self.manifest = shards.read_manifest(self.folder, KIND)
-    self.crops = len(self.manifest["crops"])
-    self._records = shards.open_records(self.folder, self.manifest, KIND)
-    skipped = [int(i) for x in self.manifest["shards"] for i in x["skipped"]]
+    with shards.refuse_damage(self.folder / shards.MANIFEST):
+      self.crops = len(self.manifest["crops"])
+      skipped = [int(i) for x in self.manifest["shards"] for i in x["skipped"]]
+    unpack = functools.partial(CodeRecord.unpack, crops=self.crops)
+    self._records = shards.Records(self.folder, self.manifest, KIND, unpack)
     # So many records lie before the k-th sample that was skipped.
     self._skipped_before = np.array(skipped, np.int64) - np.arange(len(skipped))
 
@@ -175,7 +178,7 @@ class CodeSource:
     return index + int(np.searchsorted(self._skipped_before, index, side="right"))
 
   def __getitem__(self, index: int) -> CodeRecord:
-    return CodeRecord.unpack(self._records[index], self.crops)
+    return self._records[index]
 
 
 def perplexity(code_counts: np.ndarray) -> float:

@@ -7,6 +7,7 @@ that cleaning left nothing of has no rows.
 """
 
 import dataclasses
+import functools
 import os
 import struct
 
@@ -49,11 +50,13 @@ class FeatureSource:
   def __init__(self, folder: str | os.PathLike):
     self.folder = user_path(folder)
     self.manifest = shards.read_manifest(self.folder, KIND)
-    self.dim = self.manifest["dim"]
-    self._records = shards.open_records(self.folder, self.manifest, KIND)
+    with shards.refuse_damage(self.folder / shards.MANIFEST):
+      self.dim = self.manifest["dim"]
+    unpack = functools.partial(FeatureRecord.unpack, dim=self.dim)
+    self._records = shards.Records(self.folder, self.manifest, KIND, unpack)
 
   def __len__(self) -> int:
     return len(self._records)
 
   def __getitem__(self, index: int) -> FeatureRecord:
-    return FeatureRecord.unpack(self._records[index], self.dim)
+    return self._records[index]

@@ -14,13 +14,13 @@ import hashlib
 import json
 import os
 import pathlib
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from array_record.python import array_record_module
 from etils import epath
 import grain
 
-from llamagen_jax.errors import UserError
+from llamagen_jax.errors import UserError, first_line
 from llamagen_jax.storage import (
   cache_folder,
   in_bucket,
@@ -37,6 +37,7 @@ MANIFEST = "manifest.json"
 PLAN = "plan.json"
 # Training reads single records at random, and neither codes nor images compress.
 WRITER_OPTIONS = "group_size:1,uncompressed"
+T = TypeVar("T")
 REQUESTS = 16  # small files that are read from a bucket at the same time
 
 
@@ -170,21 +171,32 @@ def read_manifest(folder: epath.Path, kind: str) -> dict[str, Any]:
   except (FileNotFoundError, NotADirectoryError) as error:
     state = "not finished" if (folder / PLAN).exists() else "not found"
     raise UserError(f"{kind} {folder}: no {MANIFEST} ({state})") from error
-  found = manifest.get("kind"), manifest.get("format")
-  if found != (kind, FORMAT_VERSION):
-    raise UserError(
-      f"{path}: kind {found[0]!r}, format {found[1]!r}; expected {kind!r}, format"
-      f" {FORMAT_VERSION}"
-    )
-  there = sizes(folder)
-  for file in _files(manifest):
-    size = there.get(file["file"])
-    if size != file["bytes"]:
-      state = "missing" if size is None else f"{size} bytes"
+  with refuse_damage(path):
+    found = manifest.get("kind"), manifest.get("format")
+    if found != (kind, FORMAT_VERSION):
       raise UserError(
-        f"{folder / file['file']}: {state}, expected {file['bytes']} bytes"
+        f"{path}: kind {found[0]!r}, format {found[1]!r}; expected {kind!r}, format"
+        f" {FORMAT_VERSION}"
       )
+    wanted = {file["file"]: file["bytes"] for file in _files(manifest)}
+    there = sizes(folder)
+    for name, size in wanted.items():
+      if there.get(name) != size:
+        state = f"{there[name]} bytes" if name in there else "missing"
+        raise UserError(f"{folder / name}: {state}, expected {size} bytes")
   return manifest
+
+
+@contextlib.contextmanager
+def refuse_damage(path: epath.Path) -> Iterator[None]:
+  """Turns the errors of reading a manifest whose fields are damaged into one line."""
+  try:
+    yield
+  except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    raise UserError(
+      f"{path}: damaged ({type(error).__name__}: {first_line(error)}); copy or write"
+      " the folder again"
+    ) from error
 
 
 def verify(folder: epath.Path, kind: str) -> int:
@@ -204,22 +216,45 @@ def verify(folder: epath.Path, kind: str) -> int:
   return len(files)
 
 
-def open_records(
-  folder: epath.Path, manifest: Mapping[str, Any], kind: str
-) -> grain.sources.ArrayRecordDataSource:
-  """Returns the records of one kind of file, in the order of the shards.
+class Records(Generic[T]):
+  """Random access to the records of one kind of file, in the order of the shards.
 
   The manifest says how many records a shard has, so that no file is opened before
   one of its records is asked for. ArrayRecord reads buckets itself.
   """
-  return grain.sources.ArrayRecordDataSource(
-    [
-      _WholeFile(
-        str(folder / shard["files"][kind]["file"]), shard["records"], shard["records"]
-      )
-      for shard in manifest["shards"]
-    ]
-  )
+
+  def __init__(
+    self,
+    folder: epath.Path,
+    manifest: Mapping[str, Any],
+    kind: str,
+    unpack: Callable[[bytes], T],
+  ):
+    """Opens the files of a kind; `unpack` makes a record of its bytes."""
+    self._folder, self._kind, self._unpack = folder, kind, unpack
+    with refuse_damage(folder / MANIFEST):
+      files = [
+        _WholeFile(
+          str(folder / shard["files"][kind]["file"]), shard["records"], shard["records"]
+        )
+        for shard in manifest["shards"]
+      ]
+      self._source = grain.sources.ArrayRecordDataSource(files)
+      self._length = len(self._source)
+
+  def __len__(self) -> int:
+    return self._length
+
+  def __getitem__(self, index: int) -> T:
+    if not 0 <= index < self._length:
+      raise IndexError(index)
+    try:
+      return self._unpack(self._source[index])
+    except Exception as error:  # of ArrayRecord's library, or of the record
+      raise UserError(
+        f"{self._folder}: {self._kind} record {index} is damaged"
+        f" ({first_line(error)}); copy or write the folder again"
+      ) from error
 
 
 def identity(manifest: Mapping[str, Any], kind: str) -> str:

@@ -352,7 +352,7 @@ class CaptionImageSource:
 
   def __init__(self, folder: str | pathlib.Path):
     captions = self._captions = CaptionSource(folder)
-    self._records = shards.open_records(captions.folder, captions.manifest, "images")
+    self._records = shards.Records(captions.folder, captions.manifest, "images", bytes)
 
   def __len__(self) -> int:
     return len(self._captions)

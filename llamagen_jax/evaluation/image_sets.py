@@ -136,7 +136,7 @@ def open_image_set(
   try:
     with path.open("rb") as file, zipfile.ZipFile(file) as archive:
       names = {name.removesuffix(".npy") for name in archive.namelist()}
-  except (zipfile.BadZipFile, OSError) as error:
+  except NPZ_ERRORS as error:
     raise UserError(f"{flag}={path}: neither an npz nor a folder") from error
   try:
     with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:

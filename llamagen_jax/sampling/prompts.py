@@ -163,7 +163,7 @@ def _column(rows: Iterator[list[str]], column: str, name: str) -> Iterator[str]:
   if index is None:
     raise UserError(
       f"--prompt-file={name}: no column {' or '.join(wanted)}; its columns are"
-      f" {', '.join(columns)[:MAX_SHOWN]}"
+      f" {' '.join(', '.join(columns)[:MAX_SHOWN].split())}"
     )
   yield from (row[index] for row in rows if index < len(row))
 

@@ -49,7 +49,7 @@ def test_opening_a_folder_opens_no_shard(tmp_path):
     name = folder.file_name("letters", index)
     folder.commit(index, {"letters": name}, {"records": 1})
   manifest = folder.finish(total)
-  records = shards.open_records(tmp_path, manifest, "letters")
+  records = shards.Records(tmp_path, manifest, "letters", bytes)
   (tmp_path / folder.file_name("letters", 0)).write_bytes(b"no ArrayRecord")
   assert len(records) == 2 and records[1] == b"b"
 
