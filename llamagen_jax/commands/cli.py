@@ -12,6 +12,7 @@ from llamagen_jax.errors import RunFailed, Stopped, UserError
 GROUPS = {
   "try it": {
     "quickstart": ("quickstart", "the whole pipeline on handwritten digits"),
+    "doctor": ("doctor", "what this machine has, and what is missing"),
   },
   "prepare data": {
     "extract-codes": ("extract_codes", "images to code shards"),

@@ -1,9 +1,9 @@
 """Compiles a program for chips that are not here, and counts what it does.
 
 Nine tenths of the compiler's time go into machine code: register allocation and bundle
-packing of every fusion (libtpu 0.0.30, B at 256: 7 of 80 CPU seconds for all of HLO,
-the rest for machine code; twice the rest for v6e). The optimised program and its plan
-of memory are complete before that, so that a quick analysis stops there.
+packing of every fusion (libtpu 0.0.42, two layers of B at 256: 7 of 80 CPU seconds for
+all that comes before it on v5e, 7 of 130 on v6e). The optimised program and its plan of
+memory are complete before that, so that a quick analysis stops there.
 """
 
 import pathlib
