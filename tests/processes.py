@@ -1,5 +1,6 @@
 """A verb on two hosts: two processes of this machine, connected by jax.distributed."""
 
+from collections.abc import Sequence
 import os
 import pathlib
 import socket
@@ -10,24 +11,35 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def on_two_hosts(words: list[str], cwd: pathlib.Path = ROOT) -> list[str]:
-  """What each of the hosts printed; both have to succeed."""
+  """Returns the output of each of the hosts; both have to succeed."""
+  return finish(start_two_hosts([words, words], cwd))
+
+
+def start_two_hosts(
+  words: Sequence[list[str]], cwd: pathlib.Path = ROOT
+) -> list[subprocess.Popen]:
+  """Starts a verb on two hosts, with words of their own."""
   coordinator = f"--coordinator=127.0.0.1:{free_port()}"
   python = [sys.executable, "-c", "from llamagen_jax.commands import cli; cli.main()"]
-  processes = [
+  return [
     subprocess.Popen(
-      [*python, *words, coordinator, "--hosts=2", f"--host={host}"], cwd=cwd,
+      [*python, *words[host], coordinator, "--hosts=2", f"--host={host}"], cwd=cwd,
       env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT, text=True,
     )
     for host in range(2)
   ]  # fmt: skip
+
+
+def finish(processes: Sequence[subprocess.Popen], code: int = 0) -> list[str]:
+  """Waits for all and returns their outputs; all have to end with the same code."""
   try:
     outputs = [process.communicate(timeout=200)[0] for process in processes]
   finally:
     for process in processes:
       process.kill()
   for process, output in zip(processes, outputs, strict=True):
-    assert process.returncode == 0, output[-4000:]
+    assert process.returncode == code, output[-4000:]
   return outputs
 
 

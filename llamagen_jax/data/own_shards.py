@@ -65,9 +65,9 @@ def write_own_shards(
 
 
 def _stop(left: int) -> None:
-  gather()  # the coordinator ends last: others may be in the middle of a shard
+  gather("stopped")  # the coordinator must not end while others write a shard
   raise Stopped(
-    f"stopped, {left} shards left on this host; resume with the same command"
+    f"stopped with {left} shards of this host left; resume with the same command"
   )
 
 

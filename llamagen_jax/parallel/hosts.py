@@ -4,6 +4,7 @@ All hosts of a TPU slice run the same command. On a TPU VM they find each other;
 elsewhere three flags name the coordinator, the number of hosts and this one.
 """
 
+import atexit
 from collections.abc import Iterator
 import contextlib
 import dataclasses
@@ -26,7 +27,8 @@ from llamagen_jax.options import option
 
 # A host that gives no sign of life for so long is dead, and ends the others.
 HEARTBEAT_SECONDS = 40
-FAILURE_KEY = "llamagen/failure"  # in the coordinator's store: {host, code, reason}
+FAILURE_FOLDER = "llamagen/failure/"  # in the coordinator's store: {host, code, reason}
+WATCH_SECONDS = 1.0  # between two looks there
 NOTICE_SECONDS = 5  # that the coordinator outlives a failure, so that all hear of it
 
 
@@ -77,7 +79,7 @@ def initialize_distributed(options: HostOptions) -> None:
     jax.distributed.initialize(**timeout)
   if jax.distributed.is_initialized():
     logging.info("host %d of %d", jax.process_index(), jax.process_count())
-    threading.Thread(target=_end_with_others, daemon=True).start()
+    _watch_others()
 
 
 def on_tpu_vm() -> bool:
@@ -115,7 +117,7 @@ def end_all_hosts(reason: str, code: int, details: str = "") -> None:
   print(details, end="", file=sys.stderr)
   failure = {"host": jax.process_index(), "code": code, "reason": reason}
   try:
-    store().key_value_set(FAILURE_KEY, json.dumps(failure))
+    store().key_value_set(f"{FAILURE_FOLDER}first", json.dumps(failure))
     _let_others_leave()
   except (RuntimeError, ValueError):
     pass  # another host failed first, or the coordinator is gone
@@ -124,14 +126,28 @@ def end_all_hosts(reason: str, code: int, details: str = "") -> None:
   os._exit(code)
 
 
-def _end_with_others() -> None:
-  """Runs in a thread: waits until another host fails, and ends this process then."""
-  while jax.distributed.is_initialized():
+def _watch_others() -> None:
+  """Starts a thread that ends this process once another host has failed."""
+  over = threading.Event()
+  thread = threading.Thread(target=_end_with_others, args=(over,), daemon=True)
+  thread.start()
+
+  def join():  # a thread that is in a call of JAX while Python ends aborts the process
+    over.set()
+    thread.join()
+
+  atexit.register(join)
+
+
+def _end_with_others(over: threading.Event) -> None:
+  while not over.wait(WATCH_SECONDS):
     try:
-      failure = json.loads(store().blocking_key_value_get(FAILURE_KEY, 10_000))
-    except (RuntimeError, ValueError, AttributeError):
-      time.sleep(0.5)  # nothing yet, or the run is over
+      found = store().key_value_dir_get(FAILURE_FOLDER)
+    except RuntimeError:  # the coordinator is gone; JAX ends this process
       continue
+    if not found:
+      continue
+    failure = json.loads(found[0][1])
     if failure["host"] != jax.process_index():
       message = f"llamagen: host {failure['host']} failed: {failure['reason']}"
       print(message, file=sys.stderr, flush=True)
