@@ -237,10 +237,9 @@ def _contrastive(
     )
     return -jnp.sum(cross_entropy(logits, codes), axis=1)
 
-  model, fixed = jax.random.split(key)
-  ratio = log_likelihood(params, model) - jax.lax.stop_gradient(
-    log_likelihood(merged(r.train, reference), fixed)
-  )
+  model_key, reference_key = jax.random.split(key)
+  fixed = jax.lax.stop_gradient(merged(r.train, reference))
+  ratio = log_likelihood(params, model_key) - log_likelihood(fixed, reference_key)
   right_B, other_B = ratio.reshape(-1, 2).T
   alone_B = batch["drop"] | (label_B == wrong_B)
   loss_B = contrastive_loss(

@@ -35,6 +35,7 @@ class Published:
   scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
   unguided: Mapping[str, float] = dataclasses.field(default_factory=dict)
   file: str | None = None  # in the repository; None = the name and .pt, "" = not known
+  guidance_beta: float = 1.0  # of a guidance-free model, with the best FID
 
   def file_of(self, name: str) -> str:
     """Returns the file's path in the repository, or nothing where it is not known."""
@@ -46,7 +47,10 @@ class Published:
 
   @property
   def sampling(self) -> SamplingConfig:
-    return SamplingConfig(guidance_scale=self.guidance_scale, top_k=self.top_k)
+    return SamplingConfig(
+      guidance_scale=self.guidance_scale, top_k=self.top_k,
+      guidance_beta=self.guidance_beta,
+    )  # fmt: skip
 
 
 def _c2i(
@@ -96,9 +100,12 @@ PUBLISHED = {
   "c2i_XL_384_CCA": _cca("XL", 3.10),
   "c2i_XXL_384_CCA": _cca("XXL", 3.12),
   "c2i_3B_384_CCA": _cca("3B", 2.69, IS=276.8, precision=0.80, recall=0.59),
-  # Guidance-free: the best scores are at guidance_beta 0.66 and 0.70.
-  "LlamaGenL_GF_scratch": Published(GFT_REPO, "L", 384, scores={"FID": 2.52}),
-  "LlamaGen3B_GF": Published(GFT_REPO, "3B", 384, scores={"FID": 2.21}),
+  "LlamaGenL_GF_scratch": Published(
+    GFT_REPO, "L", 384, scores={"FID": 2.52}, guidance_beta=0.66
+  ),
+  "LlamaGen3B_GF": Published(
+    GFT_REPO, "3B", 384, scores={"FID": 2.21}, guidance_beta=0.70
+  ),
   "ar_grpo_XL_384": Published(GRPO_REPO, "XL", 384, 2.0, file=""),
 }
 

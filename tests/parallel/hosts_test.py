@@ -237,3 +237,38 @@ def test_a_killed_host_ends_the_other(folder, killed):
   assert other.returncode != 0
   assert time.monotonic() - began < 60
   processes[killed].communicate()
+
+
+@pytest.mark.slow
+def test_chaos_changes_nothing(folder):
+  """Two hosts are killed and told to stop at random, and end where others would.
+
+  LLAMAGEN_CHAOS_MINUTES makes it longer than its four rounds.
+  """
+  steps, rng = 24, random.Random(os.urandom(4))
+  deadline = time.monotonic() + 60 * float(os.environ.get("LLAMAGEN_CHAOS_MINUTES", 0))
+
+  def pair(workdir, steps, **spec):
+    words, port = command(folder, workdir, steps, save_every=2), free_port()
+    return [start([words], hosts=2, host=i, port=port, **spec) for i in range(2)]
+
+  path, rounds, outputs = folder / "chaos" / "metrics.jsonl", 0, []
+  while rounds < 4 or time.monotonic() < deadline:
+    rounds += 1
+    processes = pair("chaos", 10**6 if time.monotonic() < deadline else 200, delay=0.1)
+    wait_for_rows(path, len(read_rows(path)) + rng.randrange(1, 4), processes)
+    number = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+    rng.choice(processes).send_signal(number)
+    for process in processes:
+      outputs.append(process.communicate(timeout=120)[0])
+  steps = max(steps, len(read_rows(path)) + 2)
+  for name in ("chaos", "calm"):
+    for process in pair(name, steps):
+      outputs.append(finish(process))
+  assert losses(folder / "chaos") == losses(folder / "calm")
+  states = [final_state(folder / name, steps) for name in ("chaos", "calm")]
+  for a, b in zip(*states, strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert not [p for p in (folder / "chaos").rglob("*") if p.name.endswith(".part")]
+  assert not [p for p in (folder / "chaos").rglob("*tmp*") if "orbax" in p.name]
+  assert not [output for output in outputs if "Traceback" in output]

@@ -15,6 +15,7 @@ from llamagen_jax import UserError
 from llamagen_jax.commands import cli
 from llamagen_jax.data.loader import Stream
 from llamagen_jax.errors import RunFailed, Stopped
+from llamagen_jax.parallel.hosts import StopSignal
 from llamagen_jax.training import checkpoint, train_gpt
 from llamagen_jax.training.checkpoint import Checkpoints, with_retries
 from llamagen_jax.training.export import export_bundle, load_run
@@ -197,10 +198,8 @@ def test_a_checkpoint_that_cannot_be_read_now_keeps_its_name(tmp_path, monkeypat
   assert names == ["step_000000005", "step_000000006"]
 
 
-def test_threads_do_not_outlive_a_stop():
-  """A signal handler can be set in the main thread only; elsewhere there is none."""
-  from llamagen_jax.parallel.hosts import StopSignal
-
+def test_outside_of_the_main_thread_no_signal_is_caught():
+  """Python sets handlers in the main thread only."""
   seen = []
 
   def enter():
