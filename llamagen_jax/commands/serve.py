@@ -188,7 +188,7 @@ def main(argv: Sequence[str]) -> None:
     if args.demo:
       from llamagen_jax.serving.demo import PATH, mount_demo
 
-      mount_demo(app, service, key, args.public_url)
+      mount_demo(app, service, key)
       print(f"demo at {where}{PATH}", flush=True)
     elif args.demo is None:
       print("no demo: it needs pip install 'llamagen_jax[demo]'", flush=True)

@@ -7,7 +7,8 @@ import time
 from typing import Any
 
 from anyio import to_thread
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.responses import RedirectResponse
 import gradio as gr
 
 from llamagen_jax.data.classes import shown_name
@@ -35,13 +36,15 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def mount_demo(
-  app: FastAPI, service: Service, api_key: str = "", public_url: str = ""
-) -> None:
+def mount_demo(app: FastAPI, service: Service, api_key: str = "") -> None:
   """Adds the demo to a server; with a key it asks for it as a password."""
 
   def knows(user: str, password: str) -> bool:
     return hmac.compare_digest(password.encode(), api_key.encode())
+
+  @app.get(PATH, include_in_schema=False)
+  async def with_a_slash(request: Request) -> RedirectResponse:
+    return RedirectResponse(f"{str(request.base_url).rstrip('/')}{PATH}/")
 
   gr.mount_gradio_app(
     app,
@@ -49,7 +52,6 @@ def mount_demo(
     PATH,
     auth=knows if api_key else None,
     auth_message=f"User {USER}, and the API key as password.",
-    root_path=f"{public_url.rstrip('/')}{PATH}" if public_url else None,
     theme=gr.themes.Soft(
       primary_hue="indigo", neutral_hue="slate", font="system-ui", font_mono="monospace"
     ),

@@ -25,6 +25,7 @@ from llamagen_jax.serving.metrics import Metrics
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
 HOST = re.compile(r"[\w.-]+(:\d+)?|\[[0-9a-fA-F:]+\](:\d+)?")
 PREFIX = re.compile(r"(/[\w.~-]+)+")
+FORWARDED = (b"x-forwarded-proto", b"x-forwarded-host", b"x-forwarded-prefix")
 EXACT = ("/health", "/ready", "/metrics")  # and everything below /v1
 ANY_ENCODING = 32 + zlib.MAX_WBITS  # gzip or zlib, by their headers
 
@@ -73,26 +74,34 @@ class RequestFrame:
     scope = scope | {"state": {**scope.get("state", {}), "request_id": request_id}}
     if scope["method"] == "HEAD":
       scope["method"] = "GET"  # uvicorn leaves the body out
-    path = re.sub(r"/{2,}", "/", scope["path"])
-    if path.startswith("/v1/") or path.rstrip("/") in EXACT:
-      scope["path"] = path.rstrip("/")
-    url = self._public_url
-    if url is not None:
-      scheme, host, prefix = url.scheme, url.netloc, url.path.rstrip("/")
-    else:
-      scheme, host, prefix = (
-        headers.get(f"x-forwarded-{name}", "").partition(",")[0].strip()
-        for name in ("proto", "host", "prefix")
-      )
-      prefix = prefix.rstrip("/")
+    scheme, host, prefix = self._public(headers)
     if scheme in ("http", "https"):
       scope["scheme"] = scheme
+    # The routes, and the demo's, find all that a proxy said in the scope itself.
+    others = [(k, v) for k, v in scope["headers"] if k not in FORWARDED]
     if HOST.fullmatch(host):
-      others = [(k, v) for k, v in scope["headers"] if k != b"host"]
-      scope["headers"] = [(b"host", host.encode()), *others]
-    if PREFIX.fullmatch(prefix):
-      scope["root_path"] = prefix
+      others = [(b"host", host.encode()), *((k, v) for k, v in others if k != b"host")]
+    scope["headers"] = others
+    if not PREFIX.fullmatch(prefix):
+      prefix = scope["root_path"]
+    path = re.sub(r"/{2,}", "/", scope["path"])
+    if path.startswith(f"{prefix}/"):  # a proxy may have taken it away, or not
+      path = path.removeprefix(prefix)
+    if path.startswith("/v1/") or path.rstrip("/") in EXACT:
+      path = path.rstrip("/")
+    scope |= {"root_path": prefix, "path": prefix + path}  # as ASGI wants them
     return scope
+
+  def _public(self, headers: Headers) -> tuple[str, str, str]:
+    """Returns scheme, host and path below which clients reach the server."""
+    if self._public_url is not None:
+      url = self._public_url
+      return url.scheme, url.netloc, url.path.rstrip("/")
+    scheme, host, prefix = (
+      headers.get(f"x-forwarded-{name}", "").partition(",")[0].strip()
+      for name in ("proto", "host", "prefix")
+    )
+    return scheme, host, prefix.rstrip("/")
 
   def _log(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
     fields = {
@@ -100,7 +109,7 @@ class RequestFrame:
       "request_id": request_id,
       "client": (scope.get("client") or ["-"])[0],
       "method": scope["method"],
-      "path": scope["path"],
+      "path": scope["path"].removeprefix(scope["root_path"]),
       "status": status or 499,  # nginx's number for a client that went away
       "seconds": round(seconds, 4),
       **scope["state"].get("log", {}),

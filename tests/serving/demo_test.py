@@ -151,6 +151,33 @@ def test_code_to_copy(page, server):
   sync_api.expect(code).to_contain_text('"class_label": 1')
 
 
+def test_behind_a_proxy_that_takes_a_prefix_away(browser, server):
+  page = browser.new_page()
+  page.set_default_timeout(SECONDS)
+  host = server.url.partition("//")[2]
+  outside = []
+
+  def proxy(route):
+    url = route.request.url
+    if not url.startswith(f"{server.url}/art/"):
+      outside.append(url)
+      route.abort()
+      return
+    headers = {"x-forwarded-prefix": "/art", "x-forwarded-host": host}
+    response = route.fetch(
+      url=url.replace("/art/", "/", 1), headers=route.request.headers | headers
+    )
+    route.fulfill(response=response)
+
+  page.route("**/*", proxy)
+  page.goto(f"{server.url}/art/demo/")
+  page.click("#generate")
+  status(page).to_contain_text("Done in", timeout=SECONDS)
+  assert [url for url in outside if not url.startswith(("data:", "blob:"))] == []
+  page.unroute_all(behavior="ignoreErrors")  # its streams are still open
+  page.close()
+
+
 def test_docs_work_without_internet(browser, server):
   page = browser.new_page()
   page.set_default_timeout(SECONDS)

@@ -151,6 +151,12 @@ def test_urls_behind_a_proxy(server):
   assert bad == f"{server.url}/images"
 
 
+@pytest.mark.parametrize("path", ["/v1/models", "/make/it/v1/models/"])
+def test_a_proxy_may_leave_its_prefix_in_the_path(server, path):
+  headers = {"X-Forwarded-Prefix": "/make/it"}
+  assert httpx.get(server.url + path, headers=headers).status_code == 200
+
+
 def test_a_public_url(image_model):
   app = {"public_url": "https://art.example/make"}
   with live.serve(image_model, app=app) as server:
