@@ -75,8 +75,12 @@ class Options:
     unit="IMAGES", at_least=1,
   )  # fmt: skip
   chunk: int = option(
-    "codes between two moments at which requests join and leave", CHUNK,
-    unit="CODES", at_least=1,
+    "forwards between two moments at which requests join and leave", CHUNK,
+    unit="FORWARDS", at_least=1,
+  )  # fmt: skip
+  window: int = option(
+    "codes that a forward reads; more need fewer forwards for the same codes, up to"
+    " rounding", 1, unit="CODES", at_least=1,
   )  # fmt: skip
   tensor: int = option("devices that share one model", 1, unit="DEVICES", at_least=1)
   dtype: str = option(
@@ -224,7 +228,7 @@ def make_service(options: Options) -> Service:
     gpt = apply_adapter(adapter, gpt) if adapter else gpt
     gpt = dataclasses.replace(gpt, params=decoding_params(gpt.config, gpt.params))
     model = ImageModel(name, gpt, load_tokenizer(tokenizer), encoder)
-    engine = Engine(gpt, o.slots, o.chunk)
+    engine = Engine(gpt, o.slots, o.chunk, o.window)
     workers[model] = Worker(engine, model.render, o.queue or o.slots)
   limits = Limits(
     images=o.max_images, seconds=o.seconds, body_bytes=o.body_bytes, aliases=o.alias,

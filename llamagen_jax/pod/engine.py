@@ -41,12 +41,12 @@ def compile_engine(
   with jax.set_mesh(mesh):
     logging.info("tracing the engine's chunk")
     params = abstract_params(c, mesh)
-    sharding = state_sharding(mesh, c, total)
-    state = jax.eval_shape(functools.partial(init_state, c, total))
+    state = jax.eval_shape(functools.partial(init_state, c, total, 1, steps))
+    sharding = state_sharding(mesh, state)
     state = abstract_tree(state, sharding)
     inputs = abstract_tree(jax.eval_shape(lambda: _inputs(total)), batch_sharding(mesh))
     program = jax.jit(
-      functools.partial(run_chunk, c, steps),
+      functools.partial(run_chunk, c, 1, steps),
       donate_argnums=1,
       out_shardings=(sharding, replicated(mesh)),
     )
@@ -106,4 +106,4 @@ def _inputs(slots: int) -> ChunkInputs:
   rows = 2 * slots
   keys = jnp.zeros((rows, 2), jnp.uint32)
   settings = jax.tree.map(jnp.asarray, SamplingConfig().rows(rows))
-  return ChunkInputs(jnp.zeros(rows, jnp.int32), jnp.zeros(slots, bool), keys, settings)
+  return ChunkInputs(jnp.zeros(slots, bool), keys, settings)

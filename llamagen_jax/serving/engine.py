@@ -9,29 +9,29 @@ from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
 from llamagen_jax.errors import UserError
-from llamagen_jax.gpt.cache import LayerCache
 from llamagen_jax.gpt.cached import decoding_params
-from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.parallel.mesh import batch_sharding, replicated, spec
 from llamagen_jax.sampling.sample import mesh_of, num_data_shards
 from llamagen_jax.sampling.slots import (
   ChunkInputs,
-  State,
+  ChunkOutputs,
+  Conditions,
   init_state,
   prefill_rows,
   run_chunk,
 )
+from llamagen_jax.sampling.window import WindowState
 from llamagen_jax.serving.request import Request
 from llamagen_jax.weights import bundle
 
-CHUNK = 8  # steps: short to wait for, long beside the host's work between two chunks
+CHUNK = 8  # forwards: short to wait for, long beside the host's work between chunks
 
 
 class _Chunk(NamedTuple):
   """Codes that the device is still computing, and the requests that they are of."""
 
-  codes: jax.Array  # int32 [C, R]
+  outputs: ChunkOutputs
   rows: dict[Request, int]  # the row that holds a request's codes
 
 
@@ -40,12 +40,13 @@ class Engine:
 
   A request with guidance takes a whole slot; two without share one.
 
-  The device runs one chunk ahead of the codes that the host has read: images have a
-  fixed number of codes, so that who leaves a row, and when, is known without them.
+  The device runs one chunk ahead of the codes that the host has read. A forward gives
+  an image at least one code; with a window of 1 that is exact, so that the host knows
+  without reading when an image is complete.
   """
 
-  def __init__(self, gpt: bundle.Transformer, slots: int, chunk: int):
-    """Makes idle slots; requests join and leave every `chunk` steps.
+  def __init__(self, gpt: bundle.Transformer, slots: int, chunk: int, window: int = 1):
+    """Makes idle slots; requests join and leave every `chunk` forwards of a window.
 
     Raises:
       UserError: the mesh that `gpt` is on cannot share the slots out evenly.
@@ -57,22 +58,22 @@ class Engine:
         " data shards of the mesh"
       )
     self.config, self.slots, self.codes_sampled = c, slots, 0
-    self._chunk_steps, self._mesh = chunk, mesh
+    self._chunk_forwards, self._mesh = chunk, mesh
     self._params = decoding_params(c, gpt.params)
     self._row_owner: list[Request | None] = [None] * (2 * slots)
-    self._index_R = np.zeros(2 * slots, np.int32)
+    self._least_R = np.zeros(2 * slots, np.int32)  # codes that a row has at least
     self._keys_R = np.zeros((2 * slots, 2), np.uint32)
     self._settings = SamplingConfig().rows(2 * slots)
     self._unread: _Chunk | None = None
-    sharding = None if mesh is None else state_sharding(mesh, c, slots)
+    make = functools.partial(init_state, c, slots, window, chunk)
+    sharding = None if mesh is None else state_sharding(mesh, jax.eval_shape(make))
     with self._on_mesh():
-      make = functools.partial(init_state, c, slots)
       self._state = jax.jit(make, out_shardings=sharding)()
     self._prefill = jax.jit(
       functools.partial(prefill_rows, c), donate_argnums=1, out_shardings=sharding
     )
     self._run = jax.jit(
-      functools.partial(run_chunk, c, chunk),
+      functools.partial(run_chunk, c, window, chunk),
       donate_argnums=1,
       out_shardings=(sharding, None if mesh is None else replicated(mesh)),
     )
@@ -105,13 +106,13 @@ class Engine:
     rows = self._free_rows(request.guided)
     if not rows:
       return False
-    condition, mask, drop = _row_conditions(request)
+    both = np.array([rows[0], rows[-1]])
     with self._on_mesh():
       self._state = self._prefill(
-        self._params, self._state, np.array([rows[0], rows[-1]]), condition, mask, drop
+        self._params, self._state, both, _row_conditions(request)
       )
     for row in rows:
-      self._row_owner[row], self._index_R[row] = request, 0
+      self._row_owner[row], self._least_R[row] = request, 0
       self._keys_R[row] = request.key
     self._set(rows[0], request.sampling)  # of two, the second only guides
     return True
@@ -131,37 +132,39 @@ class Engine:
     unread, self._unread = self._unread, self._start_chunk() if self.busy_rows else None
     if unread is None:
       return []
-    codes_CR = np.asarray(unread.codes)
+    codes_RT, count_R, forwards_R = map(np.asarray, unread.outputs)
     for request, row in unread.rows.items():
-      missing = self.config.image_tokens - len(request.codes)
-      new = codes_CR[:missing, row].tolist()
+      new = codes_RT[row, len(request.codes) : count_R[row]].tolist()
       request.codes += new
+      request.forwards = int(forwards_R[row])
       self.codes_sampled += len(new)
+      if len(request.codes) == self.config.image_tokens:
+        self.leave(request)
+      elif self._row_owner[row] is request:
+        self._least_R[row] = count_R[row] + self._chunk_forwards  # one is under way
     return list(unread.rows)
 
   def _start_chunk(self) -> _Chunk:
     """Dispatches a chunk for all rows, and frees those whose image it completes."""
     shared_N = np.array([b is not None and a is not b for a, b in self._pairs()])
     # Copies: the device may read an argument after this function has changed it.
-    plan = jax.tree.map(
-      np.copy, ChunkInputs(self._index_R, shared_N, self._keys_R, self._settings)
-    )
+    inputs = jax.tree.map(np.copy, ChunkInputs(shared_N, self._keys_R, self._settings))
     with self._on_mesh():
       if self._mesh is not None:
-        plan = jax.device_put(plan, batch_sharding(self._mesh))
-      self._state, codes_CR = self._run(self._params, self._state, plan)
-    codes_CR.copy_to_host_async()
+        inputs = jax.device_put(inputs, batch_sharding(self._mesh))
+      self._state, outputs = self._run(self._params, self._state, inputs)
+    jax.tree.map(lambda x: x.copy_to_host_async(), outputs)
     rows = {owner: row for row, owner in enumerate(self._row_owner) if owner}
-    self._index_R[[owner is not None for owner in self._row_owner]] += self._chunk_steps
+    self._least_R += self._chunk_forwards
     for request, row in rows.items():
-      if self._index_R[row] >= self.config.image_tokens:
+      if self._least_R[row] >= self.config.image_tokens:
         self._free(request)
-    return _Chunk(codes_CR, rows)
+    return _Chunk(outputs, rows)
 
   def _free(self, request: Request) -> None:
     for row, owner in enumerate(self._row_owner):
       if owner is request:
-        self._row_owner[row], self._index_R[row] = None, 0
+        self._row_owner[row] = None
         self._set(row, SamplingConfig())
 
   def _set(self, row: int, sampling: SamplingConfig) -> None:
@@ -188,8 +191,8 @@ class Engine:
     return jax.set_mesh(self._mesh)
 
 
-def _row_conditions(request: Request):
-  """Returns conditions, masks and drops of the two rows of a request.
+def _row_conditions(request: Request) -> Conditions:
+  """Returns the conditions of the two rows of a request.
 
   Without a negative prompt the second row guides away from the trained unconditional
   embedding, which replaces the condition.
@@ -203,19 +206,22 @@ def _row_conditions(request: Request):
     for x, other in pairs
   )
   drop = np.array([False, request.guided and request.negative is None])
-  return condition, mask, drop
+  beta = np.full(2, request.sampling.guidance_beta, np.float32)
+  return Conditions(condition, mask, drop, beta)
 
 
-def state_sharding(mesh: Mesh, config: GPTConfig, slots: int) -> State:
-  """Slots on the batch axes of the mesh, heads on its tensor axis."""
-  state = jax.eval_shape(functools.partial(init_state, config, slots))
+def state_sharding(mesh: Mesh, state: WindowState) -> WindowState:
+  """Returns the sharding of a state: slots on the batch axes, heads on the tensor axis.
+
+  Args:
+    mesh: of the transformer.
+    state: its shapes, from `init_state`.
+  """
 
   def sharding(leaf, names):
     names = (*names, *(None,) * (leaf.ndim - len(names)))
     return NamedSharding(mesh, spec(mesh, leaf.shape, names))
 
-  heads = [
-    LayerCache(*(sharding(x, ("batch", "kv_heads")) for x in c)) for c in state.cache
-  ]
+  heads = jax.tree.map(lambda x: sharding(x, ("batch", "kv_heads")), state.cache)
   rest = jax.tree.map(lambda leaf: sharding(leaf, ("batch",)), state._replace(cache=()))
-  return rest._replace(cache=tuple(heads))
+  return rest._replace(cache=heads)

@@ -19,6 +19,7 @@ class Request:
   negative: np.ndarray | None = None  # features [P, C] that guidance leads away from
   negative_mask: np.ndarray | None = None  # [P]
   codes: list[int] = dataclasses.field(default_factory=list)
+  forwards: int = 0  # that these codes took; fewer than codes with a window
 
   @property
   def guided(self) -> bool:

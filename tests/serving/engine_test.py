@@ -62,9 +62,9 @@ def generated_alone(gpt, r: Request) -> list[int]:
   return codes[0].tolist()
 
 
-@pytest.mark.parametrize("chunk", [4, 5])
-def test_a_full_mixed_batch_has_the_codes_of_sample(gpt, chunk):
-  engine = Engine(gpt, slots=7, chunk=chunk)
+@pytest.mark.parametrize("chunk, window", [(4, 1), (5, 1), (3, 4)])
+def test_a_full_mixed_batch_has_the_codes_of_sample(gpt, chunk, window):
+  engine = Engine(gpt, slots=7, chunk=chunk, window=window)
   requests = [request(gpt, number) for number in range(8)]
   assert all(engine.join(r) for r in requests)
   assert not engine.join(request(gpt, 9))  # the two without guidance share a slot
@@ -107,6 +107,22 @@ def test_the_device_runs_one_chunk_ahead(gpt):
   assert engine.busy_rows == 0 and not engine.idle
   assert engine.join(request(gpt, 2))
   assert engine.advance() == [r] and r.codes == generated_alone(gpt, r)
+
+
+def test_slots_that_advance_at_their_own_pace_are_taken_again(gpt):
+  engine = Engine(gpt, slots=3, chunk=2, window=4)
+  waiting = [request(gpt, number) for number in range(18)]
+  requests = list(waiting)
+  while waiting or not engine.idle:
+    while waiting and engine.join(waiting[0]):
+      waiting.pop(0)
+    engine.advance()
+  codes = gpt.config.image_tokens
+  for r in requests:
+    assert r.codes == generated_alone(gpt, r)
+    assert codes / 4 <= r.forwards <= codes
+  assert len({r.forwards for r in requests}) > 1
+  assert engine.codes_sampled == len(requests) * codes and engine.busy_rows == 0
 
 
 def test_200_requests_that_come_and_go(gpt):
