@@ -27,7 +27,7 @@ from llamagen_jax.sampling.decode import generate
 
 
 def main() -> None:
-  prepare()
+  prepare(steady=True)
   parser = argparse.ArgumentParser(description=__doc__)
   add = parser.add_argument
   add("--preset", default="B", choices=PRESETS)

@@ -53,7 +53,7 @@ MIXED = (
 
 
 def main() -> None:
-  prepare()
+  prepare(steady=True)
   parser = argparse.ArgumentParser(description=__doc__)
   add = parser.add_argument
   add("--preset", default="B", choices=PRESETS)

@@ -68,8 +68,18 @@ def grid(
     tile = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
     sheet.paste(tile, (x, y + top))
     if labels:
-      draw.text((x + 1, y + 1), labels[i], fill="black", font=font)
+      text = _fitting(labels[i], width - 2, font)
+      draw.text((x + 1, y + 1), text, fill="black", font=font)
   return sheet
+
+
+def _fitting(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+  """Returns a label that does not reach into the next one's place."""
+  if font.getlength(text) <= width:
+    return text
+  while text and font.getlength(f"{text}..") > width:
+    text = text[:-1]
+  return f"{text}.." if text else ""
 
 
 def save_png(path: str | os.PathLike, image: Image.Image) -> None:

@@ -2,12 +2,14 @@
 
 import importlib
 
+from PIL import Image
 import pytest
 
 from llamagen_jax import UserError
 from llamagen_jax.training.gpt_step import GPTRecipe, schedule, work
 from llamagen_jax.training.recipe import build
 from llamagen_jax.training.tokenizer_step import TokenizerRecipe
+from tests import tiny
 
 TOKENIZERS = {
   "vq_digits": ["", "fast", "coloured", "gan", "rows=512,alive"],
@@ -42,8 +44,12 @@ def get_config(name, arg):
 
 @pytest.mark.parametrize("name, arg", cases(TOKENIZERS))
 def test_tokenizers(name, arg):
-  recipe = build(TokenizerRecipe, get_config(name, arg))
+  config = get_config(name, arg)
+  recipe = build(TokenizerRecipe, config)
   assert recipe.data.image_size % recipe.model.downsample == 0
+  if recipe.loss.adversarial_weight:
+    assert recipe.loss.disc_start < recipe.run.steps  # or it would never act
+  check_run(recipe)
 
 
 @pytest.mark.parametrize("name, arg", cases(TRANSFORMERS))
@@ -51,7 +57,73 @@ def test_transformers(name, arg):
   recipe = build(GPTRecipe, get_config(name, arg))
   needs_guidance = recipe.objective.kind == "likelihood"
   assert (recipe.sampling.guidance_scale > 1) == needs_guidance
-  assert recipe.run.steps > 0
+  if needs_guidance:  # which subtracts what a dropped condition gives
+    assert recipe.model.condition_dropout > 0
+  check_run(recipe)
+
+
+def check_run(recipe):
+  """A run warms up, looks at itself and saves before it ends."""
+  run = recipe.run
+  assert recipe.optimizer.warmup_steps < run.steps
+  assert run.log_every <= run.steps
+  assert run.steps <= 20 or run.save_every < run.steps
+
+
+def test_small_variants_are_small():
+  fast = build(GPTRecipe, get_config("c2i_digits", "fast"))
+  full = build(GPTRecipe, get_config("c2i_digits", ""))
+  assert fast.run.steps * 100 < full.run.steps
+  assert fast.model == full.model
+  local = build(GPTRecipe, get_config("c2i_imagenet", "runlocal"))
+  assert (local.model.layers, local.model.dim, local.run.steps) == (4, 128, 20)
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """Images of three classes of 40 x 36 pixels, two of the classes held out, too."""
+  for split, classes in (("train", "abc"), ("val", "ab")):
+    for index, name in enumerate(classes * 4):
+      path = tmp_path / split / name / f"{index}.png"
+      path.parent.mkdir(parents=True, exist_ok=True)
+      Image.new("RGB", (40, 36), (index * 9, 0, 0)).save(path)
+  return tmp_path
+
+
+@pytest.mark.parametrize("small", ["", ",small"])
+def test_sizes_of_a_tokenizer_come_from_the_images(folder, small, caplog):
+  caplog.set_level("INFO")
+  config = get_config("vq_folder", f"{folder}/train,steps=50{small}")
+  recipe = build(TokenizerRecipe, config)
+  assert (recipe.data.image_size, recipe.model.downsample) == (32, 4)
+  assert recipe.model.codebook_size == 64
+  assert recipe.data.eval_source == f"folder:{folder}/val"
+  assert "12 images of 3 classes" in caplog.text
+  assert "images of 32x32, 8x8 codes of a codebook of 64, 50 steps" in caplog.text
+  check_run(recipe)
+  chosen = f"{folder}/train,image_size=16,codebook=32,eval={folder}/train"
+  mine = build(TokenizerRecipe, get_config("vq_folder", chosen))
+  assert (mine.data.image_size, mine.model.codebook_size) == (16, 32)
+  assert "none are held out" in caplog.text
+
+
+@pytest.mark.parametrize("small", ["", ",small"])
+def test_sizes_of_a_transformer_come_from_the_codes(tmp_path, small, caplog):
+  caplog.set_level("INFO")
+  codes = tiny.write_codes(tmp_path / "codes")
+  recipe = build(GPTRecipe, get_config("c2i_folder", f"{codes},steps=50{small}"))
+  model = recipe.model
+  assert (model.grid, model.vocab_size, model.num_classes) == (3, 50, 4)
+  assert recipe.data.eval_codes == recipe.data.codes == str(codes)
+  assert "20 images of 4 classes, 3x3 codes of a codebook of 50" in caplog.text
+  assert "none are held out" in caplog.text
+  check_run(recipe)
+
+
+@pytest.mark.parametrize("name", ["vq_folder", "c2i_folder"])
+def test_a_recipe_of_own_data_asks_for_it(name):
+  with pytest.raises(UserError, match=rf"{name}\.py:FOLDER"):
+    get_config(name, "")
 
 
 def test_recipes_of_better_models():

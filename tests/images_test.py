@@ -1,7 +1,7 @@
 import jax
 import numpy as np
 
-from llamagen_jax.images import resize_bicubic, save_npz, to_uint8
+from llamagen_jax.images import grid, resize_bicubic, save_npz, to_uint8
 from tests import parity
 
 
@@ -33,3 +33,11 @@ def test_an_npz_written_in_parts(tmp_path):
     np.testing.assert_array_equal(a["arr_0"], images)
     np.testing.assert_array_equal(a["arr_1"], labels)
     assert c.files == ["arr_0"]
+
+
+def test_labels_of_a_grid_do_not_reach_into_each_other():
+  images = np.zeros((2, 16, 40, 3), np.uint8)
+  for label in ("a", "a name that is much too long"):
+    above = np.asarray(grid(images, 2, [label, ""]))[:-16]
+    assert (above[:, :40] < 128).any()
+    assert (above[:, 40:] == 255).all()

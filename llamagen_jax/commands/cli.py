@@ -51,8 +51,12 @@ EXIT_CODES = """exit codes:
   75  stopped, by a signal or Ctrl-C; the same command goes on"""
 
 
+# Their images must not depend on which of them, or on how many devices, made them.
+STEADY = ("sample", "serve", "evaluate")
+
+
 def main() -> None:
-  runtime.prepare()
+  runtime.prepare(steady=sys.argv[1:2] != [] and sys.argv[1] in STEADY)
   logs.show()
   sys.exit(run(sys.argv[1:]))
 

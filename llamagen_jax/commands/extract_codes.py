@@ -297,13 +297,14 @@ def report(manifest: dict[str, Any], out: str, speed: float) -> str:
   """What a finished folder holds, in lines for the user."""
   skipped = [why for shard in manifest["shards"] for why in shard["skipped"].values()]
   size = sum(shard["files"][KIND]["bytes"] for shard in manifest["shards"])
+  codes = 2 * len(manifest["crops"]) * manifest["grid"] ** 2  # uint16
   lines = [
     f"{manifest['records']} images x {len(manifest['crops'])} crops in {out},"
     f" {len(skipped)} skipped, {manifest['codes_used']} of"
     f" {manifest['codebook_size']} codes used, perplexity"
     f" {manifest['perplexity']:.0f}",
-    f"{speed:.1f} images/s on this host, {size / max(1, manifest['records']):.0f}"
-    f" bytes an image, {size / 1e9:.3f} GB",
+    f"{speed:.1f} images/s on this host, {codes} bytes of codes an image,"
+    f" {size / 1e9:.3f} GB of shards",
     _classes(manifest, out),
     *(f"skipped {problem}" for problem in skipped[:MOST_CLASSES_SHOWN]),
   ]

@@ -133,6 +133,7 @@ def _totals(
     listed = ", ".join(f"{n} {reason}" for reason, n in rejected.items()) or "empty"
     raise UserError(
       f"{source}: not one usable record ({listed}){_examples(folder, {*rejected})}"
+      f"{'; --min-side=N takes smaller ones' if rejected['small images'] else ''}"
     )
   return {"records": records, "short_captions": shorts, "rejected": dict(rejected)}
 

@@ -1,4 +1,4 @@
-"""Runs the whole pipeline on real handwritten digits, on a laptop.
+"""Runs the whole pipeline on handwritten digits, or on one's own images, on a laptop.
 
 Digits -> VQ tokenizer -> codes -> class-conditional transformer -> images, judged
 by a classifier that was fitted on real digits only. Every step is one of the other
@@ -6,6 +6,7 @@ verbs with a config from `configs/`; a rerun continues where the last one stoppe
 
 llamagen quickstart
 llamagen quickstart --text --workdir=quickstart_text
+llamagen quickstart --folder=/data/images --minutes=60 --workdir=mine
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ import time
 import numpy as np
 from PIL import Image
 
-from llamagen_jax.commands import arguments
+from llamagen_jax.commands import arguments, quickstart_folder
 from llamagen_jax.commands.classifier import classify, fit_classifier
 from llamagen_jax.commands.extract_codes import Encoder, extract
 from llamagen_jax.data.images import CenterImage, CropSet, ImageDecoder
@@ -65,16 +66,29 @@ class Options:
   """Options of quickstart."""
 
   workdir: str = option("everything is written there", "quickstart", unit="FOLDER")
+  folder: str = option(
+    "own images in place of the digits; its folders are the classes", "", unit="FOLDER"
+  )
+  minutes: float = option(
+    "time for all of --folder, of which more gives better images", 20.0,
+    unit="MINUTES", at_least=0.1,
+  )  # fmt: skip
   text: bool = option("coloured digits of captions in plain English", False)
   fast: bool = option("a smoke run of every step, under a minute", False)
 
 
 def main(argv: Sequence[str]) -> None:
   args = arguments.parse(Options, "quickstart", argv, __doc__)
+  workdir = local_path(args.workdir, "--workdir")
+  if args.folder:
+    if args.text or args.fast:
+      raise UserError("--folder has neither --text nor --fast: give --minutes")
+    quickstart_folder.run(workdir, args.folder, args.minutes, _step)
+    return
   if args.fast:  # nearly all of its time is compilation
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
-  run(local_path(args.workdir, "--workdir"), FAST if args.fast else FULL, args.text)
+  run(workdir, FAST if args.fast else FULL, args.text)
 
 
 def run(workdir: pathlib.Path, size: Size, text: bool = False) -> dict[str, float]:

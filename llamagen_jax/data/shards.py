@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 import concurrent.futures
 import contextlib
 import dataclasses
+import fnmatch
 import hashlib
 import json
 import os
@@ -56,19 +57,44 @@ class ShardWriter:
     self.kind = plan["kind"]
     self.folder.mkdir(parents=True, exist_ok=True)
     self._plan = as_json({"format": FORMAT_VERSION, **plan})
-    path = self.folder / PLAN
-    if path.exists():
-      found = read_json(path)
-      for name in self._plan | found:
-        if found.get(name) != self._plan.get(name):
-          raise UserError(
-            f"{self.folder} was begun with other settings: {name} is"
-            f" {found.get(name)!r} there, {self._plan.get(name)!r} here; choose another"
-            " folder"
-          )
-    else:
-      write_json(path, self._plan, shared=True)
     self._names = set(sizes(self.folder))
+    path = self.folder / PLAN
+    found = read_json(path) if path.exists() else None
+    if found is not None and self._discard_empty(found != self._plan):
+      found = None
+    if found is None:
+      write_json(path, self._plan, shared=True)
+      return
+    for name in self._plan | found:
+      if found.get(name) != self._plan.get(name):
+        raise UserError(
+          f"{self.folder} was begun with other settings: {name} is"
+          f" {found.get(name)!r} there, {self._plan.get(name)!r} here; choose another"
+          " folder"
+        )
+
+  def _discard_empty(self, changed: bool) -> bool:
+    """Deletes shards without any record, so that a mistake can be corrected.
+
+    Args:
+      changed: the settings are others than those of the shards.
+
+    Returns:
+      whether the folder is as good as new. That of finished shards never is, nor one
+      whose settings are the same while some of its shards are still missing.
+    """
+    done = fnmatch.filter(self._names, "shard-*-of-*.json")
+    infos = [] if self.is_finished() else [read_json(self.folder / n) for n in done]
+    if self.is_finished() or any(info.get("records", 1) for info in infos):
+      return False
+    if not changed and len(done) < self.shards:
+      return False
+    files = [file["file"] for info in infos for file in info["files"].values()]
+    rejected = fnmatch.filter(self._names, "rejected-*-of-*.txt")
+    for name in (*done, *files, *rejected):
+      (self.folder / name).unlink(missing_ok=True)
+    self._names -= {*done, *files, *rejected}
+    return True
 
   def file_name(self, kind: str, index: int) -> str:
     return f"{kind}-{index:05d}-of-{self.shards:05d}.array_record"

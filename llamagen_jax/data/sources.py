@@ -128,6 +128,11 @@ class FolderSource:
       shown = escape(", ".join(empty[:8]))
       logging.warning("%s: %d classes without images: %s", name, len(empty), shown)
 
+  @property
+  def labels(self) -> list[int]:
+    """Returns the class of each image, without reading it."""
+    return [label for _, label in self._files]
+
   def __len__(self) -> int:
     return len(self._files)
 
@@ -341,7 +346,8 @@ def _tfds_builder(place: str):
   except Exception as error:
     raise UserError(
       f"data source tfds:{place}: not found ({first_line(error)}); prepare it with"
-      " `tfds build NAME --file_format=array_record` and set TFDS_DATA_DIR"
+      " `tfds build NAME --file_format=array_record` (it needs: pip install"
+      " tensorflow) and set TFDS_DATA_DIR"
     ) from error
 
 

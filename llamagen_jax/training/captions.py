@@ -114,7 +114,8 @@ class Captions:
     """Joins code shards with a folder of texts."""
     if not texts:
       raise UserError(
-        "model.condition is 'caption': data.texts and data.eval_texts are missing"
+        "model.condition is 'caption': --config.data.texts and --config.data.eval_texts"
+        " are missing"
       )
     if self._t5:
       return PairSource(codes, CaptionSource(texts))
@@ -124,7 +125,8 @@ class Captions:
     if found["tokens"] > self._model.caption_tokens:
       raise UserError(
         f"features {texts}: captions of up to {found['tokens']} tokens, the model"
-        f" expects {self._model.caption_tokens}"
+        f" expects {self._model.caption_tokens}:"
+        f" --config.model.caption_tokens={found['tokens']}"
       )
     return PairSource(codes, source)
 
@@ -153,5 +155,5 @@ class Captions:
     if found != self._model.caption_dim:
       raise UserError(
         f"{name}: features of width {found}, the model expects"
-        f" {self._model.caption_dim}"
+        f" {self._model.caption_dim}: --config.model.caption_dim={found}"
       )

@@ -177,6 +177,7 @@ class _Loop:
     def compiled(step: Step):
       return jax.jit(step, donate_argnums=0, out_shardings=out)
 
+    begun: set[Step] = set()
     for step in range(start, run.steps + 1):
       final = step == run.steps
       stopped = self.stop.should_stop(step) and not final
@@ -197,6 +198,9 @@ class _Loop:
       batch = self._next_batch(batches, state, step)
       waited = time.perf_counter() - waited
       phase = self.task.phase_at(step)
+      if phase.step not in begun:
+        begun.add(phase.step)
+        logging.info("compiling the train step: a minute or more, kept for next time")
       state, metrics = compiled(phase.step)(state, batch)
       self._flush_metrics()
       self.pending = step + 1, metrics, waited, phase.work

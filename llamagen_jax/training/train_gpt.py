@@ -90,26 +90,36 @@ def with_labels_of(
 
 
 def check_codes(source: CodeSource, config: GPTConfig) -> None:
-  """Refuses codes that a model of this shape cannot be trained on."""
-  manifest, name = source.manifest, f"code shards {source.folder}"
-  if manifest["grid"] != config.grid:
-    raise UserError(
-      f"{name}: {manifest['grid']}x{manifest['grid']} codes an image, the model"
-      f" expects {config.grid}x{config.grid}"
+  """Refuses codes that a model of this shape cannot be trained on.
+
+  Raises:
+    UserError: with all that does not fit, and the flags that mend it.
+  """
+  manifest, found = source.manifest, []
+  grid, rows = manifest["grid"], manifest["codebook_size"]
+  if grid != config.grid:
+    found.append(
+      f"{grid}x{grid} codes an image, the model expects {config.grid}x{config.grid}:"
+      f" --config.model.grid={grid}"
     )
-  if manifest["codebook_size"] > config.vocab_size:
-    raise UserError(
-      f"{name}: codebook of {manifest['codebook_size']}, the model's vocabulary is"
-      f" {config.vocab_size}"
+  if rows > config.vocab_size:
+    found.append(
+      f"codebook of {rows}, the model's vocabulary is {config.vocab_size}:"
+      f" --config.model.vocab_size={rows}"
     )
-  if config.condition == "class":
-    labels = [int(label) for label in manifest["label_counts"]]
-    if min(labels) < 0 or max(labels) >= config.num_classes:
-      bad = min(labels) if min(labels) < 0 else max(labels)
-      raise UserError(
-        f"{name}: label {bad} is out of range, the model expects labels"
-        f" 0 .. {config.num_classes - 1}"
-      )
+  labels = [int(label) for label in manifest["label_counts"]] or [0]
+  if config.condition == "class" and min(labels) < 0:
+    found.append(
+      f"label {min(labels)} is out of range: images without a class cannot train a"
+      " model of classes; put the images into a folder for each class"
+    )
+  elif config.condition == "class" and max(labels) >= config.num_classes:
+    found.append(
+      f"label {max(labels)} is out of range, the model expects labels"
+      f" 0 .. {config.num_classes - 1}: --config.model.num_classes={max(labels) + 1}"
+    )
+  if found:
+    raise UserError(f"code shards {source.folder}: {'; '.join(found)}")
 
 
 def pick_crop(record: CodeRecord, rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -125,11 +125,11 @@ def test_bad_sample_commands(trained, capsys, flags, words):
     ),
     (
       "train-gpt --config={f}/gpt.py --config.model.grid=4 --workdir={f}/x",
-      ["{f}/codes: 8x8 codes an image", "expects 4x4"],
+      ["{f}/codes: 8x8 codes an image", "expects 4x4: --config.model.grid=8"],
     ),
     (
       "train-gpt --config={f}/gpt.py --config.model.num_classes=1 --workdir={f}/x",
-      ["label 1 is out of range"],
+      ["label 1 is out of range", "--config.model.num_classes=2"],
     ),
     (
       "train-gpt --config={f}/gpt.py --config.mesh.data=3 --workdir={f}/x",

@@ -1,5 +1,8 @@
 """Folders of shards: who writes the manifest, and what is left behind."""
 
+import pytest
+
+from llamagen_jax import UserError
 from llamagen_jax.data import shards
 from llamagen_jax.data.shards import MANIFEST, ShardWriter
 
@@ -75,3 +78,21 @@ def test_a_kill_after_the_manifest_leaves_nothing(tmp_path):
   info.write_text(vouched)
   assert ShardWriter(tmp_path, PLAN, 1).finish(total)["records"] == 1
   assert not info.exists() and (tmp_path / MANIFEST).exists()
+
+
+def test_a_mistake_is_corrected_in_the_same_folder(tmp_path):
+  """Until the first record: begun with a wrong setting, or nothing found."""
+  ShardWriter(tmp_path, PLAN | {"side": 256}, 2)
+  folder = ShardWriter(tmp_path, PLAN | {"side": 64}, 2)
+  for index in range(2):
+    name = folder.file_name("letters", index)
+    folder.part(name).write_bytes(b"")
+    folder.commit(index, {"letters": name}, {"records": 0})
+  (tmp_path / "rejected-00000-of-00002.txt").write_text("all of them")
+  again = ShardWriter(tmp_path, PLAN | {"side": 64}, 2)  # the data was corrected
+  assert not again.is_done(0)
+  assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+  write(again, 0)
+  with pytest.raises(UserError, match="side is 64 there, 32 here"):
+    ShardWriter(tmp_path, PLAN | {"side": 32}, 2)
+  assert ShardWriter(tmp_path, PLAN | {"side": 64}, 2).is_done(0)
