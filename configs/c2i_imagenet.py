@@ -1,7 +1,7 @@
 """Class-conditional transformer on the codes of ImageNet: B .. 7B at 256 or 384.
 
 llamagen extract-codes --tokenizer=vq16/bundle --source=folder:/data/imagenet/train \\
-    --image-size=384 --out=/data/codes384
+    --image-size=384 --ignore-exif --out=/data/codes384
 llamagen train-gpt --config=configs/c2i_imagenet.py:L,image_size=384 \\
     --config.data.codes=/data/codes384 --config.data.eval_codes=/data/codes384_val \\
     --workdir=gs://bucket/L384

@@ -16,6 +16,7 @@ import pathlib
 from typing import Any
 
 from absl import logging
+from etils import epath
 import tqdm
 
 from llamagen_jax.commands import arguments
@@ -122,7 +123,7 @@ def prepare(
 
 
 def _totals(
-  source: str, folder: pathlib.Path, infos: list[dict[str, Any]]
+  source: str, folder: epath.Path, infos: list[dict[str, Any]]
 ) -> dict[str, Any]:
   """Returns what the manifest says of all shards; refuses to finish without records."""
   rejected = collections.Counter()
@@ -131,14 +132,14 @@ def _totals(
   records, shorts = (sum(i[name] for i in infos) for name in ("records", "shorts"))
   if not records:
     listed = ", ".join(f"{n} {reason}" for reason, n in rejected.items()) or "empty"
-    raise UserError(
-      f"{source}: not one usable record ({listed}){_examples(folder, {*rejected})}"
-      f"{'; --min-side=N takes smaller ones' if rejected['small images'] else ''}"
-    )
+    hint = "; --min-side=N takes smaller ones" * ("small images" in rejected)
+    examples = _examples(folder, {*rejected})
+    _clear(folder)
+    raise UserError(f"{source}: not one usable record ({listed}){hint}{examples}")
   return {"records": records, "short_captions": shorts, "rejected": dict(rejected)}
 
 
-def _examples(folder: pathlib.Path, reasons: set[str]) -> str:
+def _examples(folder: epath.Path, reasons: set[str]) -> str:
   """Returns the first record that was rejected for each reason, and why."""
   found = []
   for path in sorted(folder.glob("rejected-*.txt")):
@@ -150,6 +151,13 @@ def _examples(folder: pathlib.Path, reasons: set[str]) -> str:
     if not reasons:
       break
   return "".join(found)
+
+
+def _clear(folder: epath.Path) -> None:
+  """Empties a folder without records, so that the next try may have other options."""
+  for pattern in ("plan.json", "shard-*.json", "*.array_record", "rejected-*.txt"):
+    for path in folder.glob(pattern):
+      path.unlink(missing_ok=True)
 
 
 def _parallel(work, indices: list[int], workers: int) -> Iterator[Any]:

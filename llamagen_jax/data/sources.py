@@ -324,10 +324,15 @@ class TfdsSource:
   def __getitem__(self, index: int) -> ImageRecord:
     if not 0 <= index < len(self):
       raise IndexError(index)
-    record = self._records[index]
-    name = record.get("file_name", f"{self._split}/{index}")
-    key = os.fsdecode(name) if isinstance(name, bytes) else str(name)
-    return ImageRecord(key, bytes(record["image"]), int(record.get("label", NO_LABEL)))
+    key = f"{self._split}/{index}"
+    try:
+      record = self._records[index]
+      name = record.get("file_name", key)
+      key = os.fsdecode(name) if isinstance(name, bytes) else str(name)
+      image, label = bytes(record["image"]), int(record.get("label", NO_LABEL))
+    except Exception as error:  # of the reader or of the record; both are one image's
+      return ImageRecord(key, b"", problem=first_line(error))
+    return ImageRecord(key, image, label)
 
 
 def _tfds_builder(place: str):
@@ -364,4 +369,9 @@ class CaptionImageSource:
     return len(self._captions)
 
   def __getitem__(self, index: int) -> ImageRecord:
-    return ImageRecord(self._captions[index].key, self._records[index])
+    key = f"record {index}"
+    try:
+      key = self._captions[index].key
+      return ImageRecord(key, self._records[index])
+    except UserError as error:  # a damaged record is one bad image
+      return ImageRecord(key, b"", problem=str(error))

@@ -26,6 +26,7 @@ from llamagen_jax.evaluation.protocols import (
 )
 from llamagen_jax.options import option
 from llamagen_jax.parallel.mesh import make_mesh
+from llamagen_jax.vision.inception import FEATURES
 from llamagen_jax.weights.inception import load_inception
 
 SPLIT = 5000  # images a split of the Inception Score
@@ -106,6 +107,7 @@ class Evaluator:
     return {
       "protocol": self.name,
       "mismatches": found,
+      "cautions": cautions(scores, samples, reference),
       "samples": _described(samples),
       "reference": _described(reference),
       "inception": self._extract.identity,
@@ -115,6 +117,20 @@ class Evaluator:
       "differences": differences(samples.settings, model),
       "scores": _compared(scores, published_scores(self.name, model)),
     }
+
+
+def cautions(
+  scores: Mapping[str, float], samples: ImageSet, reference: ImageSet
+) -> list[str]:
+  """Returns reasons to doubt the scores of sets as small as these."""
+  counts = {"samples": samples.count}
+  if "mu" not in reference.statistics:
+    counts["reference images"] = reference.count
+  return [
+    f"{count} {name}: with fewer than {FEATURES}, FID is too small to be compared"
+    for name, count in counts.items()
+    if "FID" in scores and count < FEATURES
+  ]
 
 
 def _described(source: ImageSet) -> dict[str, Any]:
@@ -192,6 +208,8 @@ def table(result: dict[str, Any]) -> str:
     lines.append(f"{name:12}{entry['count']} images, sha256 {entry['sha256']}")
   for text in result["mismatches"]:
     lines.append(f"{'MISMATCH':12}{text}")
+  for text in result["cautions"]:
+    lines.append(f"{'CAUTION':12}{text}")
   for text in result["differences"]:
     lines.append(f"{'DIFFERS':12}{text}")
   sampling = (result["settings"] or {}).get("sampling")

@@ -99,6 +99,7 @@ def test_statistics_of_the_reference_are_used(evaluate, cheap, folder, monkeypat
   flags = ("--protocol=gfid-adm-imagenet256", f"--cache={folder}/cheap")
   code, result = evaluate("samples.npz", "virtual.npz", *flags)
   assert code == 0 and result["mismatches"] == []
+  assert "samples: with fewer than 2048, FID is too small" in result["cautions"][0]
   with np.load(folder / "samples.npz") as file:
     features = file["arr_0"].astype(np.float64).mean(axis=(1, 2))
   own = np.cov(features, rowvar=False)

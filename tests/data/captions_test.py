@@ -470,3 +470,14 @@ def test_files_in_a_bucket(bucket, tmp_path):
   for kind, name, records in sources:
     manifest = run(f"{kind}:{bucket}/{name}", tmp_path / kind)
     assert manifest["records"] == records and manifest["rejected"] == {}
+
+
+def test_a_folder_without_records_may_be_tried_again(tmp_path):
+  write_members(tmp_path / "x.tar", PAIRS)
+  source, out = f"webdataset:{tmp_path}/x.tar", tmp_path / "out"
+  with pytest.raises(
+    UserError, match="3 small images.; --min-side=N takes smaller.*0: "
+  ):
+    run(source, out, min_side=64)
+  assert list(out.iterdir()) == []
+  assert run(source, out, min_side=16)["records"] == 3

@@ -226,7 +226,8 @@ def shards(tmp_path_factory):
 
 
 def all_read(source) -> int:
-  return sum(source[i] is None for i in range(len(source)))
+  """Reads all records of a folder; returns how many cannot be used."""
+  return sum(bool(getattr(source[i], "problem", "")) for i in range(len(source)))
 
 
 def caption_images(folder):
