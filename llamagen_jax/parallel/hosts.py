@@ -1,7 +1,8 @@
 """Many hosts: joining them, ending them together, and being told to stop.
 
-All hosts of a TPU slice run the same command. On a TPU VM they find each other;
-elsewhere three flags name the coordinator, the number of hosts and this one.
+All hosts of a TPU slice run the same command. TPU VMs find each other, as do the tasks
+of SLURM's srun and Open MPI's mpirun; elsewhere three flags name the coordinator, the
+number of hosts and this one.
 """
 
 import atexit
@@ -34,7 +35,7 @@ NOTICE_SECONDS = 5  # that the coordinator outlives a failure, so that all hear 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HostOptions:
-  """Several hosts; TPU VMs find each other without these."""
+  """Several hosts; TPU VMs and the tasks of srun or mpirun find each other without."""
 
   coordinator: str | None = option("address of host 0", None, unit="HOST:PORT")
   hosts: int | None = option("how many hosts run the command", None, at_least=1)
@@ -75,11 +76,25 @@ def initialize_distributed(options: HostOptions) -> None:
       raise UserError(f"--coordinator, --hosts, --host: {error}") from error
   elif len(missing) < len(named):
     raise UserError(f"--coordinator, --hosts and --host go together: no --{missing[0]}")
-  elif on_tpu_vm() and not is_single_host():
+  elif started_by_launcher() or (on_tpu_vm() and not is_single_host()):
     jax.distributed.initialize(**timeout)
   if jax.distributed.is_initialized():
     logging.info("host %d of %d", jax.process_index(), jax.process_count())
     _watch_others()
+
+
+def started_by_launcher() -> bool:
+  """Returns whether srun or Open MPI's mpirun started this process beside others.
+
+  JAX reads from their variables who the others are, and takes one GPU a process. The
+  script of a SLURM batch is no task of srun: it lacks the list of the step's nodes.
+  """
+  counts = {"SLURM_STEP_NODELIST": "SLURM_NTASKS",
+            "OMPI_MCA_orte_hnp_uri": "OMPI_COMM_WORLD_SIZE"}  # fmt: skip
+  return any(
+    mark in os.environ and int(os.environ.get(count, "1")) > 1
+    for mark, count in counts.items()
+  )
 
 
 def on_tpu_vm() -> bool:
