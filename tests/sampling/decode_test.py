@@ -9,6 +9,8 @@ from llamagen_jax.sampling import decode
 from tests import parity
 from tests.gpt.model_test import TINY, TINY_CAPTION, inputs, random_params
 
+pytestmark = pytest.mark.exact
+
 GREEDY = {
   "nocfg": SamplingConfig(greedy=True),
   "cfg": SamplingConfig(guidance_scale=3.0, greedy=True),

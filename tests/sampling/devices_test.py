@@ -15,6 +15,8 @@ from llamagen_jax.tokenizer.model import init_tokenizer
 from llamagen_jax.weights import bundle
 from tests import tiny
 
+pytestmark = pytest.mark.exact
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):

@@ -20,6 +20,8 @@ from llamagen_jax.tokenizer.model import init_tokenizer
 from llamagen_jax.weights import bundle
 from tests import tiny
 
+pytestmark = pytest.mark.exact
+
 SIDE = 6
 LABELS = fid_batch.choose_labels("uniform", 22, 4, seed=0)
 JOB = SamplingJob(

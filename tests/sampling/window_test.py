@@ -15,6 +15,8 @@ from llamagen_jax.sampling.keys import as_keys, image_keys
 from llamagen_jax.sampling.window import WRONG, accept, chunk_masks
 from tests.gpt.model_test import TINY, TINY_CAPTION, inputs, random_params
 
+pytestmark = pytest.mark.exact
+
 # As the digits' model: 64 codes of 128, and logits that are far from flat.
 DIGITS = GPTConfig(
   2, 2, 32, grid=8, vocab_size=128, ffn_multiple=16, num_classes=10,

@@ -13,6 +13,8 @@ from llamagen_jax.serving.engine import Engine
 from llamagen_jax.serving.request import Request
 from llamagen_jax.weights import bundle
 
+pytestmark = pytest.mark.exact
+
 CLASSES = GPTConfig(2, 4, 32, grid=4, vocab_size=50, num_classes=4, ffn_multiple=16)
 CAPTIONS = dataclasses.replace(
   CLASSES, condition="caption", caption_tokens=5, caption_dim=8, kv_heads=2

@@ -17,6 +17,8 @@ from llamagen_jax.training.metrics_log import read_rows
 from llamagen_jax.training.recipe import RunConfig
 from tests import tiny
 
+pytestmark = pytest.mark.exact
+
 TRAINERS = {
   "gpt": (gpt_train, tiny.write_codes, tiny.gpt_config),
   "tokenizer": (tokenizer_train, tiny.write_images, tiny.tokenizer_config),

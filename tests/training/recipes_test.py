@@ -22,6 +22,8 @@ from llamagen_jax.training.metrics_log import read_rows
 from llamagen_jax.weights import bundle
 from tests import tiny
 
+pytestmark = pytest.mark.exact
+
 NAMES = tuple("abcd")
 
 

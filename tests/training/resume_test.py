@@ -24,6 +24,8 @@ from llamagen_jax.training.recipe import RunConfig
 from llamagen_jax.weights import bundle
 from tests import tiny
 
+pytestmark = pytest.mark.exact
+
 
 @pytest.fixture
 def codes(tmp_path):
