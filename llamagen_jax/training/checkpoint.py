@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
 from llamagen_jax.errors import RunFailed, UserError
-from llamagen_jax.storage import in_bucket, read_json, write_json
+from llamagen_jax.storage import in_bucket, is_transient, read_json, write_json
 from llamagen_jax.training.recipe import RunConfig
 
 T = TypeVar("T")
@@ -46,12 +46,8 @@ MAY_CHANGE_ON_RESUME = (
   "data.workers",
   "data.max_bad_share",
 )
-# Words in the errors of storage that answers again later, and the seconds to wait:
-# TensorStore says so in the text of a ValueError. `storage.retry` knows gcsfs's errors.
-TRANSIENT = (
-  "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "INTERNAL", "429", "500", "502",
-  "503", "504", "timed out", "reset by peer", "Connection",
-)  # fmt: skip
+# Status codes in TensorStore's errors, of storage that answers again later.
+TRANSIENT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "RESOURCE_EXHAUSTED: HTTP")
 WAIT_SECONDS = (1, 4, 15, 60)
 DAMAGED = ("DATA_LOSS", "checksum", "decod")  # in TensorStore's errors
 
@@ -285,7 +281,8 @@ def with_retries(read: Callable[[], T], name: str) -> T:
     try:
       return read()
     except (ValueError, OSError) as error:
-      if not any(word in str(error) for word in TRANSIENT):
+      text = str(error)
+      if not (is_transient(error) or any(status in text for status in TRANSIENT)):
         raise
       logging.warning("%s: %s; again in %d s", name, _one_line(error), seconds)
       time.sleep(seconds)
