@@ -22,6 +22,7 @@ from llamagen_jax.commands import arguments, sampling_flags
 from llamagen_jax.data.classes import to_labels
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.cached import decoding_params
+from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.images import grid, save_npz, save_png
 from llamagen_jax.options import option
 from llamagen_jax.parallel import hosts
@@ -35,6 +36,7 @@ from llamagen_jax.sampling.sample import (
   Timings,
   check_pair,
   num_data_shards,
+  restrict_to_codebook,
   sample_images,
 )
 from llamagen_jax.storage import read_text, user_path, write_json
@@ -45,7 +47,19 @@ from llamagen_jax.weights.t5 import load_t5
 
 BATCH_SIZE = 16
 EVALUATED_SIDE = 256  # published scores are of images of this side
-LABELS = fid_batch.LABELS
+FILES = (".png", ".npz")  # any other name is a folder's
+OTHER_FILES = (
+  ".bmp",
+  ".gif",
+  ".jpeg",
+  ".jpg",
+  ".npy",
+  ".pdf",
+  ".tiff",
+  ".webp",
+  ".zip",
+)
+LABELS = fid_batch.LABELS  # a field of the options hides the module's name
 LABELLED_SIDE = 64  # smaller images are too narrow for a name
 
 
@@ -138,58 +152,58 @@ def run(args: Options) -> None:
   gpt = _load_gpt(args, mesh, dtype)
   tokenizer = bundle.load_tokenizer(args.tokenizer, mesh)
   check_pair(gpt, tokenizer)
+  gpt = restrict_to_codebook(gpt, tokenizer)
 
-  conditions = (
-    _prompts(args, gpt, dtype)
-    if args.prompts or args.prompt_file
-    else _labels(args, gpt)
-  )
-  drawn_side = gpt.config.grid * tokenizer.config.downsample
-  side = drawn_side
+  of_prompts = args.prompts or args.prompt_file
+  conditions = _prompts(args, gpt, dtype) if of_prompts else _labels(args, gpt)
+  sampling = dataclasses.replace(gpt.sampling, **sampling_flags.given(args))
+  sampling.check_model(gpt.config.guidance_embedding)
+  sampled_side = side = gpt.config.grid * tokenizer.config.downsample
   batch_size = args.batch_size
   if args.fid_batch:
-    side = min(drawn_side, EVALUATED_SIDE)
+    side = min(sampled_side, EVALUATED_SIDE)
   else:
     batch_size = min(batch_size, math.ceil(len(conditions) / num_data_shards(mesh)))
-  job = SamplingJob(
-    conditions,
-    dataclasses.replace(gpt.sampling, **sampling_flags.given(args)),
-    args.seed,
-    batch_size,
-    args.image_size or side,
-  )
-  settings = _settings(args, gpt, tokenizer, job, drawn_side)
+  image_size = args.image_size or side
+  job = SamplingJob(conditions, sampling, args.seed, batch_size, image_size)
+  settings = _settings(args, gpt, tokenizer, job, sampled_side)
   gpt = dataclasses.replace(gpt, params=decoding_params(gpt.config, gpt.params))
 
   if args.fid_batch:
-    seconds = fid_batch.run(
+    timings = fid_batch.run(
       gpt, tokenizer, job, out, settings, conditions.labels, folder=args.png_folder
     )
-    if seconds is None:
+    if timings is None:
       print(f"{out} is finished already")
       return
   else:
-    seconds = Timings()
-    images = sample_images(gpt, tokenizer, job, seconds)
+    timings = Timings()
+    images = sample_images(gpt, tokenizer, job, timings)
     if jax.process_index() == 0:
       _write(out, images, job, args.count, settings)
   if jax.process_index() == 0:
-    print(f"{len(job.conditions)} images in {out}, {seconds}")
+    print(f"{len(job.conditions)} images in {out}, {timings}")
 
 
 def _check(args: Options) -> None:
+  """Refuses options that no model could follow, before any model is read."""
   check_seed(args.seed, "--seed")
+  SamplingConfig(**sampling_flags.given(args))
   sources = ("classes", "classes_file", "prompts", "prompt_file", "fid_batch")
   if sum(bool(getattr(args, name)) for name in sources) != 1:
     raise UserError(
       "expected one of --classes, --classes-file, --prompts, --prompt-file and"
       " --fid-batch"
     )
-  suffix = epath.Path(args.out).suffix
-  allowed = (".npz",) if args.fid_batch else (".png", ".npz", "")
-  if suffix not in allowed:
-    expected = ".npz" if args.fid_batch else ".png or .npz, or a folder"
-    raise UserError(f"--out={args.out}: expected a name that ends in {expected}")
+  out = user_path(args.out)
+  if args.fid_batch and out.suffix != ".npz":
+    raise UserError(f"--out={args.out}: expected a name that ends in .npz")
+  if out.suffix.lower() in OTHER_FILES:
+    raise UserError(
+      f"--out={args.out}: expected a name that ends in .png or .npz, or a folder"
+    )
+  if out.suffix not in FILES and out.is_file():
+    raise UserError(f"--out={args.out}: is a file, expected a folder")
   if args.png_folder and not args.fid_batch:
     raise UserError("--png-folder goes with --fid-batch: give a folder as --out")
 
@@ -207,7 +221,7 @@ def _load_gpt(args: Options, mesh: jax.sharding.Mesh, dtype: str) -> bundle.Tran
 
 def _prompts(args: Options, gpt: bundle.Transformer, dtype: str) -> Prompts:
   if gpt.config.condition != "caption":
-    raise UserError(f"--gpt={args.gpt} draws classes: give --classes")
+    raise UserError(f"--gpt={args.gpt} is a model of classes: give --classes")
   if not args.t5:  # a bundle names its encoder, and does not hold it
     raise UserError("prompts need --t5, the folder of their text encoder")
   texts = args.prompts or read_prompts(args.prompt_file)
@@ -217,16 +231,16 @@ def _prompts(args: Options, gpt: bundle.Transformer, dtype: str) -> Prompts:
 
 
 def _labels(args: Options, gpt: bundle.Transformer) -> Labels:
-  """Labels int32, one an image."""
+  """Returns the labels of all images."""
   classes = gpt.config.num_classes
   if gpt.config.condition != "class":
-    raise UserError(f"--gpt={args.gpt} draws texts: give --prompts and --t5")
+    raise UserError(f"--gpt={args.gpt} is a model of texts: give --prompts and --t5")
   if args.fid_batch:
     labels = fid_batch.choose_labels(args.labels, args.fid_batch, classes, args.seed)
     return Labels(labels, gpt.class_names)
   text = args.classes
   if args.classes_file:
-    file = epath.Path(args.classes_file)
+    file = user_path(args.classes_file)
     if not file.exists():
       raise UserError(f"--classes-file={file}: no such file")
     text = read_text(file)
@@ -239,13 +253,13 @@ def _settings(
   gpt: bundle.Transformer,
   tokenizer: bundle.Tokenizer,
   job: SamplingJob,
-  drawn_side: int,
+  sampled_side: int,
 ) -> dict[str, Any]:
-  """All that decides the images, for the JSON file next to an npz."""
+  """Returns everything that decides the images, for the JSON file next to an npz."""
   return {
     "count": len(job.conditions),
     "image_size": job.image_size,
-    "drawn_size": drawn_side,
+    "drawn_size": sampled_side,
     "labels": args.labels if args.fid_batch else "given",
     "seed": job.seed,
     "sampling": dataclasses.asdict(job.sampling),
@@ -260,11 +274,16 @@ def _settings(
 
 
 def _write(
-  out: epath.Path, images: np.ndarray, job: SamplingJob, count: int, settings
+  out: epath.Path,
+  images: np.ndarray,
+  job: SamplingJob,
+  count: int,
+  settings: dict[str, Any],
 ) -> None:
+  """Writes images as a folder, an npz or a grid, by the name of `out`."""
   names = [job.conditions.name(row) for row in range(len(images))]
   prompts = getattr(job.conditions, "prompts", None)
-  if not out.suffix:
+  if out.suffix not in FILES:
     out.mkdir(parents=True, exist_ok=True)
     if prompts is not None:
       names = [""] * len(images)

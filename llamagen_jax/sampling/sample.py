@@ -27,7 +27,7 @@ from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.images import resize_bicubic, to_uint8
 from llamagen_jax.parallel.mesh import RULES, batch_sharding, shard_tree
-from llamagen_jax.sampling.decode import generate
+from llamagen_jax.sampling.decode import DecodeInputs, generate_codes
 from llamagen_jax.sampling.keys import as_keys, check_seed, image_keys
 from llamagen_jax.sampling.prompts import Prompts
 from llamagen_jax.text.encoder import TextEncoder
@@ -73,12 +73,13 @@ class Timings:
   compile: float = 0.0  # tracing and compiling, of both models
   decode: float = 0.0  # codes, by the transformer
   tokenizer: float = 0.0  # codes to images
+  forwards: list[int] = dataclasses.field(default_factory=list)  # of every image here
 
   def __str__(self) -> str:
     total = self.compile + self.decode + self.tokenizer
     return (
       f"{total:.1f} s: compile {self.compile:.1f}, decode {self.decode:.1f},"
-      f" tokenizer {self.tokenizer:.1f}"
+      f" tokenizer {self.tokenizer:.1f}; {np.mean(self.forwards):.1f} forwards an image"
     )
 
   @contextlib.contextmanager
@@ -251,9 +252,11 @@ def _sample_groups(
         if mesh is not None:
           by_batch = batch_sharding(mesh)
           keys, condition, mask = shard_tree((keys, condition, mask), by_batch)
-        sampling = job.sampling
-        codes = generate(gpt.config, params, condition, as_keys(keys), mask, sampling)
+        settings = job.sampling.rows(len(rows))
+        inputs = DecodeInputs(params, as_keys(keys), mask, settings)
+        codes, forwards = generate_codes(gpt.config, job.sampling, inputs, condition)
         jax.block_until_ready(codes)
+        timings.forwards += _local(forwards).tolist()
       with timings.clock("tokenizer"):
         shape = (gpt.config.grid, job.image_size)
         images = render(tokenizer.config, *shape, mesh, tokenizer.params, codes)
@@ -304,6 +307,16 @@ def mesh_of(gpt: bundle.Transformer) -> Mesh | None:
 def num_data_shards(mesh: Mesh | None) -> int:
   """Returns the number of batches that run side by side."""
   return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def _local(x_B: jax.Array | np.ndarray) -> np.ndarray:
+  """Returns the entries of an array that are on this host."""
+  if isinstance(x_B, np.ndarray):
+    return x_B
+  shards = [shard for shard in x_B.addressable_shards if shard.replica_id == 0]
+  return np.concatenate(
+    [np.asarray(shard.data) for shard in shards] or [np.zeros(0, int)]
+  )
 
 
 def _padded(rows: range, size: int) -> np.ndarray:

@@ -150,7 +150,7 @@ def test_a_folder_is_drawn_into_again(run, tmp_path, capsys):
     (["--prompts", "a"], "prompts need --t5"),
     (["--prompt-file=x.txt", "--t5={f}/t5"], "x.txt: no such file"),
     (["--prompt-file=x.doc", "--t5={f}/t5"], "expected .txt, .csv or .tsv"),
-    (["--classes=1"], "draws texts: give --prompts"),
+    (["--classes=1"], "is a model of texts: give --prompts"),
     (["--prompts", "a", "--classes=1"], "expected one of --classes"),
     (["--prompts", "a", "--t5={f}/gpt"], "feed_forward_proj"),
   ],
