@@ -71,7 +71,7 @@ def make_config(
     eval_codes if eval_codes != codes else "the training codes: none are held out",
   )  # fmt: skip
 
-  config = ml_collections.ConfigDict()
+  config = _settings(steps, small)
   dropout = 0.0 if small else 0.1  # a small model is kept from overfitting by the crops
   config.model = dataclasses.asdict(
     GPTConfig(
@@ -92,6 +92,13 @@ def make_config(
     "batch_size": batch_size,
     "workers": 0,
   }
+  config.sampling = {"guidance_scale": 2.0 if classes > 1 else 1.0, "top_p": 0.9}
+  return config
+
+
+def _settings(steps: int, small: bool) -> ml_collections.ConfigDict:
+  """Returns the sections that do not depend on the codes."""
+  config = ml_collections.ConfigDict()
   config.optimizer = {
     "lr": 4e-3 if small else 1e-3,
     "schedule": "cosine",
@@ -100,7 +107,6 @@ def make_config(
     "weight_decay": 0.05,
     "clip": 1.0,
   }
-  config.sampling = {"guidance_scale": 2.0 if classes > 1 else 1.0, "top_p": 0.9}
   config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
   config.run = {
     "steps": steps,

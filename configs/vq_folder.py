@@ -68,28 +68,8 @@ def make_config(
     eval_source if eval_source != source else "the training images: none are held out",
   )  # fmt: skip
 
-  config = ml_collections.ConfigDict()
-  multipliers = {4: (1, 1, 2), 8: (1, 1, 2, 2), 16: (1, 1, 2, 2, 4)}[downsample]
-  shape = {"width": 64, "res_blocks": 2, "latent_width": 128, "norm_groups": 32}
-  if small:
-    shape = {"width": 16, "res_blocks": 1, "latent_width": 32, "norm_groups": 8}
-  config.model = dataclasses.asdict(
-    TokenizerConfig(
-      multipliers,
-      codebook_size=rows,
-      # Keeps a small codebook in use from the first step on.
-      entropy_ratio=0.02 if rows <= 256 else 0.0,
-      **shape,
-    )
-  )
-  config.loss = {
-    "reconstruction": "l2",
-    "adversarial_weight": 0.0,  # 0.1 gives sharper images, in twice the time
-    "disc_start": steps // 2,
-    "disc_warmup_steps": min(500, steps // 10),
-  }
-  # A codebook that starts where the latents are, and whose dead rows are replaced.
-  config.codebook = {"init": "kmeans", "restart_every": max(1, min(50, steps // 10))}
+  config = _settings(steps, small)
+  config.model = dataclasses.asdict(_model(downsample, rows, small))
   config.data = {
     "source": source,
     "eval_source": eval_source,
@@ -101,6 +81,32 @@ def make_config(
     "max_bad_share": 0.05,
     "workers": 0 if small else 4,
   }
+  return config
+
+
+def _model(downsample: int, rows: int, small: bool) -> TokenizerConfig:
+  multipliers = {4: (1, 1, 2), 8: (1, 1, 2, 2), 16: (1, 1, 2, 2, 4)}[downsample]
+  shape = {"width": 64, "res_blocks": 2, "latent_width": 128, "norm_groups": 32}
+  if small:
+    shape = {"width": 16, "res_blocks": 1, "latent_width": 32, "norm_groups": 8}
+  # The entropy loss keeps a small codebook in use from the first step on.
+  entropy_ratio = 0.02 if rows <= 256 else 0.0
+  return TokenizerConfig(
+    multipliers, codebook_size=rows, entropy_ratio=entropy_ratio, **shape
+  )
+
+
+def _settings(steps: int, small: bool) -> ml_collections.ConfigDict:
+  """Returns the sections that do not depend on the images."""
+  config = ml_collections.ConfigDict()
+  config.loss = {
+    "reconstruction": "l2",
+    "adversarial_weight": 0.0,  # 0.1 gives sharper images, in twice the time
+    "disc_start": steps // 2,
+    "disc_warmup_steps": min(500, steps // 10),
+  }
+  # A codebook that starts where the latents are, and whose dead rows are replaced.
+  config.codebook = {"init": "kmeans", "restart_every": max(1, min(50, steps // 10))}
   config.optimizer = {
     "lr": 2e-3 if small else 4e-4,
     "schedule": "cosine",

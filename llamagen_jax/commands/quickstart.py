@@ -35,7 +35,7 @@ from llamagen_jax.images import grid, save_png
 from llamagen_jax.options import option
 from llamagen_jax.parallel.mesh import make_mesh
 from llamagen_jax.sampling.sample import sample
-from llamagen_jax.storage import local_path
+from llamagen_jax.storage import local_path, read_json, write_json, write_text
 from llamagen_jax.training import train_gpt as gpt_train
 from llamagen_jax.training import train_tokenizer as tokenizer_train
 from llamagen_jax.weights import bundle
@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> None:
 def run(workdir: pathlib.Path, size: Size, text: bool = False) -> dict[str, float]:
   """Runs what is not done yet and returns the measurements of `metrics.json`."""
   started = time.perf_counter()
-  _claim(workdir, size, text)
+  _check_or_write_size(workdir, size, text)
   with _step("digits", "real digits as images in folders"):
     write_digits(workdir / "digits", size.digits)
   if text:
@@ -114,12 +114,12 @@ def run(workdir: pathlib.Path, size: Size, text: bool = False) -> dict[str, floa
     })  # fmt: skip
   path = workdir / "metrics.json"
   if not path.exists():
-    with _step("judge", "draw digits and let a classifier of real digits read them"):
+    with _step(
+      "judge", "generate digits and let a classifier of real digits read them"
+    ):
       metrics = judge(workdir, size)
-    part = path.with_name(".metrics.json.part")
-    part.write_text(json.dumps(metrics, indent=1))
-    part.rename(path)
-  metrics = json.loads(path.read_text())
+    write_json(path, metrics)
+  metrics = read_json(path)
   _print_table(metrics, workdir, time.perf_counter() - started)
   return metrics
 
@@ -167,15 +167,15 @@ def judge(workdir: pathlib.Path, size: Size) -> dict[str, float]:
   save_png(workdir / "reconstructions.png", sheet)
 
   asked = np.arange(size.samples) % 10
-  drawn = sample(gpt, tokenizer, asked, batch_size=SAMPLE_BATCH)
+  samples = sample(gpt, tokenizer, asked, batch_size=SAMPLE_BATCH)
   order = np.argsort(asked, kind="stable").reshape(10, -1)[:, :GRID_ROWS].T.ravel()
   names = [f"{gpt.class_names[asked[i]]}" for i in order]
-  sheet = grid(drawn[order], columns=10, labels=names, zoom=2)
+  sheet = grid(samples[order], columns=10, labels=names, zoom=2)
   save_png(workdir / "samples.png", sheet)
 
   real = {split: _load(workdir, split) for split in ("train", "test")}
   judge_params = fit_classifier(*real["train"], epochs=size.classifier_epochs, seed=0)
-  read, drawn_features = classify(judge_params, drawn)
+  read, sample_features = classify(judge_params, samples)
   train_features = classify(judge_params, real["train"][0])[1]
   test_read, test_features = classify(judge_params, real["test"][0])
   return {
@@ -185,7 +185,7 @@ def judge(workdir: pathlib.Path, size: Size) -> dict[str, float]:
     "classifier_accuracy": float(np.mean(test_read == real["test"][1])),
     "class_agreement": float(np.mean(read == asked)),
     "samples": size.samples,
-    "frechet": frechet_distance(drawn_features, test_features),
+    "frechet": frechet_distance(sample_features, test_features),
     "frechet_floor": frechet_distance(train_features, test_features),
   }
 
@@ -196,15 +196,13 @@ def _run_text(workdir: pathlib.Path, size: Size, started: float) -> dict[str, fl
   path = workdir / "metrics.json"
   if not path.exists():
     metrics = quickstart_text.run(workdir, size.config, size.samples, _step, _train)
-    part = path.with_name(".metrics.json.part")
-    part.write_text(json.dumps(metrics, indent=1))
-    part.rename(path)
-  metrics = json.loads(path.read_text())
+    write_json(path, metrics)
+  metrics = read_json(path)
   quickstart_text.print_table(metrics, workdir, time.perf_counter() - started)
   return metrics
 
 
-def _claim(workdir: pathlib.Path, size: Size, text: bool) -> None:
+def _check_or_write_size(workdir: pathlib.Path, size: Size, text: bool) -> None:
   """Refuses to mix the smoke run and the real one in one folder."""
   wanted = json.dumps(dataclasses.asdict(size) | ({"text": True} if text else {}))
   path = workdir / "size.json"
@@ -216,9 +214,7 @@ def _claim(workdir: pathlib.Path, size: Size, text: bool) -> None:
       " another folder"
     )
   workdir.mkdir(parents=True, exist_ok=True)
-  part = workdir / ".size.json.part"
-  part.write_text(wanted)
-  part.rename(path)
+  write_text(path, wanted)
 
 
 def _train(trainer, name: str, arg: str, workdir: pathlib.Path, data: dict) -> None:
@@ -271,10 +267,10 @@ def _print_table(m: dict[str, float], workdir: pathlib.Path, seconds: float) -> 
     ("codebook in use on test digits", f"{m['usage']:.0%}"),
     ("classifier on real test digits", f"{m['classifier_accuracy']:.1%}"),
     (
-      f"{m['samples']} drawn digits read as the class asked for",
+      f"{m['samples']} generated digits read as the class asked for",
       f"{m['class_agreement']:.1%}",
     ),
-    ("Frechet distance, drawn to real test digits", f"{m['frechet']:.1f}"),
+    ("Frechet distance, generated to real test digits", f"{m['frechet']:.1f}"),
     ("the same, real training to real test digits", f"{m['frechet_floor']:.1f}"),
     ("this run", f"{seconds:.0f} s"),
   ]

@@ -57,7 +57,7 @@ CHOICES = "choices.json"
 
 def run(workdir: pathlib.Path, folder: str, minutes: float, step: Any) -> None:
   """Runs what is not finished; `step` is the quickstart's own, and names each part."""
-  choices = _Choices(workdir, folder, minutes)
+  choices = Choices(workdir, folder, minutes)
   with step("images", f"copies of the images of {folder}, as small as they are needed"):
     size = write_images(workdir / "images", folder, choices)
   with step("tokenizer", "train the VQ tokenizer"):
@@ -77,7 +77,7 @@ def run(workdir: pathlib.Path, folder: str, minutes: float, step: Any) -> None:
   )
 
 
-class _Choices:
+class Choices:
   """What was chosen so far, in choices.json: a rerun keeps to it."""
 
   def __init__(self, workdir: pathlib.Path, folder: str, minutes: float):
@@ -102,7 +102,7 @@ class _Choices:
     return self._values[name]
 
 
-def write_images(folder: pathlib.Path, source_folder: str, choices: _Choices) -> int:
+def write_images(folder: pathlib.Path, source_folder: str, choices: Choices) -> int:
   """Writes small RGB copies as train/CLASS/*.png and val/CLASS/*.png.
 
   Returns:
@@ -116,7 +116,7 @@ def write_images(folder: pathlib.Path, source_folder: str, choices: _Choices) ->
     return size
   logging.info("%s: %s", name, found)
   most = max(FEWEST, int(IMAGES_A_MINUTE * choices.minutes))
-  splits = _split(_labels(source), most)
+  splits = split(_labels(source), most)
   part = folder.with_name(f".{folder.name}.part")
   shutil.rmtree(part, ignore_errors=True)
   written = {split: _copy(source, rows, part / split, size) for split, rows in
@@ -141,7 +141,7 @@ def _labels(source: FolderSource) -> np.ndarray:
   return np.array(source.labels)
 
 
-def _split(labels: np.ndarray, most: int) -> dict[str, np.ndarray]:
+def split(labels: np.ndarray, most: int) -> dict[str, np.ndarray]:
   """Returns indices of the images to train on and to hold out, class by class.
 
   Every class gives the same number of images where it has them, `most` in all.
@@ -184,7 +184,7 @@ def _splits(folder: pathlib.Path) -> list[str]:
   return [split for split in ("train", "val") if (folder / split).is_dir()]
 
 
-def _train_tokenizer(workdir: pathlib.Path, size: int, choices: _Choices) -> None:
+def _train_tokenizer(workdir: pathlib.Path, size: int, choices: Choices) -> None:
   if (workdir / "tokenizer" / "bundle" / bundle.CONFIG).exists():
     return
 
@@ -195,13 +195,13 @@ def _train_tokenizer(workdir: pathlib.Path, size: int, choices: _Choices) -> Non
 
   def choose() -> int:
     recipe = build(TokenizerRecipe, _quiet(config))
-    return _steps_in_time("tokenizer", train_tokenizer.make_task(recipe), choices)
+    return steps_in_time("tokenizer", train_tokenizer.make_task(recipe), choices)
 
   steps = choices.get("tokenizer_steps", choose)
   train_tokenizer.train(config(steps), workdir / "tokenizer")
 
 
-def _train_gpt(workdir: pathlib.Path, choices: _Choices) -> None:
+def _train_gpt(workdir: pathlib.Path, choices: Choices) -> None:
   if (workdir / "gpt" / "bundle" / bundle.CONFIG).exists():
     return
 
@@ -210,7 +210,7 @@ def _train_gpt(workdir: pathlib.Path, choices: _Choices) -> None:
 
   def choose() -> int:
     task = train_gpt.make_task(build(GPTRecipe, _quiet(config)))
-    return _steps_in_time("gpt", task, choices)
+    return steps_in_time("gpt", task, choices)
 
   train_gpt.train(config(choices.get("gpt_steps", choose)), workdir / "gpt")
 
@@ -230,7 +230,7 @@ def _small() -> bool:
   return jax.default_backend() == "cpu"
 
 
-def _steps_in_time(name: str, task: Task, choices: _Choices) -> int:
+def steps_in_time(name: str, task: Task, choices: Choices) -> int:
   """Returns how many steps a training takes in its share of the minutes."""
   seconds = seconds_a_step(task)
   budget = MARGIN * SHARES[name] * choices.minutes * 60

@@ -3,7 +3,7 @@
 Real digits are coloured and placed on coloured grounds, each with a caption in plain
 English. A small T5 with fixed random weights reads the captions: it is never trained,
 it only gives every word a vector that depends on the words around it. Some triples
-(digit, colour, ground) never occur in training; drawing them is what shows that the
+(digit, colour, ground) never occur in training; generating them shows that the
 transformer learned what the words mean.
 """
 
@@ -86,7 +86,7 @@ def describe(digit: int, pair: int, rng: np.random.Generator) -> Triple:
   return Triple(digit, pair, caption)
 
 
-def draw_triple(digit: int, unseen: bool, rng: np.random.Generator) -> Triple:
+def random_triple(digit: int, unseen: bool, rng: np.random.Generator) -> Triple:
   """A random pair of colours, among those that training has or has not."""
   while True:
     triple = describe(digit, int(rng.integers(len(PAIRS))), rng)
@@ -140,7 +140,7 @@ def write_images(folder: pathlib.Path, digits: pathlib.Path) -> None:
     for path in sorted((digits / split).glob("*/*.png")):
       grey = np.asarray(Image.open(path).convert("L"))
       for copy in range(COPIES):
-        triple = draw_triple(int(path.parent.name), False, rng)
+        triple = random_triple(int(path.parent.name), False, rng)
         stem = part / split / f"{path.parent.name}-{path.stem}-{copy}"
         Image.fromarray(paint(grey, triple.pair, rng)).save(stem.with_suffix(".png"))
         stem.with_suffix(".txt").write_text(triple.caption)
@@ -198,7 +198,7 @@ def run(workdir: pathlib.Path, config: str, samples: int, step, train) -> dict:
         "codes": f"{workdir}/codes/train", "texts": f"{workdir}/features/train",
         "eval_codes": f"{workdir}/codes/val", "eval_texts": f"{workdir}/features/val",
     })  # fmt: skip
-  with step("judge", "draw prompts, seen and unseen, and read what was drawn"):
+  with step("judge", "generate images of prompts, seen and unseen, and read them"):
     return judge(workdir, samples)
 
 
@@ -228,7 +228,7 @@ def judge(workdir: pathlib.Path, samples: int) -> dict[str, float]:
   tokenizer = bundle.load_tokenizer(workdir / "tokenizer" / "bundle")
   encoder = load_t5(workdir / "t5", dtype="float32")
   rng = np.random.default_rng(1)
-  asked = [draw_triple(i % 10, i >= samples // 2, rng) for i in range(samples)]
+  asked = [random_triple(i % 10, i >= samples // 2, rng) for i in range(samples)]
   prompts = [triple.caption for triple in asked]
   options = {"prompts": prompts, "text_encoder": encoder, "batch_size": 100}
   guided = sample(gpt, tokenizer, **options)
@@ -286,7 +286,7 @@ def _write_grid(path, asked: list[Triple], plain, guided, scale: float) -> None:
 
 
 def print_table(m: dict[str, float], workdir: pathlib.Path, seconds: float) -> None:
-  print(f"\n{m['samples']:.0f} drawn images       guidance 1   {m['guidance']:g}")
+  print(f"\n{m['samples']:.0f} images             guidance 1   {m['guidance']:g}")
   for key, name in (
     ("digit", "digit right"),
     ("colours", "both colours right"),
