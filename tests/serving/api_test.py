@@ -11,7 +11,7 @@ from PIL import Image
 import pytest
 
 openai = pytest.importorskip("openai")
-httpx = pytest.importorskip("httpx")
+pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
 
 from llamagen_jax.errors import UserError  # noqa: E402
@@ -99,7 +99,7 @@ def test_a_stored_image_has_a_url(client, server):
     prompt="1", response_format="url", output_format="webp"
   ).data
   assert image.url.startswith(server.url) and image.b64_json is None
-  image = httpx.get(image.url)
+  image = live.HTTP.get(image.url)
   assert image.headers["content-type"] == "image/webp"
   assert Image.open(io.BytesIO(image.content)).size == (8, 8)
 
@@ -188,7 +188,7 @@ def check_error(response, status: int, param=None):
 def test_refuses(strict, refused):
   status, param, body, *words = refused
   text = json.dumps(body)  # escapes the half of a surrogate pair
-  response = httpx.post(strict.url + PATH, content=text, headers=JSON)
+  response = live.HTTP.post(strict.url + PATH, content=text, headers=JSON)
   message = check_error(response, status, param)["message"]
   assert all(word in message for word in words), message
 
@@ -198,33 +198,35 @@ def test_refuses(strict, refused):
   [b"", b"{", b"nonsense", b"\xff\xfe", b"[" * 50_000, b'{"n": 1' + b"0" * 9000],
 )
 def test_refuses_what_is_no_json(server, content):
-  check_error(httpx.post(server.url + PATH, content=content, headers=JSON), 400)
+  check_error(live.HTTP.post(server.url + PATH, content=content, headers=JSON), 400)
 
 
 def test_refuses_large_bodies(server):
   big = {"prompt": "x" * 5_000_000}
-  check_error(httpx.post(server.url + PATH, json=big), 413)
+  check_error(live.HTTP.post(server.url + PATH, json=big), 413)
   chunks = (b"x" * 10_000 for _ in range(30))  # of no announced length
-  check_error(httpx.post(server.url + PATH, content=chunks, headers=JSON), 413)
+  check_error(live.HTTP.post(server.url + PATH, content=chunks, headers=JSON), 413)
 
 
 def test_refuses_other_paths_and_methods(server):
-  check_error(httpx.get(server.url + "/v1/edits"), 404)
-  assert check_error(httpx.get(server.url + PATH), 405)["code"] == "method_not_allowed"
+  check_error(live.HTTP.get(server.url + "/v1/edits"), 404)
+  assert (
+    check_error(live.HTTP.get(server.url + PATH), 405)["code"] == "method_not_allowed"
+  )
 
 
 def test_asks_for_the_key(image_model):
   with live.serve(image_model, key=live.KEY) as server:
     for header in ({}, {"Authorization": "Bearer"}, {"Authorization": "Basic x"}):
-      response = httpx.post(server.url + PATH, content=b"{", headers=header)
+      response = live.HTTP.post(server.url + PATH, content=b"{", headers=header)
       assert check_error(response, 401)["code"] == "missing_api_key"
     wrong = {"Authorization": "Bearer sk-tesx"}
-    error = check_error(httpx.get(server.url + "/v1/models", headers=wrong), 401)
+    error = check_error(live.HTTP.get(server.url + "/v1/models", headers=wrong), 401)
     assert error["code"] == "invalid_api_key"
     for path in ("/health", "/ready", "/metrics"):
-      assert httpx.get(server.url + path).status_code == 200
+      assert live.HTTP.get(server.url + path).status_code == 200
     for header in ("api-key", "x-api-key"):
-      response = httpx.get(server.url + "/v1/models", headers={header: live.KEY})
+      response = live.HTTP.get(server.url + "/v1/models", headers={header: live.KEY})
       assert response.status_code == 200
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=live.KEY)
     assert client.images.generate(prompt="1").data
@@ -239,13 +241,13 @@ def test_several_models():
       ("second", "second"), ("first", "first"), (None, "first"), ("dall-e-2", "first"),
     ]:  # fmt: skip
       body = {"prompt": "1", "model": asked}
-      response = httpx.post(server.url + PATH, json=body)
+      response = live.HTTP.post(server.url + PATH, json=body)
       assert response.json()["model"] == answers
     check_error(
-      httpx.post(server.url + PATH, json={"prompt": "1", "model": "third"}),
+      live.HTTP.post(server.url + PATH, json={"prompt": "1", "model": "third"}),
       404, "model",
     )  # fmt: skip
-    text = httpx.get(server.url + "/metrics").text
+    text = live.HTTP.get(server.url + "/metrics").text
     assert 'llamagen_images_total{model="first"} 3.0' in text
     assert 'llamagen_images_total{model="second"} 1.0' in text
     with pytest.raises(UserError, match="names that differ"):

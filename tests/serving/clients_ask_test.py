@@ -9,7 +9,7 @@ import time
 from PIL import Image
 import pytest
 
-httpx = pytest.importorskip("httpx")
+pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
 
 from llamagen_jax.serving.request_body import RENAMED  # noqa: E402
@@ -34,7 +34,7 @@ def server(image_model):
 
 
 def post(server, **body):
-  return httpx.post(server.url + PATH, json={"prompt": "1"} | body, timeout=30)
+  return live.HTTP.post(server.url + PATH, json={"prompt": "1"} | body)
 
 
 def changed(image_model, **limits):
@@ -83,14 +83,14 @@ def test_sizes_without_a_warning(server, size):
 
 def test_both_forms_unless_one_is_asked_for(server):
   [both] = post(server).json()["data"]
-  file = httpx.get(both["url"])
+  file = live.HTTP.get(both["url"])
   assert file.headers["content-type"] == "image/png"
   assert file.content == base64.b64decode(both["b64_json"])
   assert post(server, response_format="url").json()["data"][0].keys() == {"url"}
   [b64] = post(server, response_format="b64_json").json()["data"]
   assert b64.keys() == {"b64_json"}
-  assert httpx.get(both["url"][:-9] + "12345.png").status_code == 404
-  assert httpx.get(f"{server.url}/images/..%2fsecret.png").status_code == 404
+  assert live.HTTP.get(both["url"][:-9] + "12345.png").status_code == 404
+  assert live.HTTP.get(f"{server.url}/images/..%2fsecret.png").status_code == 404
 
 
 def test_replicas_answer_with_data_urls(image_model):
@@ -111,7 +111,7 @@ def test_stored_files_are_deleted_after_days(image_model, tmp_path):
     live.wait_until(lambda: not old.exists())
     assert mine.exists()  # the server never made it
     [data] = post(server, response_format="url").json()["data"]
-    assert httpx.get(data["url"]).status_code == 200
+    assert live.HTTP.get(data["url"]).status_code == 200
     assert len(list(tmp_path.iterdir())) == 2
 
 

@@ -26,7 +26,7 @@ def image_model():
 
 def metrics(server) -> dict[str, float]:
   """Name with labels -> value, without the prefix."""
-  lines = httpx.get(server.url + "/metrics").text.splitlines()
+  lines = live.HTTP.get(server.url + "/metrics").text.splitlines()
   found = [re.fullmatch(r"llamagen_(\S+) (\S+)", line) for line in lines]
   return {match[1]: float(match[2]) for match in found if match}
 
@@ -36,7 +36,7 @@ def test_a_full_queue_sheds_with_429(image_model):
     server.engine.last = 3
 
     async def burst():
-      async with httpx.AsyncClient(timeout=30) as client:
+      async with httpx.AsyncClient(timeout=120) as client:
         body = {"prompt": "1"}
         posts = [
           asyncio.create_task(client.post(server.url + PATH, json=body))
@@ -69,7 +69,7 @@ def test_retry_after_tells_the_queue_and_is_spread(image_model):
     server.worker.mean_seconds = 30.0
 
     async def burst():
-      async with httpx.AsyncClient(timeout=30) as client:
+      async with httpx.AsyncClient(timeout=120) as client:
         body = {"prompt": "1", "n": 4}
         posts = [
           asyncio.create_task(client.post(server.url + PATH, json=body))
@@ -89,10 +89,10 @@ def test_retry_after_tells_the_queue_and_is_spread(image_model):
 def test_an_idle_server_takes_queue_and_slots_at_once(image_model):
   limits = dataclasses.replace(live.LIMITS, images=100)
   with live.serve(image_model, queue=3, slots=2, limits=limits) as server:
-    response = httpx.post(server.url + PATH, json={"prompt": "1", "n": 5})
+    response = live.HTTP.post(server.url + PATH, json={"prompt": "1", "n": 5})
     assert len(response.json()["data"]) == 5
     # More can never be had: no reason to come again.
-    response = httpx.post(server.url + PATH, json={"prompt": "1", "n": 6})
+    response = live.HTTP.post(server.url + PATH, json={"prompt": "1", "n": 6})
     assert response.status_code == 400
     assert "6 images: expected 1 .. 5" in response.json()["error"]["message"]
 
@@ -102,7 +102,7 @@ def test_a_request_gets_all_its_places_or_none(image_model):
     server.engine.last = 3
 
     async def two():
-      async with httpx.AsyncClient(timeout=30) as client:
+      async with httpx.AsyncClient(timeout=120) as client:
         first = asyncio.create_task(
           client.post(server.url + PATH, json=BODY | {"n": 2})
         )
@@ -131,7 +131,7 @@ def test_clients_that_hang_up_free_their_places(image_model, stream):
           return
 
     async def crowd():
-      async with httpx.AsyncClient(timeout=30, limits=httpx.Limits()) as client:
+      async with httpx.AsyncClient(timeout=120, limits=httpx.Limits()) as client:
         tasks = [asyncio.create_task(hang_up_midway(client)) for _ in range(60)]
         while server.worker.queued + server.worker.busy_slots < 60:
           await asyncio.sleep(0.01)
@@ -147,19 +147,19 @@ def test_clients_that_hang_up_free_their_places(image_model, stream):
     live.wait_until(server.is_idle)
     assert metrics(server)['cancelled_total{reason="disconnect"}'] == 60
     server.engine.last = 16
-    assert httpx.post(server.url + PATH, json={"prompt": "1"}).status_code == 200
+    assert live.HTTP.post(server.url + PATH, json={"prompt": "1"}).status_code == 200
 
 
 def test_a_deadline_ends_a_request(image_model):
   limits = live.Limits(images=4, seconds=0.2, body_bytes=10_000)
   with live.serve(image_model, limits=limits) as server:
     server.engine.last = 15  # they would never end
-    response = httpx.post(server.url + PATH, json={"prompt": "1", "n": 2})
+    response = live.HTTP.post(server.url + PATH, json={"prompt": "1", "n": 2})
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "deadline_exceeded"
     live.wait_until(server.is_idle)
     body = {"prompt": "1", "stream": True}
-    text = httpx.post(server.url + PATH, json=body).text
+    text = live.HTTP.post(server.url + PATH, json=body).text
     assert text.startswith("event: error\n") and "deadline_exceeded" in text
     live.wait_until(server.is_idle)
     assert metrics(server)['cancelled_total{reason="deadline"}'] == 2
@@ -167,10 +167,10 @@ def test_a_deadline_ends_a_request(image_model):
 
 def test_before_the_start_and_after_the_death_of_the_engine(image_model):
   def states(server):
-    return [httpx.get(server.url + p).status_code for p in ("/health", "/ready")]
+    return [live.HTTP.get(server.url + p).status_code for p in ("/health", "/ready")]
 
   async def die_midway(server):
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=120) as client:
       post = asyncio.create_task(client.post(server.url + PATH, json=BODY))
       while not server.worker.busy_slots:
         await asyncio.sleep(0.01)
@@ -180,7 +180,7 @@ def test_before_the_start_and_after_the_death_of_the_engine(image_model):
   compiled = threading.Event()
   with live.serve(image_model, wait=False, compiled=compiled) as server:
     assert states(server) == [200, 503]
-    response = httpx.post(server.url + PATH, json=BODY)
+    response = live.HTTP.post(server.url + PATH, json=BODY)
     assert response.status_code == 503 and response.headers["retry-after"]
     compiled.set()
     live.wait_until(lambda: server.service.ready)

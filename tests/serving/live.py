@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 
+import httpx
 import jax
 
 from llamagen_jax import GPTConfig, SamplingConfig
@@ -20,9 +21,11 @@ from llamagen_jax.weights import bundle
 from tests import tiny
 from tests.serving.fake import VOCABULARY, FakeEngine
 
+# No wait is shorter than a machine is slow; no connection outlives its request.
+HTTP = httpx.Client(timeout=120, limits=httpx.Limits(max_keepalive_connections=0))
 KEY = "sk-test"
 NAMES = ("tench", "goldfish", "great white shark", "tiger shark")
-LIMITS = Limits(images=4, seconds=20.0, body_bytes=100_000)
+LIMITS = Limits(images=4, seconds=300.0, body_bytes=100_000)
 
 
 def tiny_model(name: str = "tiny") -> ImageModel:
@@ -57,7 +60,7 @@ def serve(
   queue=4,
   key="",
   mount=None,
-  timeouts=Timeouts(drain=10.0),
+  timeouts=Timeouts(drain=30.0),
   wait=True,
   app=None,
   **fake,
@@ -89,17 +92,17 @@ def serve(
     server = Server(app, timeouts)
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
-    wait_until(lambda: server.started and (service.ready or not wait), 60)
+    wait_until(lambda: server.started and (service.ready or not wait), 600)
     port = listening.getsockname()[1]
     worker = next(iter(workers.values()))
     try:
       yield Live(f"http://127.0.0.1:{port}", service, engines[0], worker, port, server)
     finally:
       server.should_exit = True
-      thread.join(30)
+      thread.join(120)
 
 
-def wait_until(condition, seconds: float = 20.0) -> None:
+def wait_until(condition, seconds: float = 120.0) -> None:
   end = time.monotonic() + seconds
   while not condition():
     assert time.monotonic() < end, "waited in vain"

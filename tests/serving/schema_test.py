@@ -34,10 +34,10 @@ def schema():
 
 def test_the_document_is_valid_and_has_the_limits():
   validator = pytest.importorskip("openapi_spec_validator")
-  httpx = pytest.importorskip("httpx")
+  pytest.importorskip("httpx")
   limits = dataclasses.replace(live.LIMITS, strict=True)
   with live.serve(live.tiny_model(), key=live.KEY, limits=limits) as server:
-    document = httpx.get(f"{server.url}/openapi.json").json()
+    document = live.HTTP.get(f"{server.url}/openapi.json").json()
   validator.validate(document)
   request = document["components"]["schemas"]["ImageRequest"]
   fields = request["properties"]
