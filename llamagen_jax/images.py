@@ -5,11 +5,12 @@ import itertools
 import os
 import zipfile
 
-from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from llamagen_jax.storage import atomic_write
 
 LABEL_HEIGHT = 14  # pixels above a labelled image
 GAP = 2
@@ -84,11 +85,8 @@ def _fitting(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
 
 def save_png(path: str | os.PathLike, image: Image.Image) -> None:
   """Writes a PNG under its final name only when it is complete."""
-  path = epath.Path(path)
-  part = path.with_name(f".{path.name}.part")
-  with part.open("wb") as file:
+  with atomic_write(path) as file:
     image.save(file, format="PNG")
-  part.replace(path)
 
 
 def save_npz(
@@ -102,13 +100,12 @@ def save_npz(
   `arr_0` holds the images, uint8 [count, H, W, 3], `arr_1` their labels if they have
   any. The bytes of the file depend on these alone.
   """
-  path, parts = epath.Path(path), iter(parts)
+  parts = iter(parts)
   first = next(parts)
   header = {
     "descr": "|u1", "fortran_order": False, "shape": (count, *first.shape[1:]),
   }  # fmt: skip
-  part = path.with_name(f".{path.name}.part")
-  with part.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+  with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
     with _member(archive, "arr_0.npy") as member:
       np.lib.format.write_array_header_1_0(member, header)
       for images in itertools.chain([first], parts):
@@ -116,7 +113,6 @@ def save_npz(
     if labels is not None:
       with _member(archive, "arr_1.npy") as member:
         np.lib.format.write_array(member, labels, allow_pickle=False)
-  part.replace(path)
 
 
 def _member(archive: zipfile.ZipFile, name: str):

@@ -39,7 +39,9 @@ def discriminator_to_torch(
 
 
 def _table(config: DiscriminatorConfig, side: int) -> list[Entry]:
-  return _patchgan(config) if config.kind == "patchgan" else _stylegan(side)
+  if config.kind == "stylegan":
+    return _stylegan(side)
+  return _patchgan(config) if config.kind == "patchgan" else _blur_pool(config)
 
 
 def _patchgan(c: DiscriminatorConfig) -> list[Entry]:
@@ -56,6 +58,19 @@ def _patchgan(c: DiscriminatorConfig) -> list[Entry]:
       table.append(copy((f"norm_{i}", "scale"), f"{norm}.weight", (outputs,)))
       table.append(copy((f"norm_{i}", "bias"), f"{norm}.bias", (outputs,)))
   return table
+
+
+def _blur_pool(c: DiscriminatorConfig) -> list[Entry]:
+  table = conv(("conv_in",), "block_in.0", (c.width, 3, 5, 5))
+  inputs = c.width
+  for i in range(c.layers):
+    outputs, block = c.width * 2**i, f"blocks.{i}"
+    table += conv((f"conv_{i}",), f"{block}.0", (outputs, inputs, 3, 3))
+    table.append(copy((f"norm_{i}", "scale"), f"{block}.2.weight", (outputs,)))
+    table.append(copy((f"norm_{i}", "bias"), f"{block}.2.bias", (outputs,)))
+    inputs = outputs
+  table += conv(("hidden",), "to_logits.0", (inputs, inputs, 1, 1))
+  return table + conv(("conv_out",), "to_logits.2", (1, inputs, 5, 5))
 
 
 def _stylegan(side: int) -> list[Entry]:

@@ -35,6 +35,10 @@ GROUPS = {
   "measure": {
     "evaluate": ("evaluate", "FID and other scores of a set of images"),
     "reconstruct": ("reconstruct", "measure how well a tokenizer keeps images"),
+    "compare-tokenizers": (
+      "compare_tokenizers",
+      "several tokenizers in one table and one grid",
+    ),
   },
   "weights": {
     "import-weights": ("import_weights", "published weights to a bundle"),

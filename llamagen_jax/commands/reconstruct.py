@@ -9,10 +9,10 @@ llamagen reconstruct --tokenizer=vq16/bundle --source=folder:/data/val \\
 
 from collections.abc import Iterator, Sequence
 import dataclasses
-import json
-import os
-import pathlib
+import tempfile
+from typing import Any
 
+from etils import epath
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
@@ -37,6 +37,7 @@ from llamagen_jax.images import (
 from llamagen_jax.options import option
 from llamagen_jax.parallel import hosts
 from llamagen_jax.parallel.mesh import make_mesh, replicated
+from llamagen_jax.storage import user_path, write_json
 from llamagen_jax.weights import bundle
 from llamagen_jax.weights.lpips import load_lpips
 
@@ -68,32 +69,70 @@ class Options(hosts.HostOptions, score.EvaluationOptions):
   )  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """A measured tokenizer; the report and the scores are of host 0."""
+
+  tokenizer: bundle.Tokenizer
+  found: Reconstruction
+  report: dict[str, Any]  # metrics and all they depend on
+  scores: dict[str, Any] | None  # of --protocol
+
+
 def main(argv: Sequence[str]) -> None:
   args = arguments.parse(Options, "reconstruct", argv, __doc__)
+  hosts.initialize_distributed(args)
+  run(args)
+
+
+def run(args: Options) -> Outcome:
+  """Measures a tokenizer and writes the files; all hosts call this."""
   if args.protocol and not args.inception:
     raise UserError(f"--protocol={args.protocol} needs --inception")
-  hosts.initialize_distributed(args)
   mesh = make_mesh()
-  tokenizer = bundle.load_tokenizer(args.tokenizer, mesh)
-  source, side, config = open_source(args.source), args.image_size, tokenizer.config
-  if side % config.downsample:
+  tokenizer, source = (
+    bundle.load_tokenizer(args.tokenizer, mesh),
+    open_source(args.source),
+  )
+  downsample = tokenizer.config.downsample
+  if args.image_size % downsample:
     raise UserError(
-      f"--image-size={side} is not a multiple of the tokenizer's downsampling"
-      f" {config.downsample}"
+      f"--image-size={args.image_size} is not a multiple of the downsampling"
+      f" {downsample} of --tokenizer={args.tokenizer}"
     )
   evaluate = _evaluator(args, len(source)) if args.protocol else None
+  out = user_path(args.out)
+  if jax.process_index() == 0:
+    out.mkdir(parents=True, exist_ok=True)
+  spools = [_Spool(_written_side(args)) for _ in SETS]
+  found = _reconstruct(args, mesh, tokenizer, source, spools)
+  report = {
+    **found.metrics,
+    "images": found.images,
+    "skipped": len(source) - found.images,
+    "image_size": args.image_size,
+    "source": args.source,
+    "tokenizer": tokenizer.identity,
+    "tokenizer_config": dataclasses.asdict(tokenizer.config),
+  }
+  if jax.process_index() == 0:
+    _write(out, found, report, spools)
+  multihost_utils.sync_global_devices("reconstructed")
+  scores = _score(evaluate, out) if evaluate else None
+  return Outcome(tokenizer, found, report, scores)
+
+
+def _reconstruct(args: Options, mesh, tokenizer, source, spools) -> Reconstruction:
+  """Runs the tokenizer over the source; host 0 fills the two spools."""
   lpips_params = None
   if args.lpips:
     lpips_params = jax.device_put(load_lpips(args.lpips), replicated(mesh))
   # Published scores are of images as stored.
   ignore_exif = args.ignore_exif or args.protocol not in (None, "", "custom")
   decoder = ImageDecoder(args.min_side, args.background, ignore_exif)
-  transform = CenterImage(side, decoder)
+  transform = CenterImage(args.image_size, decoder)
   batches = epoch_batches(source, transform, args.batch_size * mesh.size, mesh)
-  out, main_host = pathlib.Path(args.out), jax.process_index() == 0
-  if main_host:
-    out.mkdir(parents=True, exist_ok=True)
-  spools = [_Spool(out / f".{name}.part", _written_side(args)) for name in SETS]
+  main_host = jax.process_index() == 0
   with tqdm.tqdm(
     total=len(source), desc="reconstruct", unit="image", dynamic_ncols=True,
     disable=not main_host,
@@ -105,42 +144,31 @@ def main(argv: Sequence[str]) -> None:
         for spool, images in zip(spools, pair, strict=True):
           spool.add(images)
 
-    found = reconstruct(
-      config, tokenizer.params, batches, args.shown, lpips_params, keep
+    return reconstruct(
+      tokenizer.config, tokenizer.params, batches, args.shown, lpips_params, keep
     )
-  report = {
-    **found.metrics,
-    "images": found.images,
-    "skipped": len(source) - found.images,
-    "image_size": side,
-    "source": args.source,
-    "tokenizer": tokenizer.identity,
-    "tokenizer_config": dataclasses.asdict(config),
-  }
-  if main_host:
-    for name, spool in zip(SETS, spools, strict=True):
-      save_npz(out / f"{name}.npz", spool.parts(), found.images, None)
-      spool.close()
-    _write(out, found, report)
-  multihost_utils.sync_global_devices("reconstructed")
-  if evaluate is not None:
-    made, originals = (
-      image_sets.open_image_set("--out", out / f"{name}.npz") for name in reversed(SETS)
-    )
-    result = evaluate(made, originals)
-    if result is not None:
-      score.write(result, out / "scores.json")
-      print(score.table(result))
+
+
+def _score(evaluate: score.Evaluator, out: epath.Path) -> dict[str, Any] | None:
+  """Compares the reconstructions with the originals, and writes scores.json."""
+  made, originals = (
+    image_sets.open_image_set("--out", out / f"{name}.npz") for name in reversed(SETS)
+  )
+  result = evaluate(made, originals)
+  if result is not None:
+    score.write(result, out / "scores.json")
+    print(score.table(result))
+  return result
 
 
 def _written_side(args: Options) -> int:
-  """Larger images than the protocol's are resized to it, as the original's are."""
+  """Returns the side that images are written with: at most the protocol's."""
   side = PROTOCOLS[args.protocol].side if args.protocol else None
   return min(args.image_size, side or args.image_size)
 
 
 def _evaluator(args: Options, count: int) -> score.Evaluator:
-  """Refuses before the long work what would be refused after it."""
+  """Returns the evaluator; refuses now what it would refuse after the long work."""
   protocol = PROTOCOLS[args.protocol]
   if protocol.reference_statistics:
     raise UserError(
@@ -156,29 +184,24 @@ def _evaluator(args: Options, count: int) -> score.Evaluator:
 
 
 class _Spool:
-  """Images that wait on disk until their number is known."""
+  """Images that wait on this host's disk until their number is known."""
 
-  def __init__(self, path: pathlib.Path, side: int):
-    self._path, self._side = path, side
-    self._file = None
+  def __init__(self, side: int):
+    self._side, self._file = side, tempfile.TemporaryFile()  # noqa: SIM115
     self._resize = jax.jit(_resized, static_argnums=1)
 
   def add(self, images: np.ndarray) -> None:
-    """uint8 [B, H, H, 3], of which the written side is made."""
-    if self._file is None:
-      self._file = self._path.open("wb")
+    """Appends uint8 [B, H, H, 3], resized to the written side."""
     if images.shape[1] != self._side:
       images = np.asarray(self._resize(images, self._side))
     self._file.write(np.ascontiguousarray(images).data)
 
-  def parts(self, size: int = 256) -> Iterator[np.ndarray]:
-    self._file.close()
+  def batches(self, size: int = 256) -> Iterator[np.ndarray]:
+    """Yields the images again, uint8 [B, S, S, 3]."""
+    self._file.flush()
     shape = (-1, self._side, self._side, 3)
-    images = np.memmap(self._path, np.uint8, "r").reshape(shape)
+    images = np.memmap(self._file, np.uint8, "r").reshape(shape)
     return (images[start : start + size] for start in range(0, len(images), size))
-
-  def close(self) -> None:
-    os.unlink(self._path)
 
 
 def _resized(images: jax.Array, side: int) -> jax.Array:
@@ -186,14 +209,16 @@ def _resized(images: jax.Array, side: int) -> jax.Array:
   return to_uint8(resized)
 
 
-def _write(out: pathlib.Path, found: Reconstruction, report: dict) -> None:
+def _write(
+  out: epath.Path, found: Reconstruction, report: dict[str, Any], spools: list[_Spool]
+) -> None:
+  for name, spool in zip(SETS, spools, strict=True):
+    save_npz(out / f"{name}.npz", spool.batches(), found.images, None)
   rows = np.concatenate([found.originals, found.reconstructions])
   sheet = grid(rows, columns=len(found.originals))
   save_png(out / "reconstructions.png", sheet)
   for name in ("metrics.json", "reconstructions.json"):  # the npz's settings, too
-    part = out / f".{name}.part"
-    part.write_text(json.dumps(report, indent=1))
-    part.rename(out / name)
+    write_json(out / name, report)
   shown = "  ".join(f"{name} {value:.4g}" for name, value in found.metrics.items())
   print(
     f"{found.images} images, {report['skipped']} skipped: {shown}\n"

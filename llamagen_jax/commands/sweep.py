@@ -22,13 +22,14 @@ from llamagen_jax.evaluation.protocols import (
 )
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.options import option
+from llamagen_jax.storage import atomic_write, user_path
 from llamagen_jax.weights.published import PUBLISHED
 
 SETTINGS = {
   "guidance": "guidance_scale", "temperature": "temperature", "top-k": "top_k",
   "top-p": "top_p",
 }  # fmt: skip
-DRAWN = ("FID", "IS")
+PLOTTED = ("FID", "IS")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,20 +53,20 @@ class SweepOptions(sampling_flags.SamplingOverrides):
 
 
 def run(args: Any) -> None:
-  """Draws, evaluates and plots, one value after the other."""
+  """Generates samples, evaluates and plots them, one value after the other."""
   setting, values = parse(args.sweep)
   _check(args, setting)
   count = args.count or PROTOCOLS[args.protocol].samples
   if not count:
     raise UserError(f"--protocol={args.protocol} has no number of samples: --count")
-  folder, evaluate, results = epath.Path(args.out), None, {}
+  folder, evaluate, results = user_path(args.out), None, {}
   as_stored = args.protocol != "custom"  # published scores do not turn photographs
   reference = open_image_set("--reference", args.reference, as_stored=as_stored)
   protocol = PROTOCOLS[args.protocol]
   found = count_problems(protocol, count) + reference_problems(protocol, reference)
   if found and not args.mismatched:
-    raise UserError(f"not {args.protocol}: {'; '.join(found)} (--mismatched draws and"
-                    " evaluates anyway)")  # fmt: skip
+    raise UserError(f"not {args.protocol}: {'; '.join(found)} (--mismatched generates"
+                    " and evaluates anyway)")  # fmt: skip
   for value in values:
     samples = folder / f"{args.sweep.partition('=')[0]}-{value}.npz"
     sample.run(_sample_options(args, setting, value, count, samples))
@@ -76,13 +77,13 @@ def run(args: Any) -> None:
     score.write(result, samples.with_suffix(".scores.json"))
     print(score.table(result))
     results[float(value)] = result
-    draw(folder / "sweep.png", args.sweep.partition("=")[0], results)
+    plot(folder / "sweep.png", args.sweep.partition("=")[0], results)
   if results:
     print(f"{summary(results)}\n{folder}/sweep.png")
 
 
 def parse(text: str) -> tuple[str, list[decimal.Decimal]]:
-  """NAME=START:STOP:STEP -> a field of `SamplingConfig`, and exact values."""
+  """Returns the field of `SamplingConfig` and the values of NAME=START:STOP:STEP."""
   name, _, span = text.partition("=")
   try:
     start, stop, step = map(decimal.Decimal, span.split(":"))
@@ -107,7 +108,7 @@ def _check(args: Any, setting: str) -> None:
     raise UserError("--sweep draws its samples: no --samples")
   if getattr(args, setting) is not None:
     raise UserError(f"--sweep={args.sweep} sets {setting}: do not give it twice")
-  if not epath.Path(args.inception).exists():  # before hours of sampling
+  if not user_path(args.inception).exists():  # before hours of sampling
     raise UserError(f"--inception={args.inception}: no such file or folder")
 
 
@@ -121,7 +122,7 @@ def _sample_options(args: Any, setting: str, value, count: int, out) -> sample.O
 
 
 def summary(results: dict[float, dict[str, Any]]) -> str:
-  """All values in one table."""
+  """Returns all values in one table."""
   names = list(next(iter(results.values()))["scores"])
   rows = ["".join([f"{'value':>10}", *(f"{name:>12}" for name in names)])]
   for value, result in results.items():
@@ -130,13 +131,13 @@ def summary(results: dict[float, dict[str, Any]]) -> str:
   return "\n".join(rows)
 
 
-def draw(path: epath.Path, name: str, results: dict[float, dict[str, Any]]) -> None:
-  """FID and IS against the setting, beside the published figures."""
+def plot(path: epath.Path, name: str, results: dict[float, dict[str, Any]]) -> None:
+  """Plots FID and IS against the setting, beside the published figures."""
   values = list(results)
   models = {result["model"] for result in results.values()}
   model = models.pop() if len(models) == 1 else None
   sheet = figure.Figure(figsize=(9, 3.6), layout="constrained")
-  for axes, metric in zip(sheet.subplots(1, 2), DRAWN, strict=True):
+  for axes, metric in zip(sheet.subplots(1, 2), PLOTTED, strict=True):
     ours = [result["scores"][metric]["ours"] for result in results.values()]
     axes.plot(values, ours, "o-", label="ours")
     best = (min if metric == "FID" else max)(zip(ours, values, strict=True))
@@ -152,14 +153,12 @@ def draw(path: epath.Path, name: str, results: dict[float, dict[str, Any]]) -> N
     axes.margins(y=0.15)
     axes.grid(alpha=0.3)
     axes.legend()
-  part = path.with_name(f".{path.name}.part")
-  with part.open("wb") as file:
+  with atomic_write(path) as file:
     sheet.savefig(file, dpi=120, format="png")
-  part.replace(path)
 
 
 def published(name: str, model: str | None, metric: str) -> list[tuple[float, float]]:
-  """What is published for a model, (guidance, score): without, and with the best."""
+  """Returns a model's published (guidance, score), without guidance and at its best."""
   known = PUBLISHED.get(model or "")
   if name != "guidance" or known is None or metric not in known.unguided:
     return []

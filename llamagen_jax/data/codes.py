@@ -1,7 +1,8 @@
 """Code shards: images as the tokenizer's codes, packed for training.
 
-A record is one image: label int32, key length uint16, key (UTF-8), codes uint16
-[crops, grid * grid], all little-endian.
+A record is one image: label int32, key length uint16, key (UTF-8), codes
+[crops, grid * grid] as uint16, or uint32 for codebooks of more than 65 536 rows, all
+little-endian.
 """
 
 import collections
@@ -45,6 +46,11 @@ class CodeShardSpec:
     return range(start, stop)
 
 
+def code_dtype(codebook_size: int) -> np.dtype:
+  """Returns the type that codes are stored as."""
+  return np.dtype("<u2" if codebook_size <= 2**16 else "<u4")
+
+
 @dataclasses.dataclass(frozen=True)
 class CodeRecord:
   """One image's codes, integers [crops, tokens]."""
@@ -53,16 +59,18 @@ class CodeRecord:
   label: int
   codes: np.ndarray
 
-  def pack(self) -> bytes:
+  def pack(self, codebook_size: int) -> bytes:
+    """Returns the record's bytes."""
     key = self.key.encode()
-    codes = self.codes.astype("<u2").tobytes()
+    codes = self.codes.astype(code_dtype(codebook_size)).tobytes()
     return HEADER.pack(self.label, len(key)) + key + codes
 
   @classmethod
-  def unpack(cls, record: bytes, crops: int) -> "CodeRecord":
+  def unpack(cls, record: bytes, crops: int, codebook_size: int) -> "CodeRecord":
+    """Reads the bytes of `pack`."""
     label, length = HEADER.unpack_from(record)
-    start = HEADER.size + length
-    codes = np.frombuffer(record, "<u2", offset=start).reshape(crops, -1)
+    start, dtype = HEADER.size + length, code_dtype(codebook_size)
+    codes = np.frombuffer(record, dtype, offset=start).reshape(crops, -1)
     return cls(record[HEADER.size : start].decode(), label, codes)
 
 
@@ -106,7 +114,7 @@ class CodeWriter:
     label_counts = collections.Counter()
     with self.shards.records(KIND, index) as writer:
       for record in records:
-        writer.write(record.pack())
+        writer.write(record.pack(self.spec.codebook_size))
         code_counts += np.bincount(record.codes.ravel(), minlength=len(code_counts))
         label_counts[record.label] += 1
     info = {
@@ -164,8 +172,11 @@ class CodeSource:
     self.manifest = shards.read_manifest(self.folder, KIND)
     with shards.refuse_damage(self.folder / shards.MANIFEST):
       self.crops = len(self.manifest["crops"])
+      codebook_size = int(self.manifest["codebook_size"])
       skipped = [int(i) for x in self.manifest["shards"] for i in x["skipped"]]
-    unpack = functools.partial(CodeRecord.unpack, crops=self.crops)
+    unpack = functools.partial(
+      CodeRecord.unpack, crops=self.crops, codebook_size=codebook_size
+    )
     self._records = shards.Records(self.folder, self.manifest, KIND, unpack)
     # So many records lie before the k-th sample that was skipped.
     self._skipped_before = np.array(skipped, np.int64) - np.arange(len(skipped))

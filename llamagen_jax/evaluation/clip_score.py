@@ -1,4 +1,4 @@
-"""CLIP score of a set of images: the mean similarity to the prompts of them.
+"""CLIP score of a set of images: their mean similarity to their prompts.
 
 Cosine similarity of CLIP's embeddings (arXiv 2104.08718, section 3), here without the
 factor 2.5 and without the cut at 0 that CLIPScore adds.
@@ -7,7 +7,6 @@ factor 2.5 and without the cut at 0 that CLIPScore adds.
 from collections.abc import Sequence
 import concurrent.futures
 import hashlib
-import pathlib
 
 import numpy as np
 from PIL import Image
@@ -28,22 +27,22 @@ CAPTIONS = "captions.txt"
 class ClipScorer:
   """A CLIP on all devices."""
 
-  def __init__(self, folder: str, values: CachedImageMap):
+  def __init__(self, folder: str, images_map: CachedImageMap):
     self._config, params = load_clip(folder)
-    self._tokens = ClipTokens.load(pathlib.Path(folder))
+    self._tokens = ClipTokens.load(folder)
     if self._tokens.size > self._config.vocab_size:
       raise UserError(
         f"--clip={folder}: the tokenizer has {self._tokens.size} tokens, the model"
         f" {self._config.vocab_size}"
       )
-    self._values = values
-    self._params = shard_tree(params, replicated(values.mesh))
+    self._map = images_map
+    self._params = shard_tree(params, replicated(images_map.mesh))
     self.identity = bundle.fingerprint(self._params)
 
   def __call__(
     self, source: ImageSet, prompts: Sequence[str], prefix: str
   ) -> np.ndarray:
-    """Cosine similarity of every image and its prompt [N] on host 0.
+    """Returns the cosine similarity of every image and its prompt [N] on host 0.
 
     Other hosts get an empty array.
     """
@@ -61,12 +60,14 @@ class ClipScorer:
         return np.array(resized, np.uint8).reshape(-1, size, size, 3)
 
       identity = f"clip {self.identity} {config} {texts}"
-      found = self._values(source, "CLIP", identity, apply, prepare, (ids, ends))
-    return found.get("cosine", np.zeros(0, np.float32))
+      outputs = self._map(
+        source, "CLIP", identity, apply, prepare=prepare, beside=(ids, ends)
+      )
+    return outputs.get("cosine", np.zeros(0, np.float32))
 
 
 def fit(image: np.ndarray, side: int) -> np.ndarray:
-  """uint8 [H, W, 3] -> [side, side, 3]: shorter side resized, bicubic, then centred.
+  """Resizes the shorter side of uint8 [H, W, 3]; returns the centre [side, side, 3].
 
   PIL's bicubic resizing, with antialiasing, as CLIP's images were prepared.
   """
@@ -79,7 +80,7 @@ def fit(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def read_prompts(file: str | None, source: ImageSet) -> list[str]:
-  """One a line and an image, in the order of the images' names or of the npz.
+  """Reads a prompt a line and image, in the order of the images' names or the npz.
 
   Args:
     file: default is captions.txt in the folder of the images.

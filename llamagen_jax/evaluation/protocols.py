@@ -1,4 +1,4 @@
-"""Named protocols: which reference belongs to a score, and what makes it comparable."""
+"""Named protocols: the reference that belongs to a score, and its conditions."""
 
 import dataclasses
 from typing import Any
@@ -14,14 +14,14 @@ from llamagen_jax.weights.published import PUBLISHED
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-  """What a score of this name is made of."""
+  """The conditions under which a score has a protocol's name."""
 
   about: str
   samples: int | None = None  # images that are scored
   side: int | None = None  # of samples and references
   reference_images: int | None = None  # in the reference
   reference_statistics: bool | None = None  # it brings its own mean and covariance
-  same_order: bool = False  # sample i is made of reference i
+  same_order: bool = False  # sample i is a reconstruction of reference i
   fid_name: str = "FID"  # among the published scores
   crop_reference: bool = False  # its images are centre-cropped to `side`
   prefix: str = ""  # of every prompt, for the CLIP score
@@ -53,8 +53,8 @@ PROTOCOLS = {
 
 # Protocols that the scores of published transformers were measured by.
 GFID = ("gfid-adm-imagenet256",)
-# What OpenAI's evaluator says of admnet_guided_upsampled_imagenet256.npz, by the same
-# protocol: a check of the whole evaluation.
+# Scores of admnet_guided_upsampled_imagenet256.npz by OpenAI's evaluator and the same
+# protocol: they check the whole evaluation.
 KNOWN_RESULTS = {
   "ADM-G+U": {
     "FID": 3.9426, "IS": 215.837, "sFID": 6.1404, "precision": 0.8265, "recall": 0.5309,
@@ -72,7 +72,7 @@ RFID = {
 
 
 def problems(protocol: Protocol, samples: ImageSet, reference: ImageSet) -> list[str]:
-  """Why the pair does not give this protocol's score; empty if it does."""
+  """Returns why the pair does not give this protocol's score; empty if it does."""
   found = sample_problems(protocol, samples) + reference_problems(protocol, reference)
   if samples.sha256 == reference.sha256:
     found.append("samples and reference are the same file")
@@ -131,7 +131,7 @@ def _ordered(labels: np.ndarray | None) -> bool:
 
 
 def published_model(name: str, settings: dict[str, Any] | None) -> str | None:
-  """The published checkpoint of the shape that made the samples, if one is."""
+  """Returns the published checkpoint of the samples' model's shape, if there is one."""
   settings = settings or {}
   tokenizer = settings.get("tokenizer_config")
   transformer = settings.get("transformer_config")
@@ -157,7 +157,7 @@ def published_model(name: str, settings: dict[str, Any] | None) -> str | None:
 
 
 def differences(settings: dict[str, Any] | None, model: str | None) -> list[str]:
-  """Where samples were drawn otherwise than for the published score."""
+  """Returns the sampling settings that differ from the published score's."""
   ours, known = (settings or {}).get("sampling"), PUBLISHED.get(model or "")
   if not ours or known is None or known.is_tokenizer:
     return []
@@ -174,7 +174,7 @@ def _listed(value: Any) -> Any:
 
 
 def published_scores(name: str, model: str | None) -> dict[str, float]:
-  """What is published for a model by a protocol; nothing for no model.
+  """Returns a model's published scores by a protocol; none for no model.
 
   Args:
     model: of `PUBLISHED`; a tokenizer may have the side of its images, @384.

@@ -1,6 +1,6 @@
 """How well a tokenizer keeps images, and how much of its codebook it uses."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import functools
 from typing import Any
@@ -25,7 +25,7 @@ DISTANCES = ("psnr", "ssim", "ssim_lg", "lpips")
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
-  """What `reconstruct` measured over a set of images."""
+  """The measurements of `reconstruct` over a set of images."""
 
   psnr: float  # dB, mean over images, as the others
   ssim: float  # of images in [0, 1]
@@ -39,20 +39,20 @@ class Reconstruction:
 
   @property
   def metrics(self) -> dict[str, float]:
-    """All numbers by name."""
-    found = {name: getattr(self, name) for name in DISTANCES}
-    found |= {"usage": self.usage, "perplexity": self.perplexity}
-    return {name: value for name, value in found.items() if value is not None}
+    """Returns all numbers by name."""
+    values = {name: getattr(self, name) for name in DISTANCES}
+    values |= {"usage": self.usage, "perplexity": self.perplexity}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def psnr(original: jax.Array, reconstruction: jax.Array) -> jax.Array:
-  """Peak signal-to-noise ratio in dB per image, [B, H, W, 3] in [0, 1] -> [B]."""
+  """Returns the peak signal-to-noise ratio in dB of images in [0, 1], [B]."""
   mse_B = jnp.mean((original - reconstruction) ** 2, axis=(1, 2, 3))
   return -10 * jnp.log10(mse_B)
 
 
 def ssim(x_BHWC: jax.Array, y_BHWC: jax.Array, data_range: float) -> jax.Array:
-  """Structural similarity per image -> [B].
+  """Returns the structural similarity of every image, [B].
 
   Wang et al., Image Quality Assessment (2004), equation 13, with a uniform window of
   7 pixels, sample variances, windows that lie inside the image, and the mean over
@@ -92,7 +92,7 @@ def reconstruct(
 
   Args:
     shown: examples of the first batch that the result holds.
-    lpips_params: of `tokenizer.lpips`; without them LPIPS is not measured.
+    lpips_params: of `vision.lpips`; without them LPIPS is not measured.
     keep: is given the originals and the reconstructions of every batch, uint8,
       without bad images.
 
@@ -102,17 +102,17 @@ def reconstruct(
   totals = dict.fromkeys((*DISTANCES, "weight"), 0.0)
   code_counts = np.zeros(config.codebook_size, np.int64)
   originals = reconstructions = None
-  for batch in batches:
-    found = step(params, lpips_params, batch)
+  steps = ((batch, step(params, lpips_params, batch)) for batch in batches)
+  for batch, outputs in _one_behind(steps):
     for name in totals:
-      totals[name] += float(found[name])
-    code_counts += np.asarray(found["code_counts"])
+      totals[name] += float(outputs[name])
+    code_counts += np.asarray(outputs["code_counts"])
     if originals is None:
       originals = _gathered(batch["image"])[:shown]
-      reconstructions = _gathered(found["images"])[:shown]
+      reconstructions = _gathered(outputs["images"])[:shown]
     if keep is not None:
       good = _gathered(batch["weight"]) > 0
-      keep(_gathered(batch["image"])[good], _gathered(found["images"])[good])
+      keep(_gathered(batch["image"])[good], _gathered(outputs["images"])[good])
   weight = totals.pop("weight")
   if not weight:
     raise UserError("no image of the source could be used; the log says why")
@@ -127,6 +127,15 @@ def reconstruct(
     originals=originals,
     reconstructions=reconstructions,
   )
+
+
+def _one_behind(items: Iterable[Any]) -> Iterator[Any]:
+  """Yields every item after the next was made, so that the device never waits."""
+  waiting = []
+  for item in items:
+    yield from waiting
+    waiting = [item]
+  yield from waiting
 
 
 def _gathered(x: jax.Array) -> np.ndarray:

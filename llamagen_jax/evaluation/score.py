@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping
 import dataclasses
-import json
 import os
 from typing import Any
 
-from etils import epath
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
@@ -26,6 +24,7 @@ from llamagen_jax.evaluation.protocols import (
 )
 from llamagen_jax.options import option
 from llamagen_jax.parallel.mesh import make_mesh
+from llamagen_jax.storage import user_path, write_json
 from llamagen_jax.vision.inception import FEATURES
 from llamagen_jax.weights.inception import load_inception
 
@@ -81,7 +80,7 @@ class Evaluator:
     self._prompts = args.prompt_file
 
   def check(self, samples: ImageSet, reference: ImageSet) -> list[str]:
-    """The pair's problems, where --mismatched allows them."""
+    """Returns the pair's problems, where --mismatched allows them."""
     if not samples.count:
       raise UserError(f"{samples.path}: holds no images to evaluate")
     found = problems(PROTOCOLS[self.name], samples, reference)
@@ -93,7 +92,7 @@ class Evaluator:
     return found
 
   def __call__(self, samples: ImageSet, reference: ImageSet) -> dict[str, Any] | None:
-    """The result as JSON will hold it, on host 0. All hosts call this."""
+    """Returns the result as JSON will hold it, on host 0. All hosts call this."""
     found, protocol = self.check(samples, reference), PROTOCOLS[self.name]
     prompts = read_prompts(self._prompts, samples) if self._clip else []
     scores = _scores(protocol, self._extract, samples, reference)
@@ -142,7 +141,7 @@ def _described(source: ImageSet) -> dict[str, Any]:
 def _scores(
   protocol: Protocol, extract: Extractor, samples: ImageSet, reference: ImageSet
 ) -> dict[str, float]:
-  """By name, on host 0."""
+  """Returns the scores by name, on host 0."""
   ours = extract(samples, "samples")
   theirs = extract(reference, "reference") if reference.count else {}
   if jax.process_index() != 0:
@@ -194,14 +193,11 @@ def _compared(scores: Mapping[str, float], known: Mapping[str, float]):
 
 def write(result: dict[str, Any], out: str | os.PathLike) -> None:
   """Writes the JSON, under its name only when it is complete."""
-  out = epath.Path(out)
-  part = out.with_name(f".{out.name}.part")
-  part.write_text(json.dumps(result, indent=1))
-  part.replace(out)
+  write_json(user_path(out), result)
 
 
 def table(result: dict[str, Any]) -> str:
-  """A result as text."""
+  """Returns a result as text."""
   lines = [f"{'protocol':12}{result['protocol']}"]
   for name in ("samples", "reference"):
     entry = result[name]

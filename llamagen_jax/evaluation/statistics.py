@@ -35,17 +35,17 @@ class Moments:
 
   @classmethod
   def of(cls, features_NC: np.ndarray) -> "Moments":
-    """Moments of whole features; refuses what is not finite."""
+    """Returns the moments of whole features; refuses values that are not finite."""
     moments = cls.empty(features_NC.shape[1])
     for start in range(0, len(features_NC), BLOCK_ROWS):
       moments.add(features_NC[start : start + BLOCK_ROWS])
     return moments
 
   def add(self, features_NC: np.ndarray) -> None:
-    """Takes in a batch of features [N, C].
+    """Adds a batch of features [N, C].
 
     Raises:
-      UserError: for a value that is not finite; nothing was taken in.
+      UserError: for a value that is not finite; nothing was added.
     """
     x = np.asarray(features_NC, np.float64)
     if not len(x):
@@ -61,7 +61,7 @@ class Moments:
     self.merge(Moments(len(x), mean, centred.T @ centred))
 
   def merge(self, other: "Moments") -> None:
-    """Takes in the moments of other images: another shard's or host's."""
+    """Adds the moments of other images: another shard's or host's."""
     if not other.count:
       return
     count = self.count + other.count
@@ -73,7 +73,7 @@ class Moments:
 
   @property
   def covariance(self) -> np.ndarray:
-    """Unbiased, [C, C]."""
+    """Returns the unbiased covariance, [C, C]."""
     if self.count < 2:
       raise UserError(
         f"{self.count} images have no covariance: at least two are needed, and more"
@@ -87,7 +87,7 @@ class Moments:
 
 
 def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
-  """Frechet distance of two sets of features [N, C] taken as Gaussians."""
+  """Returns the Frechet distance of two sets of features [N, C] as Gaussians."""
   moments = (Moments.of(np.asarray(x)) for x in (features, reference))
   return gaussian_distance(*(m.gaussian for m in moments))
 
@@ -95,7 +95,7 @@ def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
 def gaussian_distance(
   one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]
 ) -> float:
-  """Frechet distance of two Gaussians, each a mean [C] and a covariance [C, C].
+  """Returns the Frechet distance of two Gaussians, mean [C] and covariance [C, C].
 
   |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), FID (arXiv 1706.08500). With factors
   S = F F^T the trace of the root is the sum of the singular values of F1^T F2. Two
@@ -119,7 +119,7 @@ def gaussian_distance(
 
 
 def _factor(cov: np.ndarray) -> np.ndarray:
-  """F [C, rank] with F F^T a covariance, for singular ones too."""
+  """Returns F [C, rank] with F F^T = cov, for singular covariances, too."""
   lower, pivots, rank, _ = scipy.linalg.lapack.dpstrf(cov, lower=1)
   factor = np.empty((len(cov), rank))
   factor[pivots - 1] = np.tril(lower)[:, :rank]
@@ -132,7 +132,7 @@ def _factor(cov: np.ndarray) -> np.ndarray:
 
 
 def inception_score(logits_NK: np.ndarray, split: int) -> float:
-  """Mean over consecutive splits of exp(mean KL(p(y|x) | p(y))), arXiv 1606.03498.
+  """Returns the mean over splits of exp(mean KL(p(y|x) | p(y))), arXiv 1606.03498.
 
   Args:
     logits_NK: logits, or logarithms of probabilities.
@@ -156,7 +156,7 @@ def inception_score(logits_NK: np.ndarray, split: int) -> float:
 def precision_recall(
   reference: np.ndarray, samples: np.ndarray, neighbours: int = 3
 ) -> tuple[float, float]:
-  """Improved precision and recall (arXiv 1904.06991).
+  """Returns improved precision and recall (arXiv 1904.06991).
 
   Precision is the share of samples that lie within a reference image's distance to
   its k-th nearest neighbour; recall the share of references within a sample's.
@@ -226,7 +226,7 @@ class _Blocks:
 
 
 def _radii(blocks: _Blocks, neighbours: int, bar) -> np.ndarray:
-  """Squared distance to the k-th nearest other row of the set, [N]."""
+  """Returns the squared distance to the k-th nearest other row of the set, [N]."""
   radii = np.empty(blocks.count, np.float32)
   for rows in blocks.parts:
     x = blocks[rows]
@@ -247,7 +247,7 @@ def _squared_distances(x_MC: jax.Array, y_NC: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _nearer(nearest_MK, x_MC, y_NC, offset, valid):
-  """The K smallest of the distances so far and those to y, sorted, without itself."""
+  """Returns the K smallest distances, so far and to y, sorted, without itself."""
   distances = _squared_distances(x_MC, y_NC)
   row, column = (jnp.arange(n) for n in distances.shape)
   skip = (column == row[:, None] + offset) | (column >= valid)
@@ -258,7 +258,7 @@ def _nearer(nearest_MK, x_MC, y_NC, offset, valid):
 
 @jax.jit
 def _hits(x_MC, x_radii_M, y_NC, y_radii_N):
-  """Which y lie within the radius of any x [N], and which x within that of any y."""
+  """Returns which y lie within the radius of any x [N], and x in that of any y [M]."""
   distances = _squared_distances(x_MC, y_NC)
   inside_x = jnp.any(distances <= x_radii_M[:, None], axis=0)
   inside_y = jnp.any(distances <= y_radii_N, axis=1)

@@ -7,11 +7,12 @@ transformers, or OpenAI's `bpe_simple_vocab_16e6.txt`, compressed or not.
 from collections.abc import Sequence
 import gzip
 import json
-import pathlib
+import os
 
 import numpy as np
 
 from llamagen_jax.errors import UserError
+from llamagen_jax.storage import user_path
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 OPENAI = "bpe_simple_vocab_16e6.txt"
@@ -26,7 +27,7 @@ PATTERN = (
 class ClipTokens:
   """Prompts -> token ids."""
 
-  def __init__(self, tokenizer, source: pathlib.Path):
+  def __init__(self, tokenizer, source: os.PathLike):
     tokenizer.no_truncation()
     tokenizer.no_padding()
     self._tokenizer, self.size = tokenizer, tokenizer.get_vocab_size()
@@ -35,8 +36,8 @@ class ClipTokens:
       raise UserError(f"{source}: no CLIP tokenizer, as it has no {START} or {END}")
 
   @classmethod
-  def load(cls, folder: pathlib.Path) -> "ClipTokens":
-    """Opens the first of the files that a folder has.
+  def load(cls, folder: str | os.PathLike) -> "ClipTokens":
+    """Opens the first of the files that a folder has, local or in a bucket.
 
     Raises:
       UserError: none is there, or it is no tokenizer of CLIP.
@@ -45,6 +46,7 @@ class ClipTokens:
       import tokenizers
     except ImportError as error:
       raise UserError(f"{folder} needs pip install -e '.[text]' ({error})") from error
+    folder = user_path(folder)
     paths = [folder / name for name in ("tokenizer.json", "vocab.json", OPENAI)]
     paths.append(folder / f"{OPENAI}.gz")
     path = next((path for path in paths if path.exists()), None)
@@ -53,10 +55,10 @@ class ClipTokens:
       raise UserError(f"{folder}: no tokenizer; expected one of {names}")
     try:
       if path.name == "tokenizer.json":
-        return cls(tokenizers.Tokenizer.from_file(str(path)), path)
+        return cls(tokenizers.Tokenizer.from_str(_text(path)), path)
       if path.name == "vocab.json":
-        vocabulary = json.loads(path.read_text("utf-8"))
-        merges = _merges((folder / "merges.txt").read_text("utf-8"))
+        vocabulary = json.loads(_text(path))
+        merges = _merges(_text(folder / "merges.txt"))
       else:
         merges = _merges(_text(path))[:OPENAI_MERGES]
         vocabulary = _vocabulary(merges)
@@ -67,19 +69,19 @@ class ClipTokens:
       raise UserError(f"{path}: not a tokenizer ({error})") from error
 
   def rows(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """int32 ids [B, length] with zeros behind the end, and the place of the end [B].
+    """Returns int32 ids [B, length], zeros behind the end, and the end's index [B].
 
     A text that is too long is cut, and still ends.
     """
     ids, ends = np.zeros((len(texts), length), np.int32), np.zeros(len(texts), np.int32)
     for row, text in enumerate(texts):
-      found = self._tokenizer.encode(text, add_special_tokens=False).ids
-      found = [self._start, *found[: length - 2], self._end]
-      ids[row, : len(found)], ends[row] = found, len(found) - 1
+      tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
+      tokens = [self._start, *tokens[: length - 2], self._end]
+      ids[row, : len(tokens)], ends[row] = tokens, len(tokens) - 1
     return ids, ends
 
 
-def _text(path: pathlib.Path) -> str:
+def _text(path) -> str:
   data = path.read_bytes()
   return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
 
@@ -92,7 +94,7 @@ def _merges(text: str) -> list[tuple[str, str]]:
 
 
 def _vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
-  """OpenAI's order: bytes, bytes that end a word, merges, the two special tokens."""
+  """Numbers tokens as OpenAI does: bytes, bytes that end a word, merges, specials."""
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
   others = [byte for byte in range(256) if byte not in printable]
   signs = [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]

@@ -46,13 +46,13 @@ class T5Config:
 
   @classmethod
   def preset(cls, name: str, dtype: str) -> "T5Config":
-    """A published size."""
+    """Returns the shape of a published size."""
     layers, dim, heads, ffn_dim = PRESETS[name]
     return cls(32128, dim, layers, heads, head_dim=64, ffn_dim=ffn_dim, dtype=dtype)
 
 
 def relative_buckets(config: T5Config, tokens: int) -> np.ndarray:
-  """Bucket of every (query, key) pair, int32 [T, T].
+  """Returns the bucket of every (query, key) pair, int32 [T, T].
 
   Half of the buckets are for keys behind the query. In either half the first
   distances have a bucket each, and the others up to `max_distance` share the
@@ -71,7 +71,7 @@ def relative_buckets(config: T5Config, tokens: int) -> np.ndarray:
 
 
 def t5_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-  """RMSNorm, float32 inside."""
+  """Returns x by its root mean square, scaled; float32 inside."""
   x = x_BTD.astype(jnp.float32)
   normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
   return (normed * scale_D.astype(jnp.float32)).astype(x_BTD.dtype)
@@ -139,7 +139,7 @@ class T5Encoder(nn.Module):
       mask_BT: 1 on tokens, 0 on padding.
 
     Returns:
-      [B, T, D] in `config.dtype`; what stands on padding means nothing.
+      [B, T, D] in `config.dtype`; the rows of padding mean nothing.
     """
     c = self.config
     table_VD = self._param(
@@ -176,12 +176,12 @@ class T5Encoder(nn.Module):
 
 
 def _inputs(name: str) -> tuple[int, ...]:
-  """Axes that a weight sums over, which decide the size of its random values."""
+  """Returns the axes that a weight sums over, which scale its random values."""
   return (0, 1) if name == "out" else (0,)
 
 
 def init_t5(config: T5Config, key: jax.Array) -> Any:
-  """Random parameters, boxed with the names of their axes."""
+  """Returns random parameters, boxed with the names of their axes."""
   tokens = jnp.zeros((1, 2), jnp.int32)
   return T5Encoder(config).init(key, tokens, tokens)["params"]
 
@@ -190,7 +190,7 @@ def init_t5(config: T5Config, key: jax.Array) -> Any:
 def encode(
   config: T5Config, params: Any, ids_BT: jax.Array, mask_BT: jax.Array
 ) -> jax.Array:
-  """Features [B, T, D] of captions padded on the right; see `T5Encoder`."""
+  """Returns features [B, T, D] of captions padded on the right; see `T5Encoder`."""
   return T5Encoder(config).apply({"params": params}, ids_BT, mask_BT)
 
 
@@ -211,6 +211,6 @@ def left_pad(features_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
 def padded_features(
   config: Any, params: Any, ids_BP: jax.Array, mask_BP: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Tokens padded on the right -> features [B, P, C] and mask, padded on the left."""
+  """Returns features [B, P, C] and mask padded left, of tokens padded right."""
   features_BPC = left_pad(encode(config, params, ids_BP, mask_BP), mask_BP)
   return features_BPC, jnp.flip(mask_BP, axis=1)

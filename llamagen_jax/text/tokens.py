@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import hashlib
-import pathlib
+import os
 
+from etils import epath
 import numpy as np
 
 from llamagen_jax.errors import UserError
+from llamagen_jax.storage import user_path
 from llamagen_jax.text.caption import clean
 
 SENTENCEPIECE = "spiece.model"
@@ -22,57 +24,57 @@ class CaptionTokens:
   Picklable: workers that read data open the file of their own.
   """
 
-  path: pathlib.Path
+  path: epath.Path
   size: int
   pad: int
   end: int  # of </s>, which ends every caption
   identity: str  # sha256 of the file
 
   @classmethod
-  def load(cls, folder: str | pathlib.Path) -> "CaptionTokens":
-    """Opens a folder's spiece.model, or else its tokenizer.json."""
+  def load(cls, folder: str | os.PathLike) -> "CaptionTokens":
+    """Opens spiece.model, or else tokenizer.json, of a local folder or a bucket's."""
     for name in (SENTENCEPIECE, TOKENIZERS):
-      path = pathlib.Path(folder) / name
+      path = user_path(folder) / name
       if path.exists():
         size, pad, end = _open(path)[1:]
         return cls(path, size, pad, end, hashlib.sha256(path.read_bytes()).hexdigest())
     raise UserError(f"{folder}: no tokenizer; expected {SENTENCEPIECE} or {TOKENIZERS}")
 
   def ids(self, caption: str, length: int) -> list[int]:
-    """Tokens of a caption as it is, cut to `length` with the `</s>` at the end."""
+    """Returns the tokens of a caption as it is, at most `length` with their `</s>`."""
     return [*_open(self.path)[0](caption)[: length - 1], self.end]
 
   def row(self, caption: str, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """A cleaned caption as int32 ids and mask, both [length], padded on the right.
+    """Returns a cleaned caption's int32 ids and mask [length], padded on the right.
 
-    A caption that nothing is left of has a mask of zeros.
+    The mask of a caption that cleaning empties is zeros.
     """
     caption = clean(caption)
-    found = self.ids(caption, length) if caption else []
+    tokens = self.ids(caption, length) if caption else []
     ids = np.full(length, self.pad, np.int32)
-    ids[: len(found)] = found
-    return ids, (np.arange(length) < len(found)).astype(np.int32)
+    ids[: len(tokens)] = tokens
+    return ids, (np.arange(length) < len(tokens)).astype(np.int32)
 
   def rows(self, captions: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """`row` of several captions, both [B, length]."""
+    """Returns `row` of several captions, both [B, length]."""
     ids, masks = zip(*(self.row(c, length) for c in captions), strict=True)
     return np.stack(ids), np.stack(masks)
 
 
 @functools.lru_cache(maxsize=4)
-def _open(path: pathlib.Path) -> tuple[Callable[[str], list[int]], int, int, int]:
-  """(text -> ids, number of tokens, id of <pad>, id of </s>)."""
+def _open(path: epath.Path) -> tuple[Callable[[str], list[int]], int, int, int]:
+  """Returns text -> ids, the number of tokens, and the ids of <pad> and </s>."""
   try:
     if path.name == SENTENCEPIECE:
       import sentencepiece
 
-      pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+      pieces = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
       encode, size = pieces.encode, pieces.get_piece_size()
       pad, end = pieces.pad_id(), pieces.eos_id()
     else:
       import tokenizers
 
-      fast = tokenizers.Tokenizer.from_file(str(path))
+      fast = tokenizers.Tokenizer.from_buffer(path.read_bytes())
       fast.no_truncation()
       fast.no_padding()
       size = fast.get_vocab_size()

@@ -37,25 +37,25 @@ def empty_window() -> jax.Array:
 
 
 def push(window_W: jax.Array, codes: jax.Array) -> jax.Array:
-  """The window after these codes, the newest last."""
+  """Returns the window after these codes, the newest last."""
   return jnp.concatenate([window_W, codes.ravel()])[-WINDOW:]
 
 
 def counts(window_W: jax.Array, size: int) -> jax.Array:
-  """How often every code is in the window, int32 [K]."""
+  """Returns how often every code is in the window, int32 [K]."""
   places = jnp.where(window_W == NEVER, size, window_W)  # out of range: dropped
   return jnp.zeros(size, jnp.int32).at[places].add(1, mode="drop")
 
 
 def usage(counts_K: jax.Array) -> dict[str, jax.Array]:
-  """Share of the codebook in use, and exp of the entropy of the frequencies."""
+  """Returns the share of rows in use, and exp of the entropy of their frequencies."""
   share_K = counts_K / jnp.maximum(1, jnp.sum(counts_K))
   entropy = -jnp.sum(jax.scipy.special.xlogy(share_K, share_K))
   return {"usage": jnp.mean(counts_K > 0), "perplexity": jnp.exp(entropy)}
 
 
 def drawn_rows(latents_NC: jax.Array, size: int, key: jax.Array) -> jax.Array:
-  """Random latents, [K, C]; each at most once as long as there are enough."""
+  """Returns random latents [K, C], each at most once as long as there are enough."""
   draw_key, jitter_key = jax.random.split(key)
   N, C = latents_NC.shape
   picked = jax.random.choice(draw_key, N, (size,), replace=size > N)
@@ -65,7 +65,7 @@ def drawn_rows(latents_NC: jax.Array, size: int, key: jax.Array) -> jax.Array:
 def kmeans_rows(
   latents_NC: jax.Array, size: int, key: jax.Array, sphere: bool
 ) -> jax.Array:
-  """Centres of latents, [K, C], by Lloyd's rounds (on the sphere: normalised)."""
+  """Returns centres of latents [K, C] by Lloyd's rounds, normalised on the sphere."""
 
   def normalized(rows):
     return l2_normalize(rows) if sphere else rows
@@ -84,7 +84,7 @@ def kmeans_rows(
 def initial_rows(
   config: CodebookConfig, latents_NC: jax.Array, size: int, key: jax.Array, sphere: bool
 ) -> jax.Array:
-  """A codebook from the latents of the first batch; `sphere` = they have length 1."""
+  """Returns a codebook of the first batch's latents; `sphere`: of length 1."""
   if config.init == "kmeans":
     return kmeans_rows(latents_NC, size, key, sphere)
   rows_KC = drawn_rows(latents_NC, size, key)
@@ -92,7 +92,7 @@ def initial_rows(
 
 
 def replace_codebook(tree: Any, dead_K1: jax.Array, rows_KC: jax.Array | float) -> Any:
-  """The tree (parameters, moments) with the codebook's dead rows replaced."""
+  """Returns the tree (parameters, moments) with the codebook's dead rows replaced."""
 
   def replaced(path, leaf):
     is_codebook = getattr(path[-1], "key", None) == "codebook" if path else False

@@ -1,6 +1,6 @@
-"""Discriminators of the tokenizer's adversarial loss: PatchGAN and StyleGAN's.
+"""Discriminators of the tokenizer's adversarial loss: PatchGAN, StyleGAN's, VQGAN+'s.
 
-Both take images [B, H, W, 3] in [-1, 1] and give float32 logits, large for real.
+All take images [B, H, W, 3] in [-1, 1] and return float32 logits, large for real.
 """
 
 import dataclasses
@@ -12,26 +12,36 @@ import jax
 import jax.numpy as jnp
 
 from llamagen_jax.errors import UserError
+from llamagen_jax.tokenizer.model import group_norm
 
 LEAK = 0.2  # of LeakyReLU
 BATCH_NORM_EPS = 1e-5
 STYLEGAN_CHANNELS = {4: 512, 8: 512, 16: 512, 32: 512, 64: 256, 128: 128, 256: 64,
                      512: 32}  # fmt: skip
 STYLEGAN_HIDDEN = 512
+# Of VQGAN+'s: slope of LeakyReLU, blur filter, groups, and side of the logits.
+BLUR_LEAK, BLUR_TAPS, BLUR_GROUPS, BLUR_SIDE = 0.1, (1, 3, 3, 1), 32, 16
+BLUR_NORM_EPS = 1e-5
+KINDS = ("patchgan", "stylegan", "blurpool")
 PARAMETER_KEY = 1  # folded into the run's key, which the generator starts from
 
 
 @dataclasses.dataclass(frozen=True)
 class DiscriminatorConfig:
-  kind: str = "patchgan"  # patchgan | stylegan
-  width: int = 64  # patchgan: channels of the first convolution
-  layers: int = 3  # patchgan: convolutions of stride 2
+  kind: str = "patchgan"  # patchgan | stylegan | blurpool (VQGAN+)
+  width: int = 64  # patchgan, blurpool: channels of the first convolution
+  layers: int = 3  # patchgan, blurpool: how often the resolution is halved
   dtype: str = "float32"  # of activations: float32 | bfloat16
 
   def __post_init__(self):
-    if self.kind not in ("patchgan", "stylegan"):
+    if self.kind not in KINDS:
       raise UserError(
-        f"discriminator.kind={self.kind!r}: expected patchgan or stylegan"
+        f"discriminator.kind={self.kind!r}: expected {' or '.join(KINDS)}"
+      )
+    if self.kind == "blurpool" and self.width % BLUR_GROUPS:
+      raise UserError(
+        f"discriminator.width={self.width}: blurpool expects a multiple of"
+        f" {BLUR_GROUPS}"
       )
     if self.dtype not in ("float32", "bfloat16"):
       raise UserError(
@@ -50,22 +60,29 @@ class DiscriminatorConfig:
         f"discriminator.layers={self.layers}: images of {side} are too small, they"
         f" need {3 * 2**self.layers}"
       )
+    if self.kind == "blurpool" and side % (BLUR_SIDE * 2**self.layers):
+      raise UserError(
+        f"discriminator.layers={self.layers}: images of {side}, blurpool expects a"
+        f" multiple of {BLUR_SIDE * 2**self.layers}"
+      )
 
 
 def discriminate(config: DiscriminatorConfig, params: Any, images: jax.Array):
-  """Logits of images: [B, h, w, 1] a patch, or [B, 1] an image."""
+  """Returns the logits of images: [B, h, w, 1] a patch, or [B, 1] an image."""
   return make_discriminator(config).apply({"params": params}, images)
 
 
 def init_discriminator(config: DiscriminatorConfig, side: int, key: jax.Array) -> Any:
-  """Fresh float32 parameters for images of `side`, boxed with axis names."""
+  """Returns new float32 parameters for images of `side`, boxed with axis names."""
   key = jax.random.fold_in(key, PARAMETER_KEY)
   images = jnp.zeros((1, side, side, 3))
   return make_discriminator(config).init(key, images)["params"]
 
 
 def make_discriminator(config: DiscriminatorConfig) -> nn.Module:
-  return {"patchgan": PatchGAN, "stylegan": StyleGAN}[config.kind](config)
+  """Returns the network of a config."""
+  kinds = {"patchgan": PatchGAN, "stylegan": StyleGAN, "blurpool": BlurPool}
+  return kinds[config.kind](config)
 
 
 class Conv(nn.Module):
@@ -169,6 +186,53 @@ class StyleGANBlock(nn.Module):
     x = nn.leaky_relu(_conv3(c, self.features, x, "conv2"), LEAK)
     x = _conv3(c, self.features, blur(x), "downsample", stride=2)
     return (x + kept) * 2**-0.5
+
+
+class BlurPool(nn.Module):
+  """A logit for each of 16x16 patches (VQGAN+, arXiv 2409.16211, section 3.1)."""
+
+  config: DiscriminatorConfig
+
+  @nn.compact
+  def __call__(self, x_BHWC):
+    c = self.config
+
+    def conv(features, size, name):
+      init = _uniform(size**2 * x.shape[-1])
+      return Conv(c, features, size, init, padding=size // 2, name=name)(x)
+
+    x = x_BHWC.astype(c.dtype)
+    x = nn.leaky_relu(conv(c.width, 5, "conv_in"), BLUR_LEAK)
+    for i in range(c.layers):
+      x = blur_pool(conv(c.width * 2**i, 3, f"conv_{i}"))
+      x = nn.leaky_relu(GroupNorm(name=f"norm_{i}")(x), BLUR_LEAK)
+    size = x.shape[1] // BLUR_SIDE
+    x = nn.max_pool(x, (size, size), (size, size))
+    x = nn.leaky_relu(conv(x.shape[-1], 1, "hidden"), BLUR_LEAK)
+    return conv(1, 5, "conv_out").astype(jnp.float32)
+
+
+class GroupNorm(nn.Module):
+  """Normalises groups of channels, in float32."""
+
+  @nn.compact
+  def __call__(self, x_BHWC):
+    channels = x_BHWC.shape[-1:]
+    scale_C = self.param("scale", nn.initializers.ones, channels)
+    bias_C = self.param("bias", nn.initializers.zeros, channels)
+    x = group_norm(x_BHWC, scale_C, bias_C, BLUR_GROUPS, BLUR_NORM_EPS)
+    return x.astype(x_BHWC.dtype)
+
+
+def blur_pool(x_BHWC: jax.Array) -> jax.Array:
+  """Halves the sides after a [1, 3, 3, 1] x [1, 3, 3, 1] filter, with zeros outside."""
+  channels = x_BHWC.shape[-1]
+  taps = jnp.array(BLUR_TAPS, x_BHWC.dtype) / sum(BLUR_TAPS)
+  kernel_441C = jnp.tile(jnp.outer(taps, taps)[:, :, None, None], (1, 1, 1, channels))
+  return jax.lax.conv_general_dilated(
+    x_BHWC, kernel_441C, (2, 2), "SAME", feature_group_count=channels,
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )  # fmt: skip
 
 
 def blur(x_BHWC: jax.Array) -> jax.Array:

@@ -51,14 +51,14 @@ class LossConfig:
 def reconstruction_loss(
   config: LossConfig, images: jax.Array, reconstructions: jax.Array
 ) -> jax.Array:
-  """Mean absolute or squared error over all values, weighted."""
+  """Returns the mean absolute or squared error over all values, weighted."""
   error = images - reconstructions
   values = jnp.abs(error) if config.reconstruction == "l1" else error**2
   return config.reconstruction_weight * jnp.mean(values)
 
 
 def generator_loss(kind: str, fake: jax.Array) -> jax.Array:
-  """What the generator pays for logits of reconstructions.
+  """Returns the generator's loss for the logits of reconstructions.
 
   hinge: -mean(D(fake)), Geometric GAN (arXiv 1705.02894), equation 13;
   non-saturating: -mean(log sigmoid(D(fake))), GAN (arXiv 1406.2661), section 3.
@@ -67,7 +67,7 @@ def generator_loss(kind: str, fake: jax.Array) -> jax.Array:
 
 
 def discriminator_loss(kind: str, real: jax.Array, fake: jax.Array) -> jax.Array:
-  """What the discriminator pays for logits of images and of reconstructions.
+  """Returns the discriminator's loss for logits of images and of reconstructions.
 
   hinge: (mean relu(1 - real) + mean relu(1 + fake)) / 2, Geometric GAN (arXiv
   1705.02894), equation 12; vanilla: (mean softplus(-real) + mean softplus(fake)) / 2,
@@ -82,7 +82,7 @@ def discriminator_loss(kind: str, real: jax.Array, fake: jax.Array) -> jax.Array
 def adaptive_weight(
   likelihood_grad: jax.Array, adversarial_grad: jax.Array
 ) -> jax.Array:
-  """Brings the adversarial gradient to the size of the others' (VQGAN, equation 7).
+  """Returns the weight that balances the two gradients (VQGAN, equation 7).
 
   Args:
     likelihood_grad: of reconstruction + perceptual, with respect to the kernel of

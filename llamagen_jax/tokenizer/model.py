@@ -101,12 +101,14 @@ class NormSwish(nn.Module):
     c, channels = self.config, x_BHWC.shape[-1:]
     scale_C = self.param("scale", nn.initializers.ones, channels)
     bias_C = self.param("bias", nn.initializers.zeros, channels)
-    x_BHWC = group_norm(x_BHWC, scale_C, bias_C, c.norm_groups).astype(c.dtype)
+    x_BHWC = group_norm(x_BHWC, scale_C, bias_C, c.norm_groups, GROUP_NORM_EPS).astype(
+      c.dtype
+    )
     return nn.swish(x_BHWC) if self.swish else x_BHWC
 
 
 def group_norm(
-  x_BHWC: jax.Array, scale_C: jax.Array, bias_C: jax.Array, groups: int
+  x_BHWC: jax.Array, scale_C: jax.Array, bias_C: jax.Array, groups: int, eps: float
 ) -> jax.Array:
   """Normalises every group of channels to mean 0, variance 1 (arXiv 1803.08494).
 
@@ -123,7 +125,7 @@ def group_norm(
   x_BHWC = x_BHWC.astype(jnp.float32)
   mean_B11C = group_mean(x_BHWC)
   variance_B11C = group_mean(jnp.square(x_BHWC - mean_B11C))
-  scale_B11C = jax.lax.rsqrt(variance_B11C + GROUP_NORM_EPS) * scale_C
+  scale_B11C = jax.lax.rsqrt(variance_B11C + eps) * scale_C
   return (x_BHWC - mean_B11C) * scale_B11C + bias_C
 
 

@@ -34,7 +34,7 @@ class TowerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ClipConfig:
-  """Shape of a CLIP, and what its images are normalised by."""
+  """Shape of a CLIP, and mean and deviation of its images."""
 
   text: TowerConfig
   vision: TowerConfig
@@ -93,7 +93,7 @@ class Block(nn.Module):
 
 
 def transformer(config: TowerConfig, activation: str, causal: bool) -> nn.Module:
-  """Blocks with parameters stacked over layers, as a submodule called `layers`."""
+  """Returns blocks with parameters stacked over layers, as a submodule `layers`."""
   scanned = nn.scan(
     Block,
     variable_axes={"params": 0},
@@ -105,7 +105,7 @@ def transformer(config: TowerConfig, activation: str, causal: bool) -> nn.Module
 
 
 class TextTower(nn.Module):
-  """int32 ids [B, T] and the place of the end of each text [B] -> [B, E]."""
+  """Embeds int32 ids [B, T] with the index of each text's end [B] as [B, E]."""
 
   config: ClipConfig
 
@@ -117,14 +117,14 @@ class TextTower(nn.Module):
     positions_TD = self.param("positions", normal, (c.context, width))
     x_BTD = table_VD[ids_BT] + positions_TD
     x_BTD, _ = transformer(c.text, c.activation, causal=True)(x_BTD, None)
-    # What stands behind the end is never seen: padding does not matter.
+    # The mask is causal -> tokens behind the end change nothing.
     x_BD = norm(self, "norm", x_BTD[jnp.arange(len(end_B)), end_B])
     projection_DE = self.param("projection", normal, (width, c.embedding_dim))
     return jnp.matmul(x_BD, projection_DE, precision=HIGHEST)
 
 
 class VisionTower(nn.Module):
-  """uint8 images [B, S, S, 3] of the model's size -> [B, E]."""
+  """Embeds uint8 images [B, S, S, 3] of the model's size as [B, E]."""
 
   config: ClipConfig
 
@@ -168,7 +168,7 @@ class Clip(nn.Module):
 
 
 def norm(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
-  """LayerNorm over the last axis."""
+  """Returns x normalised over the last axis, with a scale and a bias of `module`."""
   shape = x.shape[-1:]
   scale = module.param(f"{name}_scale", nn.initializers.ones, shape)
   bias = module.param(f"{name}_bias", nn.initializers.zeros, shape)
@@ -192,7 +192,7 @@ def unit(x_BE: jax.Array) -> jax.Array:
 def similarity(
   config: ClipConfig, params: Any, ids_BT: jax.Array, end_B: jax.Array, images
 ) -> jax.Array:
-  """Cosine similarity of every image and its text, [B]."""
+  """Returns the cosine similarity of every image and its text, [B]."""
   text, vision = Clip(config).apply({"params": params}, ids_BT, end_B, images)
   return jnp.sum(text * vision, axis=-1)
 

@@ -22,7 +22,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Features(NamedTuple):
-  """What the metrics are made of, float32."""
+  """The outputs that the metrics compare, float32."""
 
   pool: jax.Array  # [B, 2048]
   spatial: jax.Array  # [B, 2023], 17 x 17 x 7 flattened
@@ -150,7 +150,7 @@ class Block8(nn.Module):
 
 
 class Inception(nn.Module):
-  """uint8 (or float in [0, 255]) images [B, H, W, 3] of any size -> `Features`."""
+  """Returns the `Features` of images [B, H, W, 3] in [0, 255], of any size."""
 
   @nn.compact
   def __call__(self, images):
@@ -182,7 +182,7 @@ class Inception(nn.Module):
 
 
 def average_pool(x_BHWC: jax.Array) -> jax.Array:
-  """Mean of the 3 x 3 pixels around each one, of those inside the image."""
+  """Returns the mean of the 3 x 3 pixels around each one that lie in the image."""
   return nn.avg_pool(x_BHWC, (3, 3), (1, 1), "SAME", count_include_pad=False)
 
 
@@ -191,7 +191,7 @@ def reducing_pool(x_BHWC: jax.Array) -> jax.Array:
 
 
 def resize_tf1(images: jax.Array, side: int) -> jax.Array:
-  """[B, H, W, C] -> [B, side, side, C], bilinear as TensorFlow 1 did it.
+  """Resizes [B, H, W, C] to [B, side, side, C], bilinear as TensorFlow 1 did it.
 
   Pixel i of the result lies at i * H / side of the source: no half-pixel centres, no
   antialiasing, no aligned corners.
@@ -201,7 +201,7 @@ def resize_tf1(images: jax.Array, side: int) -> jax.Array:
 
 
 def _weights(length: int, side: int) -> np.ndarray:
-  """[side, length]."""
+  """Returns the interpolation matrix [side, length]."""
   position = np.arange(side, dtype=np.float32) * np.float32(length / side)
   low = np.floor(position).astype(int)
   high = np.minimum(low + 1, length - 1)
@@ -218,6 +218,6 @@ def extract_features(params: Any, images: jax.Array) -> Features:
 
 
 def abstract_inception() -> Any:
-  """Shapes of the parameters."""
+  """Returns the shapes of the parameters."""
   image = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.uint8)
   return jax.eval_shape(Inception().init, jax.random.key(0), image)["params"]

@@ -20,7 +20,7 @@ NORM_EPS = 1e-10  # added to the norm
 
 
 def conv_names() -> Iterator[tuple[str, int, int]]:
-  """(name, input channels, output channels) of the convolutions, in order."""
+  """Yields name, input and output channels of the convolutions, in order."""
   channels = 3
   for i, group in enumerate(GROUPS, start=1):
     for j, width in enumerate(group, start=1):
@@ -29,7 +29,7 @@ def conv_names() -> Iterator[tuple[str, int, int]]:
 
 
 def shapes() -> dict[str, Any]:
-  """The parameters' tree of shapes, float32."""
+  """Returns the shapes of the parameters, float32."""
 
   def array(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -42,7 +42,7 @@ def shapes() -> dict[str, Any]:
 
 
 def lpips(params: Any, x_BHWC: jax.Array, y_BHWC: jax.Array, dtype: str) -> jax.Array:
-  """Distance of images in [-1, 1], [B, H, W, 3] twice -> float32 [B].
+  """Returns the distance of two batches of images in [-1, 1], float32 [B].
 
   The convolutions run in `dtype`; normalising and comparing in float32.
   """
@@ -75,7 +75,7 @@ def _features(params: Any, images: jax.Array, dtype: str) -> Iterator[jax.Array]
 
 
 def _unit(x_BHWC: jax.Array) -> jax.Array:
-  """Unit length over channels; the gradient is 0, not NaN, where all are 0."""
+  """Scales to unit length over channels; where all are 0 the gradient is 0, not NaN."""
   squared = jnp.sum(x_BHWC**2, axis=-1, keepdims=True)
   norm = jnp.sqrt(jnp.where(squared > 0, squared, 1.0))
   return x_BHWC / (jnp.where(squared > 0, norm, 0.0) + NORM_EPS)

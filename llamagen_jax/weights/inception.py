@@ -4,11 +4,11 @@ from collections.abc import Mapping
 import os
 from typing import Any
 
-from etils import epath
 import flax
 import numpy as np
 
 from llamagen_jax.errors import UserError
+from llamagen_jax.storage import user_path
 from llamagen_jax.vision.inception import CLASSES, FEATURES, abstract_inception
 from llamagen_jax.weights import bundle
 from llamagen_jax.weights.files import read_weights
@@ -23,14 +23,14 @@ BATCHNORM = {
 
 
 def inception_from_torch(state_dict: Mapping[str, Array]) -> dict[str, Any]:
-  """Reads all of Inception's parameters, float32; strict about names and shapes."""
+  """Returns Inception's parameters, float32; strict about names and shapes."""
   used = {name: value for name, value in state_dict.items() if name != HEAD_BIAS}
   return read_table(_table(), used)
 
 
 def load_inception(path: str | os.PathLike) -> dict[str, Any]:
-  """Reads a bundle or the file, numpy; `.safetensors` of its names will do as well."""
-  if epath.Path(path).is_dir():
+  """Reads a bundle, the published file or a `.safetensors` of its names, as numpy."""
+  if (user_path(path) / bundle.CONFIG).exists():
     return bundle.load_judge(path, KIND, lambda fields: abstract_inception())[1]
   weights, _ = read_weights(path)
   if SIGN not in weights:

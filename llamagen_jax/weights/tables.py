@@ -38,12 +38,12 @@ class Entry:
 
 
 def read_table(table: list[Entry], state_dict: Mapping[str, Array]) -> dict[str, Any]:
-  """All of our arrays, float32."""
+  """Returns all of our arrays, float32."""
   return jax.tree.map(lambda load: load(), defer_table(table, state_dict))
 
 
 def defer_table(table: list[Entry], state_dict: Mapping[str, Array]) -> dict[str, Any]:
-  """A tree of functions, each of which reads and returns one of our arrays.
+  """Returns a tree of functions that each read and return one of our arrays.
 
   Raises:
     UserError: with every missing, unexpected or misshapen tensor; nothing was read.
@@ -73,7 +73,7 @@ def _load(entries: list[Entry], state_dict: Mapping[str, Array]) -> Array:
 
 
 def _finite(name: str, tensor: Array) -> Array:
-  """A tensor's values, float32.
+  """Returns a tensor's values, float32.
 
   Raises:
     UserError: for NaN and infinity, of which a model makes images of noise.

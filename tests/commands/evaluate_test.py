@@ -75,7 +75,8 @@ def test_digits_and_noise_are_ranked(evaluate, capsys):
   np.testing.assert_allclose(swapped["FID"], digits["FID"], rtol=1e-6)
   assert swapped["precision"] == digits["recall"]
   assert swapped["recall"] == digits["precision"]
-  assert "sha256" in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert "sha256" in out and "CAUTION" in out
 
 
 def test_a_wrong_pair_is_refused(evaluate, capsys):

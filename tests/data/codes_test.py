@@ -62,6 +62,17 @@ def test_records_come_back_in_the_order_of_the_source(tmp_path):
   verify(tmp_path, "codes")
 
 
+@pytest.mark.parametrize("size, bytes_a_code", [(2**16, 2), (2**16 + 1, 4)])
+def test_large_codebooks_have_wider_codes(tmp_path, size, bytes_a_code):
+  plan = dataclasses.replace(PLAN, codebook_size=size, samples=1, shards=1)
+  codes = np.array([[0, size - 1] * 8] * 2)
+  writer = CodeWriter(tmp_path, plan)
+  writer.write_shard(0, [CodeRecord("x", 1, codes)], {})
+  writer.finish()
+  np.testing.assert_array_equal(CodeSource(tmp_path)[0].codes, codes)
+  assert len(CodeRecord("x", 1, codes).pack(size)) == 7 + 32 * bytes_a_code
+
+
 def test_unfinished_work_is_resumed_by_shard_and_looks_unfinished(tmp_path):
   whole, cut = tmp_path / "whole", tmp_path / "cut"
   write(whole).finish()

@@ -36,7 +36,7 @@ class Network:
 def network(monkeypatch):
   network = Network()
   monkeypatch.setattr(cached_features, "extract_features", network)
-  monkeypatch.setattr(cached_features, "PIECE", 4)
+  monkeypatch.setattr(cached_features, "SHARD_IMAGES", 4)
   return network
 
 

@@ -75,8 +75,8 @@ def test_larger_images_are_scored_at_the_protocols_side(tmp_path):
   from llamagen_jax.commands.reconstruct import _Spool
 
   images = np.random.default_rng(0).integers(0, 256, (3, 24, 24, 3), np.uint8)
-  spool = _Spool(tmp_path / "x", 16)
+  spool = _Spool(16)
   spool.add(images)
-  (found,) = spool.parts()
+  (found,) = spool.batches()
   expected = np.asarray(resize_bicubic(images.astype(np.float32), 16))
   assert np.abs(found - np.clip(expected, 0, 255)).max() <= 0.5001

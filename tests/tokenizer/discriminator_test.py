@@ -39,6 +39,16 @@ def test_discriminators_equal_the_original(kind, weights):
   assert all("running_" in name for name in left)
 
 
+def test_blur_pool_equals_the_original():
+  tensors = parity.synthesize(parity.beyond_manifest()["vqganplus_disc"])
+  config = DiscriminatorConfig("blurpool", width=32)
+  params = discriminator_from_torch(config, 128, tensors)
+  images = 0.5 * parity.randn("vqganplus_disc/image", (2, 3, 128, 128))
+  logits = discriminate(config, params, images.transpose(0, 2, 3, 1))
+  expected = parity.golden()["vqganplus_disc_logits"]
+  np.testing.assert_allclose(logits, expected, atol=2e-4)
+
+
 def test_patchgan_starts_as_published():
   params = init_discriminator(DiscriminatorConfig(), 64, jax.random.key(0))
   params = unbox(params)
@@ -61,7 +71,9 @@ def test_batch_norm_normalises_over_batch_and_positions():
   [
     ({"kind": "stylegan"}, 96, "images of 96, expected a power of two"),
     ({"layers": 4}, 32, "discriminator.layers=4: images of 32 are too small"),
-    ({"kind": "vgg"}, 32, "'vgg': expected patchgan or stylegan"),
+    ({"kind": "vgg"}, 32, "'vgg': expected patchgan or stylegan or blurpool"),
+    ({"kind": "blurpool"}, 96, "images of 96, blurpool expects a multiple of 128"),
+    ({"kind": "blurpool", "width": 8}, 128, "discriminator.width=8"),
   ],
 )
 def test_shapes_that_do_not_work_are_named(config, side, words):
