@@ -1,4 +1,4 @@
-"""Records of images with captions as they are found in files, and their fields."""
+"""Records of images with captions as files hold them, and the fields of these."""
 
 from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
@@ -28,7 +28,7 @@ class FieldNames:
 
 @dataclasses.dataclass(frozen=True)
 class CaptionedImage:
-  """An image file with a caption, as found; `problem` is "reason: detail"."""
+  """An image file with a caption, or why it cannot be used: "reason: detail"."""
 
   key: str
   source: str

@@ -69,7 +69,7 @@ class Tars:
         yield from self._records(record, parts)
       except Unusable as problem:
         yield dataclasses.replace(record, problem=str(problem))
-    tar.fileobj.seek(tar.offset)  # where tarfile, silently, found no more headers
+    tar.fileobj.seek(tar.offset)  # where tarfile stopped without a word
     block = tar.fileobj.read(BLOCK)
     if len(block) < BLOCK or any(block):
       state = "cut off" if len(block) < BLOCK else "damaged"

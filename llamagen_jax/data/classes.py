@@ -212,7 +212,7 @@ def _nearest(word: str, by_name: dict[str, int]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Relabelled:
-  """A source whose records have the labels that `match_classes` found."""
+  """A source whose records have the labels that `match_classes` returns."""
 
   source: Any
   labels: Sequence[int]

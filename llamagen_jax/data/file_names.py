@@ -47,7 +47,7 @@ def natural_order(paths: Iterable[str]) -> list[str]:
 
 
 def _natural(name: str) -> list:
-  words = re.split("([0-9]+)", name)  # text at even places, digits at odd ones
+  words = re.split("([0-9]+)", name)  # text at even indices, digits at odd ones
   digits = [word.lstrip("0") for word in words[1::2]]
   words[1::2] = [(len(word), word) for word in digits]
   return words
@@ -150,7 +150,7 @@ def _matches(pattern: str) -> list[str]:
 
 def _alternatives(spec: str, pattern: str) -> list[str]:
   """Expands braces as shells and webdataset do."""
-  groups = BRACES.split(pattern)  # text at even places, the braces' at odd ones
+  groups = BRACES.split(pattern)  # text at even indices, the braces' at odd ones
   options = [[text] for text in groups]
   count = 1
   for i in range(1, len(groups), 2):

@@ -293,26 +293,26 @@ class TfdsSource:
   where there are classes, `label`. TFDS_DATA_DIR says where data sets lie.
   """
 
-  def __init__(self, place: str):
+  def __init__(self, spec: str):
     import tensorflow_datasets as tfds
 
-    builder, self._split = _tfds_builder(place)
+    builder, self._split = _tfds_builder(spec)
     splits, features = builder.info.splits, builder.info.features
     if self._split.partition("[")[0] not in splits:
       known = ", ".join(splits) or "none, it is not prepared"
       raise UserError(
-        f"data source tfds:{place}: no split {self._split!r}; it has {known}"
+        f"data source tfds:{spec}: no split {self._split!r}; it has {known}"
       )
     if "image" not in features:
       known = ", ".join(features)
-      raise UserError(f"data source tfds:{place}: no feature image; it has {known}")
+      raise UserError(f"data source tfds:{spec}: no feature image; it has {known}")
     try:
       self._records = builder.as_data_source(
         split=self._split, decoders={"image": tfds.decode.SkipDecoding()}
       )
     except Exception as error:
       raise UserError(
-        f"data source tfds:{place}: cannot be read at random ({first_line(error)});"
+        f"data source tfds:{spec}: cannot be read at random ({first_line(error)});"
         " prepare it with --file_format=array_record"
       ) from error
     names = getattr(features["label"], "names", None) if "label" in features else None
@@ -335,22 +335,22 @@ class TfdsSource:
     return ImageRecord(key, image, label)
 
 
-def _tfds_builder(place: str):
+def _tfds_builder(spec: str):
   """Returns the builder of NAME[/CONFIG][/SPLIT] and its split."""
   import tensorflow_datasets as tfds
 
   data_dir = os.environ.get("TFDS_DATA_DIR")
-  name, _, split = place.rpartition("/")
+  name, _, split = spec.rpartition("/")
   try:
     try:
-      return tfds.builder(place, data_dir=data_dir), "train"
+      return tfds.builder(spec, data_dir=data_dir), "train"
     except Exception:
       if not name:
         raise
       return tfds.builder(name, data_dir=data_dir), split
   except Exception as error:
     raise UserError(
-      f"data source tfds:{place}: not found ({first_line(error)}); prepare it with"
+      f"data source tfds:{spec}: not found ({first_line(error)}); prepare it with"
       " `tfds build NAME --file_format=array_record` (it needs: pip install"
       " tensorflow) and set TFDS_DATA_DIR"
     ) from error

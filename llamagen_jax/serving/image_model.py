@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from llamagen_jax.data.classes import RANGE, shown_name, to_labels
+from llamagen_jax.data.classes import RANGE, shown_name, to_label
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.sampling.keys import image_keys
@@ -130,7 +130,8 @@ class ImageModel:
         raise UserError(f"{word[:40]!r} is not one class")
       if number and not named and not 0 <= int(word) < self.classes:
         raise UserError(f"there is no class {word[:40]}")
-      return to_labels([word], self.gpt.class_names, self.classes)[0]
+      given = label if isinstance(label, int) else word  # a number is an index
+      return to_label(given, self.gpt.class_names, self.classes)
     except UserError as error:
       message = f"Invalid '{param}': {str(error)[:200]}. {self._expected_class()}."
       raise APIError(400, message, code="invalid_value", param=param) from error

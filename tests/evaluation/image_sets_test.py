@@ -8,6 +8,7 @@ from PIL import Image
 import pytest
 
 from llamagen_jax.errors import UserError
+from llamagen_jax.evaluation.clip_score import read_prompts
 from llamagen_jax.evaluation.image_sets import open_image_set
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
@@ -132,3 +133,15 @@ def test_settings_of_another_program_are_one_line(tmp_path, text, words):
   (tmp_path / "x.json").write_text(text)
   with pytest.raises(UserError, match=f"x.json: {words}"):
     source.settings  # noqa: B018
+
+
+def test_prompts_are_paired_in_natural_order(tmp_path):
+  write_folder(tmp_path, [f"{i}.png" for i in range(12)])
+  lines = "".join(f"caption {i}\u2028x\r\n" for i in range(12))
+  (tmp_path / "captions.txt").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+  source = open_image_set("--samples", tmp_path)
+  prompts = read_prompts(None, source)
+  assert source.files[2] == "2.png" and prompts[2] == "caption 2\u2028x"
+  (tmp_path / "captions.txt").write_bytes("caf\xe9".encode("latin-1"))
+  with pytest.raises(UserError, match="captions.txt: byte 3 is 0xe9"):
+    read_prompts(None, source)
