@@ -4,6 +4,7 @@ The file's `get_config(ARG)` returns a ConfigDict. Sections and fields that it l
 out take the defaults of the recipe's dataclasses, so that a flag can set any of them.
 """
 
+import ast
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import difflib
@@ -55,6 +56,7 @@ def parse(
     UserError: a flag or a field that does not exist, or a value of another type.
     SystemExit: after `--help` and `--help-config`.
   """
+  about = f"{about.strip()}\n\n{shipped()}"
   parser = arguments.make_parser(kind, verb, about)
   for action in parser._actions:  # a look at the config needs no work folder
     action.required &= "--help-config" not in argv or action.dest == "config"
@@ -103,6 +105,20 @@ def load(text: str) -> ml_collections.ConfigDict:
       " ConfigDict"
     )
   return config
+
+
+def shipped() -> str:
+  """Returns a paragraph: the package's recipes and their arguments."""
+  lines = ["recipes, and what may stand after the colon:"]
+  recipes = importlib.resources.files("llamagen_jax.configs").iterdir()
+  for file in sorted(recipes, key=lambda file: file.name):
+    if file.name.endswith(".py") and not file.name.startswith("_"):
+      tree = ast.parse(file.read_text("utf-8"))
+      about = (ast.get_docstring(tree) or "").partition("\n")[0]
+      functions = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
+      arguments_of = ast.get_docstring(functions["get_config"]) or ""
+      lines += [f"  configs/{file.name}: {about}", f"    {one_line(arguments_of)}"]
+  return "\n".join(lines)
 
 
 def complete(config: ml_collections.ConfigDict, recipe: type) -> None:

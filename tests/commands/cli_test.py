@@ -1,12 +1,15 @@
 """Commands as a user types them: what bad input prints, and the exit code."""
 
 import json
+import types
 
 import numpy as np
 from PIL import Image
 import pytest
 
+import llamagen_jax
 from llamagen_jax.commands import cli
+from llamagen_jax.errors import RunFailed, Stopped, UserError
 from tests import tiny
 
 
@@ -50,6 +53,38 @@ def sample(folder) -> str:
     f"sample --gpt={folder}/gpt/bundle --tokenizer={folder}/tokenizer/bundle"
     f" --out={folder}/drawn.png"
   )
+
+
+@pytest.mark.parametrize(
+  "error, code",
+  [
+    (None, 0),
+    (RunFailed("loss is nan"), 1),
+    (UserError("--x: no such flag"), 2),
+    (Stopped("stopped at step 3 and saved; resume with the same command"), 75),
+    (KeyboardInterrupt(), 75),
+  ],
+)
+def test_exit_codes(monkeypatch, capsys, error, code):
+  def main(argv):
+    if error is not None:
+      raise error
+
+  module = types.SimpleNamespace(main=main)
+  monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
+  assert cli.run(["sample"]) == code
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) == (error is not None)
+  assert all(line.startswith("llamagen sample: ") for line in lines)
+
+
+def test_version_and_verbs(capsys):
+  assert cli.run(["--version"]) == 0
+  assert capsys.readouterr().out == f"llamagen_jax {llamagen_jax.__version__}\n"
+  assert cli.run(["--help"]) == 0
+  text = capsys.readouterr().out
+  assert all(f"\n  {verb} " in text for verb in cli.VERBS)
+  assert "75  stopped" in text
 
 
 def test_images_of_classes(trained, capsys):

@@ -111,6 +111,14 @@ def test_recipes_are_found_from_any_folder(tmp_path, monkeypatch):
   assert config_flag.load("configs/c2i_digits.py:fast").to_dict() == {"mine": "fast"}
 
 
+def test_help_lists_the_recipes_and_their_arguments(capsys):
+  with pytest.raises(SystemExit):
+    cli.run(["train-tokenizer", "--help"])
+  text = capsys.readouterr().out
+  assert "configs/vq_folder.py: VQ tokenizer for one's own images" in text
+  assert "`VQ-16` or `VQ-8`, `image_size=`" in text
+
+
 def test_every_field_with_value_type_and_meaning(capsys):
   argv = ["train-gpt", "--config=configs/c2i_imagenet.py:L", "--help-config"]
   with pytest.raises(SystemExit) as end:
