@@ -2,7 +2,8 @@
 
     python docs/tables.py                  prints them as Markdown
     python docs/tables.py --write          puts them between their markers
-    python docs/tables.py --check          fails where README.md or docs/ differ
+    python docs/tables.py --check          fails where README.md, docs/ or the hours
+                                           in the docstrings of configs/ differ
     python docs/tables.py --compile v6e    compiles the rows whose flags contain `v6e`
 
 
@@ -20,6 +21,7 @@ import tempfile
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results" / "compile_for_pod.json"
+CONFIGS = HERE.parent / "configs"
 PAGES = (HERE.parent / "README.md", *sorted(HERE.glob("*.md")))
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 GIB = 2**30
@@ -81,17 +83,45 @@ def render(table: str, rows: list[dict]) -> str:
   for row in done:
     figures = row["figures"]
     cells = [cell(figures) for cell in columns.values()]
-    lines.append([row["name"], figures["topology"], *cells])
+    name = row["name"] + (" †" if figures.get("rounded") else "")
+    lines.append([name, figures["topology"], *cells])
   text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-  versions = sorted({(r["figures"]["jax"], r["figures"]["libtpu"]) for r in done})
-  text += "\n" + "; ".join(f"jax {jax}, libtpu {libtpu}" for jax, libtpu in versions)
-  quick = not all(row["figures"]["machine_code"] for row in done)
-  return text + (". * without scratch memory of kernels (`--quick`)" if quick else "")
+  return f"{text}\n{'; '.join(notes([row['figures'] for row in done]))}"
+
+
+def notes(done: list[dict]) -> list[str]:
+  """Returns the versions that made the figures, and what the marks mean."""
+  new = sorted({(f["jax"], f["libtpu"]) for f in done if not f.get("rounded")})
+  old = sorted({f["version"] for f in done if f.get("rounded")})
+  return [
+    *(f"jax {jax}, libtpu {libtpu}" for jax, libtpu in new),
+    *(f"† rounded, as version {version} of this project had it" for version in old),
+    *(
+      ["* without the scratch memory of kernels (`--quick`)"]
+      if not all(f["machine_code"] for f in done)
+      else []
+    ),
+  ]
 
 
 def replaced(text: str, rows: list[dict]) -> str:
   """Returns a page with its tables rendered anew."""
   return BLOCK.sub(lambda m: f"{m[1]}\n{render(m[2], rows)}.\n\n{m[3]}", text)
+
+
+def wrong_hours(rows: list[dict]) -> list[str]:
+  """Returns the lines of the recipes' docstrings whose hours are not those of a row."""
+  known = {row["flags"]: row["figures"] for row in rows if row.get("figures")}
+  wrong = []
+  for file in sorted(CONFIGS.glob("*.py")):
+    for arg, claims in re.findall(
+      r"^    :(\S+) +(v.+)$", file.read_text(), re.MULTILINE
+    ):
+      for topology, claimed in re.findall(r"(v\w+:[\dx]+) +([\d.]+ h)", claims):
+        flags = f"--config=configs/{file.name}:{arg} --topology={topology}"
+        if flags in known and float(hours(known[flags])[:-2]) != float(claimed[:-2]):
+          wrong.append(f"{file}: :{arg} {topology} {claimed}")
+  return wrong
 
 
 def compile_row(row: dict, quick: bool) -> None:
@@ -132,6 +162,9 @@ def main() -> int:
     elif new != text:
       print(f"{page}: a table differs from {RESULTS.name}; run docs/tables.py --write")
       wrong = 1
+  for line in wrong_hours(rows) if args.check else ():
+    print(f"{line}: differs from {RESULTS.name}")
+    wrong = 1
   if not (args.write or args.check or args.compile is not None):
     for table in TABLES:
       print(
