@@ -1,7 +1,8 @@
-"""Speed of drawing codes, held against the memory that a step has to read.
+"""Speed of sampling codes, held against the memory that a step has to read.
 
 python -m benchmarks.decode              # GPT-B, 256 codes, 4 images, float32
 python -m benchmarks.decode --preset=XL --image-size=384 --batch=32 --dtype=bfloat16
+python -m benchmarks.decode --gpt=quickstart/gpt/bundle --batch=1 --windows 1 4 8 16
 
 A step multiplies every weight with a few rows, so it cannot be faster than reading
 the weights, and the keys and values written so far, once. That is the bound printed;
@@ -9,6 +10,7 @@ the bandwidth in it is measured in the same run.
 """
 
 import argparse
+import dataclasses
 import json
 import time
 
@@ -23,7 +25,9 @@ from llamagen_jax.gpt.model import init_gpt
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.runtime import prepare
-from llamagen_jax.sampling.decode import generate
+from llamagen_jax.sampling.decode import DecodeInputs, generate, generate_codes
+from llamagen_jax.sampling.keys import as_keys, image_keys
+from llamagen_jax.weights import bundle
 
 
 def main() -> None:
@@ -37,10 +41,21 @@ def main() -> None:
   add("--guidance", type=float, default=4.0)
   add("--top-k", type=int, default=2000)
   add("--repeats", type=int, default=3)
+  add("--gpt", help="bundle of a trained model, with settings of its own")
+  add("--windows", type=int, nargs="+", help="compare windows instead")
   args = parser.parse_args()
 
-  config = GPTConfig.preset(args.preset, image_size=args.image_size, dtype=args.dtype)
-  params = decoding_params(config, random_params(config))
+  if args.gpt:
+    gpt = bundle.load_gpt(args.gpt, dtype=args.dtype)
+    config, params, sampling = gpt.config, gpt.params, gpt.sampling
+  else:
+    config = GPTConfig.preset(args.preset, image_size=args.image_size, dtype=args.dtype)
+    params = random_params(config)
+    sampling = SamplingConfig(guidance_scale=args.guidance, top_k=args.top_k)
+  params = decoding_params(config, params)
+  if args.windows:
+    compare_windows(config, params, args.batch, sampling, args.windows, args.repeats)
+    return
   filtered = SamplingConfig(guidance_scale=args.guidance, top_k=args.top_k)
   plain = SamplingConfig(guidance_scale=args.guidance, top_k=0)
   first, seconds = measure(config, params, args.batch, filtered, args.repeats)
@@ -73,15 +88,41 @@ def main() -> None:
   print(json.dumps(found))
 
 
+def compare_windows(config, params, batch, sampling, windows, repeats) -> None:
+  """Prints forwards and the shortest time of every window, measured in turns."""
+  labels = np.arange(batch) * 37 % config.num_classes
+  keys = as_keys(image_keys(0, range(batch)))
+  best, forwards, codes = {}, {}, {}
+  for turn in range(repeats + 1):
+    for window in windows:
+      settings = dataclasses.replace(sampling, window=window)
+      inputs = DecodeInputs(params, keys, None, settings.rows(batch))
+      started = time.perf_counter()
+      found = jax.block_until_ready(generate_codes(config, settings, inputs, labels))
+      seconds = time.perf_counter() - started
+      if turn:  # the first one compiles
+        best[window] = min(seconds, best.get(window, seconds))
+      codes[window], forwards[window] = map(np.asarray, found)
+  print(f"{config.image_tokens} codes, {batch} images, {config.dtype}, {sampling}")
+  for window in windows:
+    equal = np.mean((codes[window] == codes[windows[0]]).all(axis=1))
+    print(
+      f"window {window:3}  forwards {forwards[window].mean():6.1f}"
+      f"  ms {1e3 * best[window]:9.1f}  {best[windows[0]] / best[window]:5.2f}x"
+      f"  images equal {equal:.0%}"
+    )
+  print(json.dumps({w: [float(forwards[w].mean()), best[w]] for w in windows}))
+
+
 def random_params(config: GPTConfig):
   """Weights of the right shapes; their values do not change the speed."""
   shapes = jax.eval_shape(lambda key: unbox(init_gpt(config, key)), jax.random.key(0))
   rng = np.random.default_rng(0)
 
-  def drawn(shape):
+  def normal(shape):
     return jnp.asarray(0.02 * rng.standard_normal(shape, np.float32))
 
-  return jax.tree.map(lambda leaf: drawn(leaf.shape), shapes)
+  return jax.tree.map(lambda leaf: normal(leaf.shape), shapes)
 
 
 def measure(config, params, batch, sampling, repeats) -> tuple[float, float]:

@@ -24,8 +24,10 @@ import jax
 from llamagen_jax.commands import arguments
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.cached import decoding_params
+from llamagen_jax.gpt.quantized import quantize_params
 from llamagen_jax.options import option
 from llamagen_jax.parallel.mesh import make_mesh
+from llamagen_jax.sampling.sample import restrict_to_codebook
 from llamagen_jax.storage import local_path
 from llamagen_jax.weights import bundle
 from llamagen_jax.weights.adapter import apply_adapter
@@ -86,6 +88,10 @@ class Options:
   dtype: str = option(
     "of the transformers' activations; default: float32 on CPU, else bfloat16", "",
     choices=("float32", "bfloat16"),
+  )  # fmt: skip
+  weights: str = option(
+    "of the transformers' matrices; int8 halves the bytes that a step in bfloat16"
+    " reads, and changes the codes a little", "float", choices=("float", "int8"),
   )  # fmt: skip
   queue: int = option(
     "images that may wait while all slots are busy, more are answered with 429;"
@@ -226,8 +232,13 @@ def make_service(options: Options) -> Service:
   for folder, adapter, tokenizer, name in models:
     gpt = bundle.load_gpt(folder, mesh, dtype)
     gpt = apply_adapter(adapter, gpt) if adapter else gpt
-    gpt = dataclasses.replace(gpt, params=decoding_params(gpt.config, gpt.params))
-    model = ImageModel(name, gpt, load_tokenizer(tokenizer), encoder)
+    codebook = load_tokenizer(tokenizer)
+    gpt = restrict_to_codebook(gpt, codebook)
+    params = decoding_params(gpt.config, gpt.params)
+    if o.weights == "int8":
+      params = quantize_params(params)
+    gpt = dataclasses.replace(gpt, params=params)
+    model = ImageModel(name, gpt, codebook, encoder)
     engine = Engine(gpt, o.slots, o.chunk, o.window)
     workers[model] = Worker(engine, model.render, o.queue or o.slots)
   limits = Limits(

@@ -20,6 +20,7 @@ from llamagen_jax.gpt.cache import Cache, LayerCache, as_cache, pin_layout, writ
 from llamagen_jax.gpt.cached_attention import attend_prefill, write_and_attend
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.layers import rms_norm
+from llamagen_jax.gpt.quantized import matmul
 from llamagen_jax.gpt.rope import apply_rope, rope_in_order, rope_table
 
 # (q_BTKGH, k_BTKH, v_BTKH, cache of the layer) -> (mixed_BTKGH, its new cache)
@@ -180,7 +181,7 @@ def run_layers(
     mixed_BTKGH, layer_cache = attend(q_BTKGH, k_BTKH, v_BTKH, layer_cache)
     new_cache.append(layer_cache)
     mixed_BTN = mixed_BTKGH.reshape(*x_BTD.shape[:2], -1)
-    out_DBT = jnp.einsum("DN,BTN->DBT", layer["out_DN"], mixed_BTN)
+    out_DBT = matmul("DN,BTN->DBT", layer["out_DN"], mixed_BTN)
     x_BTD = x_BTD + out_DBT.transpose(1, 2, 0)
     normed = rms_norm(x_BTD, layer["ffn_norm"], config.norm_eps)
     x_BTD = x_BTD + _ffn(layer, normed)
@@ -207,9 +208,7 @@ def _target(
 def to_logits(config: GPTConfig, params: dict[str, Any], x_BD: jax.Array) -> jax.Array:
   """Returns float32 logits [B, V] of hidden states [B, D]."""
   normed_BD = rms_norm(x_BD, params["norm"], config.norm_eps)
-  logits_VB = jnp.einsum(
-    "VD,BD->VB", params["head"], normed_BD, preferred_element_type=jnp.float32
-  )
+  logits_VB = matmul("VD,BD->VB", params["head"], normed_BD, jnp.float32)
   # Without the barrier the compiler turns the product around, which is slower.
   return jax.lax.optimization_barrier(logits_VB).T
 
@@ -218,7 +217,7 @@ def _project(c, layer, x_BTD, rope) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns queries [B, T, K, G, H] and keys, normed and turned, and values."""
   K, C, H = c.num_kv_heads, c.heads // c.num_kv_heads + 2, c.head_dim
   B, T = x_BTD.shape[:2]
-  qkv_MBT = jnp.einsum("MD,BTD->MBT", layer["qkv_MD"], x_BTD)
+  qkv_MBT = matmul("MD,BTD->MBT", layer["qkv_MD"], x_BTD)
   qkv_BTKCH = qkv_MBT.transpose(1, 2, 0).reshape(B, T, K, C, H)
   if "q_norm" in layer:
     q_BTKGH = rms_norm(qkv_BTKCH[..., :-2, :], layer["q_norm"], c.norm_eps)
@@ -230,6 +229,6 @@ def _project(c, layer, x_BTD, rope) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _ffn(layer, x_BTD):
-  gate_up = jnp.einsum("CFD,BTD->CFBT", layer["in_2FD"], x_BTD)
+  gate_up = matmul("CFD,BTD->CFBT", layer["in_2FD"], x_BTD)
   hidden_FBT = jax.nn.silu(gate_up[0]) * gate_up[1]
-  return jnp.einsum("DF,FBT->DBT", layer["out_DF"], hidden_FBT).transpose(1, 2, 0)
+  return matmul("DF,FBT->DBT", layer["out_DF"], hidden_FBT).transpose(1, 2, 0)

@@ -39,13 +39,13 @@ def test_mistakes_are_told_before_the_work(flags, words, tmp_path, capsys):
   assert words in error and error.count("\n") == 1
 
 
-def test_a_folder_may_have_a_dot_and_the_window_counts_forwards(
+def test_a_folder_may_have_a_dot_and_windows_and_int8_are_flags(
   saved, tmp_path, capsys
 ):
   out = tmp_path / "samples_cfg1.5"
   argv = [
     "sample", f"--gpt={saved / 'gpt'}", f"--tokenizer={saved / 'vq'}", f"--out={out}",
-    "--classes=0-3", "--window=4",
+    "--classes=0-3", "--window=4", "--weights=int8",
   ]  # fmt: skip
   assert cli.run(argv) == 0
   assert len(list(out.glob("*.png"))) == 4
