@@ -285,3 +285,11 @@ def test_formats_that_run_programs_are_not_opened():
   script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n%%EOF\n"
   with pytest.raises(BadImage, match="no known format"):
     pixels_of(script)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P"])
+def test_one_transparent_value_of_a_grey_image(mode):
+  image = Image.new("L", (24, 24))
+  image.paste(255, (6, 6, 18, 18))
+  pixels = pixels_of(encoded(image.convert(mode), "PNG", transparency=0))
+  assert pixels[0, 0].tolist() == pixels[12, 12].tolist() == [255] * 3
