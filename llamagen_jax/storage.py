@@ -108,11 +108,17 @@ def upload(local: str | os.PathLike, path: epath.Path) -> None:
 
 
 def sizes(folder: epath.Path) -> dict[str, int]:
-  """Returns name -> bytes of the files in a folder, of a bucket by one listing."""
+  """Returns name -> bytes of the files in a folder, of a bucket by one listing.
+
+  A bucket has no folders: one without files is not there, and has none.
+  """
   if not in_bucket(folder):
     with os.scandir(folder) as entries:
       return {e.name: e.stat().st_size for e in entries if e.is_file()}
-  found = retry(lambda: _filesystem().ls(os.fspath(folder), detail=True))
+  try:
+    found = retry(lambda: _filesystem().ls(os.fspath(folder), detail=True))
+  except FileNotFoundError:
+    return {}
   return {
     os.path.basename(entry["name"]): entry["size"]
     for entry in found

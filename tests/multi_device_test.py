@@ -1,33 +1,25 @@
-"""Runs tests/multi_device in a process of its own, with eight fake devices."""
+"""Runs the checks of tests/multi_device in processes with eight fake devices."""
 
 import os
 import pathlib
 import subprocess
 import sys
 
+import pytest
+
 FOLDER = pathlib.Path(__file__).parent / "multi_device"
+CHECKS = sorted(FOLDER.glob("*_check.py"))
 
 
-def test_on_eight_devices():
+@pytest.mark.parametrize("check", CHECKS, ids=lambda path: path.stem)
+def test_on_eight_devices(check):
   environment = os.environ | {
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
     "JAX_PLATFORMS": "cpu",
   }
+  options = ["-q", "-n0", "-o", "python_files=*_check.py"]
   done = subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      "pytest",
-      "-q",
-      "-n0",
-      "-o",
-      "python_files=*_check.py",
-      FOLDER,
-    ],
-    env=environment,
-    cwd=FOLDER.parents[1],
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+    [sys.executable, "-m", "pytest", *options, check],
+    env=environment, cwd=FOLDER.parents[1], capture_output=True, text=True, check=False,
+  )  # fmt: skip
   assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

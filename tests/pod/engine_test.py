@@ -44,8 +44,11 @@ def test_what_four_chips_exchange(condition, tensor):
   report = compile_engine(config, slots=4, steps=4, tensor=tensor, where="v5e:2x2")
   sent = {c.kind: c.largest for c in report.analysis.collectives}
   assert "all-to-all" not in sent
-  # The codes go to all chips. Chips that share a model add up the residual stream.
+  # The codes go to all chips, once a chunk: int32, two rows a slot, of a whole image.
+  # Chips that share a model add up the residual stream.
+  codes = report.more_figures["slots"] * 2 * config.image_tokens * 4
   residual = 2 * 4 * 128 * 4
+  assert sent.pop("all-gather") <= codes
   assert all(largest <= (residual if tensor > 1 else 1024) for largest in sent.values())
 
 

@@ -72,8 +72,10 @@ def test_generates_by_clicking(page, server):
   page.click("#subject input")
   page.click("text=tiger shark (3)")
   before = boxes(page)
+  server.engine.tick = 0.5  # so that the page has time to show what is not finished
   page.click("#generate")
   status(page).to_contain_text(f"of {4 * CODES} codes")
+  server.engine.tick = 0.05
   page.wait_for_selector(".sheet img")
   assert boxes(page) == before  # nothing moves when the first image comes
   status(page).to_contain_text("Done in")
