@@ -7,6 +7,7 @@ a run continues with the same data on any number of hosts and workers.
 
 from collections.abc import Callable, Iterator
 import dataclasses
+import math
 from typing import Any
 
 import grain
@@ -31,7 +32,7 @@ class Stream:
 
   `transform(element, rng)` makes a dict of fixed-shape arrays. Its entry
   `replaced`, if there is one, counts elements that could not be used; the stream
-  ends with an error once they exceed `max_bad_share` of the source.
+  ends with an error once they exceed `max_bad_share` of a host's share of the source.
   """
 
   source: Any  # random access: len() and []
@@ -93,19 +94,22 @@ class Stream:
           f" has {expected}: the order of the data would change"
         )
 
-  def _checked(self, batches: Iterator[HostBatch]) -> Iterator[HostBatch]:
+  def _checked(self, batches: grain.DatasetIterator) -> Iterator[HostBatch]:
     seen = bad = 0
-    for batch in batches:
-      seen += len(next(iter(batch.values())))
-      bad += int(np.sum(batch.pop("replaced", 0)))
-      epochs = -(-seen // len(self.source))
-      if bad > self.max_bad_share * epochs * len(self.source):
-        raise UserError(
-          f"{bad} bad images among {seen} read (the log names them): more than"
-          f" data.max_bad_share={self.max_bad_share} of the {len(self.source)} in"
-          " the source"
-        )
-      yield batch
+    own = len(self.source) / jax.process_count()  # elements of an epoch on this host
+    try:
+      for batch in batches:
+        seen += len(next(iter(batch.values())))
+        bad += int(np.sum(batch.pop("replaced", 0)))
+        if bad > self.max_bad_share * math.ceil(seen / own) * own:
+          raise UserError(
+            f"{bad} bad images among {seen} read (the log names them): more than"
+            f" data.max_bad_share={self.max_bad_share} of the {len(self.source)} in"
+            " the source"
+          )
+        yield batch
+    finally:
+      batches.close()  # Grain 0.2.18 prints tracebacks when Python ends before that
 
 
 def epoch_batches(

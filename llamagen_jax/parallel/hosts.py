@@ -158,7 +158,7 @@ def _end_with_others(over: threading.Event) -> None:
   while not over.wait(WATCH_SECONDS):
     try:
       found = store().key_value_dir_get(FAILURE_FOLDER)
-    except RuntimeError:  # the coordinator is gone; JAX ends this process
+    except (RuntimeError, AttributeError):  # the coordinator is gone, or JAX left it
       continue
     if not found:
       continue

@@ -78,6 +78,16 @@ def test_bad_elements_are_counted_over_the_source_not_the_batch():
     take(stream(transform=bad).host_batches(0), 3)
 
 
+def test_each_of_several_hosts_lets_through_its_share_of_bad_elements(monkeypatch):
+  def bad(element, rng):
+    return {"id": np.int32(element), "replaced": np.int32(element < 3)}
+
+  monkeypatch.setattr(loader.jax, "process_count", lambda: 2)
+  batches = stream(transform=bad, max_bad_share=1 / RECORDS).host_batches(0)
+  with pytest.raises(UserError, match="bad images among"):
+    take(batches, 3)  # half of an epoch: one of six elements at most
+
+
 def test_batches_lie_on_the_mesh():
   mesh = make_mesh()
   batch = next(stream(batch_size=8).batches(mesh, 0))
