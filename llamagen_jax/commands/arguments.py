@@ -105,7 +105,7 @@ def _add(group: Any, field: dataclasses.Field, hint: Any) -> None:
     group.add_argument(flag, action=action, default=default, help=text)
     return
   if default not in (None, "", ()):
-    text += f" (default {' '.join(default) if several else default})"
+    text += f" (default {' '.join(map(str, default)) if several else default})"
   group.add_argument(
     flag,
     type=_reader(kind, meta["at_least"]),

@@ -10,7 +10,6 @@ llamagen import-weights --file=c2i_L_384.pt --tokenizer=vq16 --out=c2i_L_384
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import os
 from typing import Any
 
 from etils import epath
@@ -240,7 +239,7 @@ def _image_size(
   image_size = args.image_size or own or (known.image_size if known else None)
   if image_size is None:
     raise UserError(
-      f"the name of {os.fspath(args.file)} tells nothing about it: give --image-size,"
+      f"the name of {args.file} tells nothing about it: give --image-size,"
       " or --model with one of --list"
     )
   if image_size % downsample:

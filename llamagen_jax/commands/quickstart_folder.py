@@ -18,7 +18,10 @@ import numpy as np
 import tqdm
 
 from llamagen_jax.commands.extract_codes import Encoder, extract
-from llamagen_jax.configs import c2i_folder, vq_folder
+from llamagen_jax.configs import (  # pyright: ignore[reportMissingImports]
+  c2i_folder,
+  vq_folder,
+)
 from llamagen_jax.data.images import (
   BadImage,
   CropSet,

@@ -104,7 +104,7 @@ def _texts(value: Any, name: str) -> list[str]:
   if not all(isinstance(text, str) for text in texts):
     raise Unusable(f"broken texts: {name} is {value!r:.80}, expected text")
   try:
-    "".join(texts).encode()
+    "".join(map(str, texts)).encode()
   except UnicodeEncodeError as error:
     raise Unusable(f"broken texts: {name} holds half a surrogate pair") from error
   return texts

@@ -157,8 +157,9 @@ def _alternatives(spec: str, pattern: str) -> list[str]:
     if bounds := RANGE.fullmatch(groups[i]):
       first, last = int(bounds[1]), int(bounds[2])
       width = len(bounds[1]) if bounds[1].startswith("0") else 0
-      options[i] = (f"{n:0{width}d}" for n in range(first, last + 1))
       count *= max(0, last - first + 1)
+      if 0 < count <= MAX_EXPANSIONS:
+        options[i] = [f"{n:0{width}d}" for n in range(first, last + 1)]
     else:
       options[i] = groups[i].split(",")
       count *= len(options[i])

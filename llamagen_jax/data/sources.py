@@ -297,7 +297,8 @@ class TfdsSource:
     import tensorflow_datasets as tfds
 
     builder, self._split = _tfds_builder(spec)
-    splits, features = builder.info.splits, builder.info.features
+    splits: Any = builder.info.splits
+    features: Any = builder.info.features
     if self._split.partition("[")[0] not in splits:
       known = ", ".join(splits) or "none, it is not prepared"
       raise UserError(
@@ -308,7 +309,8 @@ class TfdsSource:
       raise UserError(f"data source tfds:{spec}: no feature image; it has {known}")
     try:
       self._records = builder.as_data_source(
-        split=self._split, decoders={"image": tfds.decode.SkipDecoding()}
+        split=self._split,  # pyright: ignore[reportCallIssue]
+        decoders={"image": tfds.decode.SkipDecoding()},
       )
     except Exception as error:
       raise UserError(

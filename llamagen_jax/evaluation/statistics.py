@@ -182,13 +182,13 @@ def precision_recall(
     raise UserError(f"{reference.shape[1]} and {samples.shape[1]} features")
   # Around a common middle, |x|^2 + |y|^2 - 2 x y loses fewer digits.
   middle = np.mean(reference, axis=0, dtype=np.float64).astype(np.float32)
-  reference, samples = (_Blocks(x, middle) for x in (reference, samples))
-  pairs = reference.count**2 + samples.count**2 + reference.count * samples.count
+  ours, theirs = _Blocks(samples, middle), _Blocks(reference, middle)
+  pairs = theirs.count**2 + ours.count**2 + theirs.count * ours.count
   with tqdm.tqdm(
     total=pairs, desc="precision and recall", unit="distance", unit_scale=True,
     dynamic_ncols=True, delay=PATIENCE,
   ) as bar:  # fmt: skip
-    return _precision_recall(reference, samples, neighbours, bar)
+    return _precision_recall(theirs, ours, neighbours, bar)
 
 
 def _precision_recall(reference, samples, neighbours: int, bar) -> tuple[float, float]:

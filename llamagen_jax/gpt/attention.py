@@ -77,7 +77,7 @@ def splash_attention(
   return mixed_BNTH[:, :, :T].swapaxes(1, 2).reshape(B, T, K, G, H)
 
 
-def _on_mesh(attend, operands):
+def _on_mesh(attend, operands) -> jax.Array:
   """A kernel is opaque to the partitioner: every chip runs it on its own heads."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:

@@ -56,7 +56,7 @@ class CompileReport:
 
   @property
   def bottleneck(self) -> str:
-    return max(self.seconds, key=self.seconds.get)
+    return max(self.seconds, key=lambda name: self.seconds[name])
 
   @property
   def least_seconds(self) -> float:

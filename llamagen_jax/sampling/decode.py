@@ -277,8 +277,8 @@ def sample_next_codes(
 
 
 def expand_for_guidance(
-  x_B: jax.Array | None, guidance: bool, has_negative_prompt: bool = False
-) -> jax.Array | None:
+  x_B: Any, guidance: bool, has_negative_prompt: bool = False
+) -> Any:
   """Expands arrays of images [B, ..], or pairs of rows [B, 2, ..], to rows [R, ..]."""
   if x_B is None:
     return None

@@ -62,14 +62,15 @@ class CaptionTokens:
 
 
 @functools.lru_cache(maxsize=4)
-def _open(path: epath.Path) -> tuple[Callable[[str], list[int]], int, int, int]:
+def _open(path: epath.Path) -> tuple[Callable[..., list[int]], int, int, int]:
   """Returns text -> ids, the number of tokens, and the ids of <pad> and </s>."""
   try:
     if path.name == SENTENCEPIECE:
       import sentencepiece
 
       pieces = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-      encode, size = pieces.encode, pieces.get_piece_size()
+      encode = pieces.encode  # pyright: ignore[reportAssignmentType]
+      size = pieces.get_piece_size()
       pad, end = pieces.pad_id(), pieces.eos_id()
     else:
       import tokenizers

@@ -154,7 +154,7 @@ class GPTEvaluation:
         batch = captions.features(batch, mesh)
       sums.append(_eval_step(r.model, weights, batch))
     # Read at the end: a float a batch would let the devices wait for the host.
-    total, weight = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+    total, weight = np.array(jax.device_get(sums), np.float64).sum(axis=0)
     return Evaluation({"loss": float(total / weight)}, self._images(weights, mesh))
 
   def _images(self, weights: Any, mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
