@@ -31,7 +31,7 @@ def train_flops(config: GPTConfig, batch_size: int) -> float:
 
 
 def sampling_flops(config: GPTConfig, images: int, guidance: bool) -> float:
-  """Model FLOPs of drawing images: two a weight and token, and attention.
+  """Returns the model FLOPs of sampling images: two a weight and token, and attention.
 
   A token attends to what came before it: half of the square.
   """

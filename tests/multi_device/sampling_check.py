@@ -1,4 +1,4 @@
-"""Eight devices draw the images that one does, bit for bit."""
+"""Eight devices sample the images that one does, bit for bit."""
 
 import jax
 from jax.sharding import AxisType
@@ -36,6 +36,6 @@ def test_devices_that_share_a_model(saved, tmp_path):
   run(shared, tmp_path / "shared.npz")
   files = [np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("one", "shared")]
   assert len(files[1]) == len(LABELS) == len(JOB.conditions)
-  # Sums over parts of a model may round otherwise, and a rare draw with them.
+  # Sums over parts of a model may round otherwise, and a rare code with them.
   same = (files[0] == files[1]).all(axis=(1, 2, 3))
   assert same.mean() > 0.8

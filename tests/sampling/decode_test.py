@@ -48,7 +48,7 @@ def test_greedy_captions_equal_the_original(name):
 
 @pytest.mark.parametrize("config", [TINY, TINY_CAPTION], ids=["class", "caption"])
 def test_greedy_codes_are_those_of_the_full_forward(config):
-  """Every drawn code is the best one after the codes before it, guidance included."""
+  """Every code is the best one after the codes before it, guidance included."""
   params, (_, condition, mask) = random_params(config), inputs(config)
   sampling = SamplingConfig(guidance_scale=2.5, greedy=True)
   codes = generate(config, params, condition, jax.random.key(0), mask, sampling)
@@ -60,7 +60,7 @@ def test_greedy_codes_are_those_of_the_full_forward(config):
   np.testing.assert_array_equal(codes, jnp.argmax(guided, axis=-1))
 
 
-def test_a_image_depends_on_its_key_and_not_on_its_neighbours():
+def test_an_image_depends_on_its_key_and_not_on_its_neighbours():
   params = decoding_params(TINY, random_params(TINY))
   sampling = SamplingConfig(guidance_scale=2.0, top_k=20, top_p=0.95)
   labels = np.array([1, 5, 2, 6])
@@ -73,7 +73,7 @@ def test_a_image_depends_on_its_key_and_not_on_its_neighbours():
   assert (np.asarray(other) != np.asarray(together)).any()
 
 
-def test_trained_and_decoding_parameters_draw_the_same():
+def test_trained_and_decoding_parameters_sample_the_same():
   params, (_, labels, _) = random_params(TINY), inputs(TINY)
   key = jax.random.key(0)
   np.testing.assert_array_equal(
@@ -82,7 +82,7 @@ def test_trained_and_decoding_parameters_draw_the_same():
   )
 
 
-def test_a_cache_that_grows_draws_the_same(monkeypatch):
+def test_a_cache_that_grows_samples_the_same(monkeypatch):
   params, (_, labels, _) = decoding_params(TINY, random_params(TINY)), inputs(TINY)
   sampling = SamplingConfig(guidance_scale=2.0, top_k=20)
   assert decode.cache_segment_ends(TINY) == [TINY.image_tokens]

@@ -112,7 +112,7 @@ def test_killed_and_resumed(models, whole, tmp_path, monkeypatch):
     run(models, out, settings={"seed": 1, "count": 3})
 
 
-def test_only_what_is_missing_is_drawn(models, whole, tmp_path, monkeypatch):
+def test_only_missing_batches_are_sampled(models, whole, tmp_path, monkeypatch):
   parts = list(sample_batches(*models, JOB, [0, 2, 5], Timings()))
   assert [batch for batch, _ in parts] == [0, 2, 5]
   images = np.load(whole)["arr_0"]
@@ -133,7 +133,7 @@ def test_time_is_split(models):
 
 
 def test_images_are_resized_before_they_are_rounded(models):
-  """And image i is drawn with the key of (seed, i), whatever is drawn with it."""
+  """And image i is sampled with the key of (seed, i), whatever is sampled with it."""
   gpt, tokenizer = models
   job = dataclasses.replace(JOB, image_size=SIDE - 2)
   ((_, images),) = sample_batches(gpt, tokenizer, job, [1], Timings())
