@@ -118,9 +118,7 @@ def _gpt_table(config: GPTConfig) -> list[Entry]:
       "model.target_embedding: the PyTorch model has no embedding of the position to"
       " predict, so a model trained in random orders cannot be exported"
     )
-  D, K, G, H, F = (
-      c.dim, c.num_kv_heads, c.heads // c.num_kv_heads, c.head_dim, c.ffn_dim,
-  )  # fmt: skip
+  D = c.dim
   table = [
     linear(("code_embedding",), "tok_embeddings.weight", (c.vocab_size, D), False),
     linear(("head",), "output.weight", (c.vocab_size, D), True),
@@ -145,33 +143,40 @@ def _gpt_table(config: GPTConfig) -> list[Entry]:
         copy(("guidance", f"{ours}_bias"), f"{name}.bias", (D,)),
       ]
   for i in range(c.layers):
-    torch, ours = f"layers.{i}", ("layers",)
-    attention, ffn = f"{torch}.attention", f"{torch}.feed_forward"
-    layer = [
-      copy((*ours, "attention_norm"), f"{torch}.attention_norm.weight", (D,)),
-      copy((*ours, "ffn_norm"), f"{torch}.ffn_norm.weight", (D,)),
-      Entry(
-        (*ours, "attention", "qkv"),
-        {f"{attention}.wqkv.weight": (K * (G + 2) * H, D)},
-        functools.partial(_pack_qkv, K, G, H),
-        functools.partial(_unpack_qkv, K, G, H),
-      ),
-      Entry(
-        (*ours, "attention", "out"),
-        {f"{attention}.wo.weight": (D, K * G * H)},
-        lambda w: w.T.reshape(K, G, H, D),
-        lambda p: (p.reshape(K * G * H, D).T,),
-      ),
-      Entry(
-        (*ours, "ffn", "in"),
-        {f"{ffn}.w1.weight": (F, D), f"{ffn}.w3.weight": (F, D)},
-        lambda w1, w3: np.stack([w1.T, w3.T], axis=1),
-        lambda p: (p[:, 0].T, p[:, 1].T),
-      ),
-      linear((*ours, "ffn", "out"), f"{ffn}.w2.weight", (D, F), True),
-    ]
+    layer = _layer_table(c, f"layers.{i}")
     table += [dataclasses.replace(e, layer=i, layers=c.layers) for e in layer]
   return table
+
+
+def _layer_table(c: GPTConfig, torch: str) -> list[Entry]:
+  """Returns the entries of one layer, whose tensors' names begin with `torch`."""
+  D, K, G, H, F = (
+      c.dim, c.num_kv_heads, c.heads // c.num_kv_heads, c.head_dim, c.ffn_dim,
+  )  # fmt: skip
+  ours, attention, ffn = ("layers",), f"{torch}.attention", f"{torch}.feed_forward"
+  return [
+    copy((*ours, "attention_norm"), f"{torch}.attention_norm.weight", (D,)),
+    copy((*ours, "ffn_norm"), f"{torch}.ffn_norm.weight", (D,)),
+    Entry(
+      (*ours, "attention", "qkv"),
+      {f"{attention}.wqkv.weight": (K * (G + 2) * H, D)},
+      functools.partial(_pack_qkv, K, G, H),
+      functools.partial(_unpack_qkv, K, G, H),
+    ),
+    Entry(
+      (*ours, "attention", "out"),
+      {f"{attention}.wo.weight": (D, K * G * H)},
+      lambda w: w.T.reshape(K, G, H, D),
+      lambda p: (p.reshape(K * G * H, D).T,),
+    ),
+    Entry(
+      (*ours, "ffn", "in"),
+      {f"{ffn}.w1.weight": (F, D), f"{ffn}.w3.weight": (F, D)},
+      lambda w1, w3: np.stack([w1.T, w3.T], axis=1),
+      lambda p: (p[:, 0].T, p[:, 1].T),
+    ),
+    linear((*ours, "ffn", "out"), f"{ffn}.w2.weight", (D, F), True),
+  ]
 
 
 def _pack_qkv(K, G, H, w):

@@ -54,17 +54,14 @@ class Published:
     )  # fmt: skip
 
 
-def _c2i(
-  model, image_size, guidance, fid, inception, sfid, precision, recall, unguided
-):
-  scores = {
-    "FID": fid, "IS": inception, "sFID": sfid, "precision": precision,
-    "recall": recall,
-  }  # fmt: skip
-  without = dict(zip(("FID", "IS"), unguided, strict=True))
+def _c2i(model: str, image_size: int, guidance: float, scores, unguided) -> Published:
+  """Takes FID, IS, sFID, precision and recall, and FID and IS without guidance."""
+  names = ("FID", "IS", "sFID", "precision", "recall")
   return Published(
-    C2I_REPO, model, image_size, guidance, scores=scores, unguided=without
-  )
+    C2I_REPO, model, image_size, guidance,
+    scores=dict(zip(names, scores, strict=True)),
+    unguided=dict(zip(names[:2], unguided, strict=True)),
+  )  # fmt: skip
 
 
 def _npp(model: str, guidance: float, fid: float) -> Published:
@@ -83,13 +80,15 @@ PUBLISHED = {
   "vq_ds16_c2i": Published(C2I_REPO, "VQ-16", 256, scores={"rFID": 2.19}),
   "vq_ds8_c2i": Published(C2I_REPO, "VQ-8", 256, scores={"rFID": 0.59}),
   "vq_ds16_t2i": Published(T2I_REPO, "VQ-16", 256),
-  "c2i_B_256": _c2i("B", 256, 2.0, 5.46, 193.6, 7.50, 0.839, 0.457, (26.26, 48.1)),
-  "c2i_B_384": _c2i("B", 384, 2.25, 6.09, 182.5, 7.24, 0.845, 0.416, (32.2, 39.9)),
-  "c2i_L_256": _c2i("L", 256, 1.75, 3.80, 248.3, 8.49, 0.833, 0.515, (13.45, 82.3)),
-  "c2i_L_384": _c2i("L", 384, 2.0, 3.07, 256.1, 6.09, 0.832, 0.522, (19.07, 64.3)),
-  "c2i_XL_384": _c2i("XL", 384, 1.75, 2.62, 244.1, 5.59, 0.807, 0.579, (15.55, 79.2)),
-  "c2i_XXL_384": _c2i("XXL", 384, 1.75, 2.34, 253.9, 5.98, 0.809, 0.596, (14.65, 86.3)),
-  "c2i_3B_384": _c2i("3B", 384, 1.65, 2.18, 263.3, 5.97, 0.819, 0.581, (9.38, 112.9)),
+  "c2i_B_256": _c2i("B", 256, 2.0, (5.46, 193.6, 7.50, 0.839, 0.457), (26.26, 48.1)),
+  "c2i_B_384": _c2i("B", 384, 2.25, (6.09, 182.5, 7.24, 0.845, 0.416), (32.2, 39.9)),
+  "c2i_L_256": _c2i("L", 256, 1.75, (3.80, 248.3, 8.49, 0.833, 0.515), (13.45, 82.3)),
+  "c2i_L_384": _c2i("L", 384, 2.0, (3.07, 256.1, 6.09, 0.832, 0.522), (19.07, 64.3)),
+  "c2i_XL_384": _c2i("XL", 384, 1.75, (2.62, 244.1, 5.59, 0.807, 0.579), (15.55, 79.2)),
+  "c2i_XXL_384": _c2i(
+    "XXL", 384, 1.75, (2.34, 253.9, 5.98, 0.809, 0.596), (14.65, 86.3)
+  ),
+  "c2i_3B_384": _c2i("3B", 384, 1.65, (2.18, 263.3, 5.97, 0.819, 0.581), (9.38, 112.9)),
   "t2i_XL_stage1_256": Published(T2I_REPO, "XL", 256, 7.5, 1000),
   "t2i_XL_stage2_512": Published(T2I_REPO, "XL", 512, 7.5, 1000),
   "npp_B_256": _npp("B", 2.0, 4.47),

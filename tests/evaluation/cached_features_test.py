@@ -68,6 +68,15 @@ def test_features_are_kept_by_content(network, tmp_path):
   assert network.calls == 3 * calls
 
 
+@pytest.mark.extra
+def test_a_cache_in_a_bucket(network, tmp_path, bucket):
+  source = write_npz(tmp_path / "x.npz", IMAGES)
+  found = extractor(bucket)(source, "x")
+  calls = network.calls
+  np.testing.assert_array_equal(extractor(bucket)(source, "x")["pool"], found["pool"])
+  assert network.calls == calls
+
+
 def test_a_killed_run_goes_on(network, tmp_path):
   source = write_npz(tmp_path / "x.npz", IMAGES)
   whole = extractor(tmp_path / "whole")(source, "x")

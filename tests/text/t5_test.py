@@ -135,6 +135,17 @@ def test_folders_that_do_not_fit(tmp_path, params, tensors):
 
 
 @pytest.mark.extra
+def test_a_folder_in_a_bucket(tmp_path, bucket, params):
+  folder = tiny.write_t5(tmp_path / "t5", CONFIG, params)
+  for file in folder.iterdir():
+    (bucket / "t5" / file.name).write_bytes(file.read_bytes())
+  found = load_t5(str(bucket / "t5"), dtype="float32")
+  assert found.identity == load_t5(folder, dtype="float32").identity
+  with pytest.raises(UserError, match="no config.json"):
+    load_t5(str(bucket / "other"), dtype="float32")
+
+
+@pytest.mark.extra
 def test_torch_pickle_and_bfloat16_files(tmp_path, params, tensors):
   torch = pytest.importorskip("torch")
   folder = tiny.write_t5(tmp_path / "t5", CONFIG, params)

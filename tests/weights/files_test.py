@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llamagen_jax import UserError
-from llamagen_jax.weights import files
+from llamagen_jax.weights import pickles
 from llamagen_jax.weights.files import read_weights, write_weights
 from llamagen_jax.weights.tables import copy, read_table
 from tests import parity, tiny
@@ -45,7 +45,7 @@ def contents(torch, weights) -> dict:
 @pytest.mark.parametrize("key", ["", "model", "ema", "module", "state_dict"])
 def test_every_kind_of_pickle(tmp_path, monkeypatch, weights, key):
   torch = pytest.importorskip("torch")
-  monkeypatch.setattr(files, "WINDOW", 10_000)  # the file is opened many times
+  monkeypatch.setattr(pickles, "WINDOW", 10_000)  # the file is opened many times
   torch.save(contents(torch, weights)[key], tmp_path / "x.pt")
   found, found_key = read_weights(tmp_path / "x.pt")
   assert found_key == key
