@@ -1,8 +1,13 @@
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from llamagen_jax import SamplingConfig
+from llamagen_jax import GPT, SamplingConfig, generate
 from llamagen_jax.sampling.guidance import guide, scale_at
+from tests.gpt.model_test import TINY, inputs, random_params
 
 TOKENS = 16
 
@@ -16,7 +21,7 @@ def scales(**fields):
 
 def test_constant_schedule_and_its_stop():
   np.testing.assert_array_equal(scales(guidance_scale=3.0), np.full(TOKENS, 3.0))
-  # Step 5 after the prefill draws code 6, the last one that is guided.
+  # Step 5 after the prefill samples code 6, the last one that is guided.
   stopped = scales(guidance_scale=3.0, guidance_stop=5)
   np.testing.assert_array_equal(stopped, [3.0] * 7 + [1.0] * 9)
 
@@ -38,3 +43,21 @@ def test_scale_one_is_the_condition_to_the_bit():
   guided = guide(cond, uncond, jnp.array([1.0, 3.0]))
   np.testing.assert_array_equal(guided[0], cond[0])
   np.testing.assert_allclose(guided[1], uncond[1] + 3 * (cond[1] - uncond[1]))
+
+
+def test_guidance_starts_late():
+  late = scales(guidance_scale=3.0, guidance_start=2, guidance_stop=4)
+  np.testing.assert_array_equal(late, [1.0] * 2 + [3.0] * 4 + [1.0] * 10)
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_guidance_free_models_get_their_strength(window):
+  """Greedy codes are the best ones of the full model at that strength, in one row."""
+  config = dataclasses.replace(TINY, guidance_embedding=True)
+  params, (_, labels, _) = random_params(config), inputs(config)
+  sampling = SamplingConfig(guidance_beta=0.6, greedy=True, window=window)
+  codes = generate(config, params, labels, jax.random.key(0), sampling=sampling)
+  beta = jnp.full(len(labels), 0.6)
+  model = GPT(config)
+  logits = model.apply({"params": params}, codes, labels, guidance_beta=beta)
+  np.testing.assert_array_equal(codes, jnp.argmax(logits, axis=-1))
