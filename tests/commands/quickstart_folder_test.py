@@ -1,6 +1,7 @@
 """`quickstart --folder` on images with transparency, of ten classes."""
 
 import types
+from unittest import mock
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -128,3 +129,30 @@ def test_from_a_folder_to_samples_and_a_rerun_does_nothing(images, tmp_path, cap
   again = {path: path.stat().st_mtime_ns for path in workdir.rglob("*.*")}
   again.pop(workdir / "choices.json")
   assert again == written
+
+
+def test_codes_and_samples_go_where_the_next_step_looks(images, tmp_path, monkeypatch):
+  """The steps around the trainings, with stand-ins for the models."""
+  called = mock.create_autospec(quickstart_folder.extract)
+  monkeypatch.setattr(quickstart_folder, "extract", called)
+  monkeypatch.setattr(quickstart_folder, "Encoder", lambda folder: folder)
+  choices = Choices(tmp_path, str(images), 20.0)
+  quickstart_folder.write_images(tmp_path / "images", str(images), choices)
+  quickstart_folder._extract(tmp_path, "val", 64)
+  (encoder, source, spec, out, crops), settings = called.call_args
+  assert encoder == tmp_path / "tokenizer" / "bundle"
+  assert (len(source), spec) == (20, f"folder:{tmp_path}/images/val")
+  assert out == tmp_path / "codes" / "val"
+  assert (crops.side, len(crops.names), settings["max_bad_share"]) == (64, 5, 0.05)
+
+  config = types.SimpleNamespace(num_classes=20)
+  gpt = types.SimpleNamespace(config=config, class_names=("a", "b"))
+  monkeypatch.setattr(quickstart_folder.bundle, "load_gpt", lambda folder: gpt)
+  monkeypatch.setattr(quickstart_folder.bundle, "load_tokenizer", lambda folder: None)
+  asked = mock.create_autospec(quickstart_folder.sample)
+  asked.return_value = np.zeros((80, 32, 32, 3), np.uint8)
+  monkeypatch.setattr(quickstart_folder, "sample", asked)
+  quickstart_folder.write_samples(tmp_path)
+  assert asked.call_args.kwargs["classes"] == [*range(0, 20, 2)] * 8
+  with Image.open(tmp_path / "samples.png") as image:
+    assert image.width == 10 * 66 - 2  # twice the size of 32 pixels
