@@ -244,7 +244,6 @@ def test_the_tpu_compiler_counts_the_same():
   quick = compiler.analysed(lowered, quick=True)
   assert (quick.flops, quick.bytes) == (found.flops, found.bytes)
   assert quick.memory.arguments == found.memory.arguments
-  assert quick.memory.temporaries <= found.memory.temporaries
 
 
 @pytest.mark.extra
