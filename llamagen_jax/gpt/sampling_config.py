@@ -1,4 +1,7 @@
-"""How codes are sampled from logits: one frozen dataclass, stored in bundles."""
+"""How codes are sampled from logits: one frozen dataclass.
+
+Bundles store it, so it stands below `weights`; `sampling` carries it out.
+"""
 
 import dataclasses
 import math
@@ -10,7 +13,8 @@ import numpy as np
 from llamagen_jax.errors import UserError
 from llamagen_jax.options import option
 
-SCHEDULES = ("constant", "linear", "power-cosine")
+# Courses of the guidance scale over an image; formulas in sampling/guidance.py.
+GUIDANCE_SCHEDULES = ("constant", "linear", "power-cosine")
 LARGEST = 2**31 - 1  # of integer settings, which devices keep as int32
 
 
@@ -18,7 +22,7 @@ class BatchSampling(NamedTuple):
   """Sampling settings as arrays [B]: every image of a batch has its own."""
 
   guidance_scale: jax.Array
-  guidance_schedule: jax.Array  # index into SCHEDULES
+  guidance_schedule: jax.Array  # index into GUIDANCE_SCHEDULES
   guidance_power: jax.Array
   guidance_start: jax.Array
   guidance_stop: jax.Array
@@ -40,18 +44,26 @@ class ActiveFilters(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-  """Settings of one image; the stages of sampling follow the order of the fields."""
+  """Settings of one image; the stages of sampling follow the order of the fields.
+
+  Every field is a flag of `llamagen sample`, explained in docs/sampling.md.
+  """
 
   guidance_scale: float = option("strength of classifier-free guidance; 1 = off", 1.0)
   guidance_schedule: str = option(
-    "course of the guidance over an image", "constant", choices=SCHEDULES
+    "course of the guidance scale over the codes of an image: constant, or growing from"
+    " 1 (linear, power-cosine)",
+    "constant",
+    choices=GUIDANCE_SCHEDULES,
   )
   guidance_power: float = option("exponent of the power-cosine schedule", 2.75)
   guidance_start: int = option(
     "no guidance for that many codes at the start of an image", 0, unit="CODES"
   )
   guidance_stop: int = option(
-    "no guidance after this decode step; -1 = never stop", -1, unit="STEP"
+    "no guidance after this decode step (step n samples code n + 1); -1 = never stop",
+    -1,
+    unit="STEP",
   )
   guidance_beta: float = option(
     "strength of a model trained without guidance, about 1 / guidance scale", 1.0
@@ -82,8 +94,10 @@ class SamplingConfig:
     _check("top_k", self.top_k, 0 <= self.top_k <= LARGEST, f"0 .. {LARGEST}")
     _check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
     _check("window", self.window, 1 <= self.window <= LARGEST, "1 or more")
-    schedule, known = self.guidance_schedule, ", ".join(SCHEDULES)
-    _check("guidance_schedule", schedule, schedule in SCHEDULES, f"one of {known}")
+    schedule, known = self.guidance_schedule, ", ".join(GUIDANCE_SCHEDULES)
+    _check(
+      "guidance_schedule", schedule, schedule in GUIDANCE_SCHEDULES, f"one of {known}"
+    )
 
   def check_model(self, guidance_embedding: bool) -> None:
     """Refuses settings that a model cannot follow.
@@ -100,7 +114,7 @@ class SamplingConfig:
   def rows(self, batch: int) -> BatchSampling:
     """Returns these settings for every image of a batch, as host arrays [B]."""
     values = {name: getattr(self, name) for name in BatchSampling._fields}
-    values["guidance_schedule"] = SCHEDULES.index(self.guidance_schedule)
+    values["guidance_schedule"] = GUIDANCE_SCHEDULES.index(self.guidance_schedule)
     return BatchSampling(**{k: np.full(batch, v, DTYPES[k]) for k, v in values.items()})
 
   @property

@@ -3,26 +3,36 @@
 import jax
 import jax.numpy as jnp
 
-from llamagen_jax.gpt.sampling_config import SCHEDULES, BatchSampling
+from llamagen_jax.gpt.sampling_config import GUIDANCE_SCHEDULES, BatchSampling
 
 
 def scale_at(rows: BatchSampling, index: jax.Array, image_tokens: int) -> jax.Array:
   """Returns the guidance scale [B] of the code with this index; 1 = no guidance.
 
-  linear: 1 + (s - 1) t / T. power-cosine (RAR, arXiv 2411.00776):
-  1 + (s - 1) (1 - cos(pi (t / T)^p)) / 2. Code 0 comes from the prefill, so
-  decode step n samples code n + 1.
+  With s the guidance_scale, p the guidance_power, t the index, T image_tokens:
+    constant: s
+    linear: 1 + (s - 1) t / T
+    power-cosine (RAR, arXiv 2411.00776): 1 + (s - 1) (1 - cos(pi (t / T)^p)) / 2
+
+  guidance_stop counts decode steps: code 0 comes from the prefill, so step n samples
+  code n + 1.
 
   Args:
-    rows: settings of B images.
-    index: number of the code, int32; or [B], where every image has its own.
+    rows: settings [B], one row a code to sample: of B images, or of every code of a
+      window.
+    index: number of the code, int32; or [B], one a row.
     image_tokens: T, the codes of an image.
   """
   progress = index / image_tokens
-  cosine = (1 - jnp.cos(jnp.pi * progress**rows.guidance_power)) / 2
+  power_cosine = (1 - jnp.cos(jnp.pi * progress**rows.guidance_power)) / 2
+  shares = {
+    "constant": jnp.ones_like(power_cosine),
+    "linear": jnp.full_like(power_cosine, progress),
+    "power-cosine": power_cosine,
+  }
   share = jnp.select(
-    [rows.guidance_schedule == i for i in range(len(SCHEDULES))],
-    [jnp.ones_like(cosine), jnp.full_like(cosine, progress), cosine],
+    [rows.guidance_schedule == i for i in range(len(GUIDANCE_SCHEDULES))],
+    [shares[name] for name in GUIDANCE_SCHEDULES],
   )
   stopped = (rows.guidance_stop >= 0) & (index - 1 > rows.guidance_stop)
   off = stopped | (index < rows.guidance_start)

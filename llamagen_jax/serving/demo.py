@@ -12,7 +12,7 @@ from fastapi.responses import RedirectResponse
 import gradio as gr
 
 from llamagen_jax.data.classes import shown_name
-from llamagen_jax.gpt.sampling_config import SCHEDULES, SamplingConfig
+from llamagen_jax.gpt.sampling_config import GUIDANCE_SCHEDULES, SamplingConfig
 from llamagen_jax.serving import demo_html
 from llamagen_jax.serving.api_error import APIError
 from llamagen_jax.serving.auth import KEY
@@ -236,7 +236,7 @@ def _settings(service: Service) -> tuple[list[gr.components.Component], gr.Butto
   )
   with gr.Accordion("More settings", open=False):
     rest = [
-      gr.Dropdown(SCHEDULES, value=d.guidance_schedule, label="Guidance schedule"),
+      gr.Dropdown(GUIDANCE_SCHEDULES, value=d.guidance_schedule, label="Guidance schedule"),
       gr.Slider(
         0, HIGHEST_TEMPERATURE, d.temperature, step=0.05, label="Temperature",
         info="0: the most probable code",

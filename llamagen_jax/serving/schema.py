@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from llamagen_jax.gpt.sampling_config import SCHEDULES
+from llamagen_jax.gpt.sampling_config import GUIDANCE_SCHEDULES
 
 LONGEST_PROMPT = 32_000  # characters, as OpenAI's
 LONGEST_CLASS = 200
@@ -22,7 +22,7 @@ ClassLabel = (
   Annotated[int, Field(ge=0, le=2**31 - 1)]
   | Annotated[str, Field(min_length=1, max_length=LONGEST_CLASS)]
 )
-Schedule = Literal[*SCHEDULES]
+Schedule = Literal[*GUIDANCE_SCHEDULES]
 OutputFormat = Literal["png", "jpeg", "webp"]
 
 
