@@ -6,8 +6,8 @@ second with the column.
 
 A pair is (f, f + F) for F = head_dim / 2, that is, the two halves of the head
 are the two components. The original keeps a pair in neighbouring channels; the
-weights are permuted once on import (`weights/gpt.py`, `_pack_qkv`), which changes no attention
-logit and spares the TPU a strided shuffle per layer.
+weights are permuted once on import (`weights/gpt.py`, `_pack_qkv`), which changes no
+attention logit and spares the TPU a strided shuffle per layer.
 """
 
 import jax

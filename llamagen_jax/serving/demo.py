@@ -236,7 +236,9 @@ def _settings(service: Service) -> tuple[list[gr.components.Component], gr.Butto
   )
   with gr.Accordion("More settings", open=False):
     rest = [
-      gr.Dropdown(GUIDANCE_SCHEDULES, value=d.guidance_schedule, label="Guidance schedule"),
+      gr.Dropdown(
+        GUIDANCE_SCHEDULES, value=d.guidance_schedule, label="Guidance schedule"
+      ),
       gr.Slider(
         0, HIGHEST_TEMPERATURE, d.temperature, step=0.05, label="Temperature",
         info="0: the most probable code",
