@@ -70,7 +70,7 @@ def write_tars(folder: pathlib.Path) -> Sourced:
     {"broken images": 1, "empty captions": 1, "small images": 1},
     (
       "000000001\tbroken images\tcannot be decoded (",
-      "000000002\tsmall images\t20x15, smaller than 16",
+      "000000002\tsmall images\t20x15, smaller than min_side=16",
       "000000003\tempty captions\t",
     ),
   )  # fmt: skip
@@ -95,7 +95,7 @@ def write_list(folder: pathlib.Path) -> Sourced:
     {f"{r} images": 1 for r in reasons} | {"empty captions": 1, "broken lines": 1},
     (
       "list.jsonl:6\tbroken images\tcannot be decoded (",
-      "list.jsonl:7\tsmall images\t20x15, smaller than 16",
+      "list.jsonl:7\tsmall images\t20x15, smaller than min_side=16",
       "list.jsonl:8\tmissing images\t",
       "list.jsonl:9\tempty captions\t",
       "list.jsonl:10\tbroken lines\t",
