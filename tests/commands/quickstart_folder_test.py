@@ -113,7 +113,7 @@ def test_flags_that_do_not_go_together(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_from_a_folder_to_samples_and_a_rerun_does_nothing(images, tmp_path, caplog):
-  caplog.set_level("INFO")
+  caplog.set_level("INFO", logger="absl")  # as the command line has it
   workdir = tmp_path / "mine"
   flags = [f"--folder={images}", "--minutes=0.1", f"--workdir={workdir}"]
   assert cli.run(["quickstart", *flags]) == 0
