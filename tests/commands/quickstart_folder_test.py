@@ -3,6 +3,7 @@
 import types
 from unittest import mock
 
+from absl import logging
 import numpy as np
 from PIL import Image, ImageDraw
 import pytest
@@ -112,8 +113,13 @@ def test_flags_that_do_not_go_together(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_from_a_folder_to_samples_and_a_rerun_does_nothing(images, tmp_path, caplog):
-  caplog.set_level("INFO", logger="absl")  # as the command line has it
+def test_from_a_folder_to_samples_and_a_rerun_does_nothing(
+  images, tmp_path, caplog, request
+):
+  caplog.set_level("INFO")
+  before = logging.get_verbosity()
+  request.addfinalizer(lambda: logging.set_verbosity(before))
+  logging.set_verbosity(logging.INFO)  # as the command line does
   workdir = tmp_path / "mine"
   flags = [f"--folder={images}", "--minutes=0.1", f"--workdir={workdir}"]
   assert cli.run(["quickstart", *flags]) == 0
