@@ -37,7 +37,7 @@ from tests import tiny
 
 JPEG = tiny.image_bytes(0)
 NUMBERS = (b"\xff" * 4, bytes(4), b"\x7f\xff\xff\xff", b"\x80\0\0\0")
-LONG = pytest.param(40, marks=pytest.mark.slow)
+LONG = pytest.param(40, marks=[pytest.mark.slow, pytest.mark.nightly])
 
 
 def damaged(rng: random.Random, data: bytes) -> bytes:

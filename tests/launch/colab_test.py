@@ -195,6 +195,7 @@ def test_quickstart(tmp_path, monkeypatch):
 
 @pytest.mark.extra
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_train_on_tpu(tmp_path, monkeypatch):
   outputs = execute(
     "train_on_tpu", tmp_path, monkeypatch, devices=4,

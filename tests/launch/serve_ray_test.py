@@ -17,7 +17,12 @@ from tests.processes import ROOT, free_port  # noqa: E402
 from tests.sampling import fid_batch_test  # noqa: E402
 
 saved = fid_batch_test.saved
-pytestmark = [pytest.mark.extra, pytest.mark.slow, pytest.mark.alone]
+pytestmark = [
+  pytest.mark.extra,
+  pytest.mark.slow,
+  pytest.mark.alone,
+  pytest.mark.nightly,
+]
 
 START_SECONDS = 180
 CLIENTS = 6

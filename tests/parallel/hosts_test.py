@@ -237,6 +237,7 @@ def test_a_killed_host_ends_the_other(folder, killed):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_chaos_changes_nothing(folder):
   """Two hosts are killed and told to stop at random, and end where others would.
 
