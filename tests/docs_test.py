@@ -47,8 +47,8 @@ SHORT = {
 SHIM = """#!{python}
 import sys
 from llamagen_jax.commands import cli
-verb = sys.argv[1]
-sys.exit(cli.run([*sys.argv[1:], *{short!r}.get(verb, [])]))
+if __name__ == "__main__":  # workers that read images import this file, too
+  sys.exit(cli.run([*sys.argv[1:], *{short!r}.get(sys.argv[1], [])]))
 """
 
 
