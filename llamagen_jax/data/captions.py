@@ -33,9 +33,9 @@ class Caption:
   def pack(self) -> bytes:
     return json.dumps(dataclasses.asdict(self), ensure_ascii=False).encode()
 
-  @classmethod
-  def unpack(cls, record: bytes) -> "Caption":
-    return cls(**json.loads(record))
+  @staticmethod  # cloudpickle 3.1.3 cannot send a bound classmethod to a worker
+  def unpack(record: bytes) -> "Caption":
+    return Caption(**json.loads(record))
 
 
 class CaptionSource:

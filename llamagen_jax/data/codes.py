@@ -65,13 +65,13 @@ class CodeRecord:
     codes = self.codes.astype(code_dtype(codebook_size)).tobytes()
     return HEADER.pack(self.label, len(key)) + key + codes
 
-  @classmethod
-  def unpack(cls, record: bytes, crops: int, codebook_size: int) -> "CodeRecord":
+  @staticmethod  # cloudpickle 3.1.3 cannot send a bound classmethod to a worker
+  def unpack(record: bytes, crops: int, codebook_size: int) -> "CodeRecord":
     """Reads the bytes of `pack`."""
     label, length = HEADER.unpack_from(record)
     start, dtype = HEADER.size + length, code_dtype(codebook_size)
     codes = np.frombuffer(record, dtype, offset=start).reshape(crops, -1)
-    return cls(record[HEADER.size : start].decode(), label, codes)
+    return CodeRecord(record[HEADER.size : start].decode(), label, codes)
 
 
 class CodeWriter:

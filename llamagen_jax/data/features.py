@@ -36,12 +36,13 @@ class FeatureRecord:
     rows = (np.ascontiguousarray(x, BFLOAT16) for x in (self.caption, self.short))
     return header + key + b"".join(x.tobytes() for x in rows)
 
-  @classmethod
-  def unpack(cls, record: bytes, dim: int) -> "FeatureRecord":
+  @staticmethod  # cloudpickle 3.1.3 cannot send a bound classmethod to a worker
+  def unpack(record: bytes, dim: int) -> "FeatureRecord":
     key_bytes, rows, _ = HEADER.unpack_from(record)
     start = HEADER.size + key_bytes
     values = np.frombuffer(record, BFLOAT16, offset=start).reshape(-1, dim)
-    return cls(record[HEADER.size : start].decode(), values[:rows], values[rows:])
+    key = record[HEADER.size : start].decode()
+    return FeatureRecord(key, values[:rows], values[rows:])
 
 
 class FeatureSource:

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import cloudpickle
 import numpy as np
 import pytest
 
@@ -175,3 +176,9 @@ def test_skipped_samples_of_all_starts_count(tmp_path):
 def test_perplexity():
   assert perplexity(np.array([5, 5, 5, 0])) == pytest.approx(3)
   assert perplexity(np.array([7, 0])) == pytest.approx(1)
+
+
+def test_a_source_can_be_sent_to_workers(tmp_path):
+  write(tmp_path).finish()
+  source = cloudpickle.loads(cloudpickle.dumps(CodeSource(tmp_path)))
+  np.testing.assert_array_equal(source[3].codes, record(3).codes)
