@@ -108,18 +108,29 @@ def place(tmp_path_factory):
   return folder, environment
 
 
+def pages_to_run() -> list[pathlib.Path]:
+  """Returns README first, then the others by name."""
+  other = ("CONTRIBUTING.md", "api.md")  # its set-up, and nothing to run
+  pages = [page for page in PAGES if to_run(page) and page.name not in other]
+  return sorted(pages, key=lambda page: (page.name != "README.md", page.name))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  "page",
-  [p for p in PAGES if to_run(p) and p.name not in ("CONTRIBUTING.md", "api.md")],
-  ids=lambda page: page.name,
-)
-def test_blocks_run(place, page):
-  """Pages are run in one folder: later ones use the quickstart that README made."""
+def test_blocks_run(place):
+  """Later pages use what the commands of earlier ones made: all are one test."""
   folder, environment = place
-  for kind, text in to_run(page):
-    program = ["bash", "-euc", text] if kind == "bash" else [sys.executable, "-c", text]
-    done = subprocess.run(
-      program, cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+  for page in pages_to_run():
+    for kind, text in to_run(page):
+      program = (
+        ["bash", "-euc", text] if kind == "bash" else [sys.executable, "-c", text]
+      )
+      done = subprocess.run(
+        program,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+      )
+      said = f"{page.name}: {text}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+      assert done.returncode == 0, said
