@@ -104,8 +104,8 @@ def run(args: Options) -> Outcome:
   out = user_path(args.out)
   if jax.process_index() == 0:
     out.mkdir(parents=True, exist_ok=True)
-  spools = [_Spool(_written_side(args)) for _ in SETS]
-  found = _reconstruct(args, mesh, tokenizer, source, spools)
+  files = [_ImageFile(_written_side(args)) for _ in SETS]
+  found = _reconstruct(args, mesh, tokenizer, source, files)
   report = {
     **found.metrics,
     "images": found.images,
@@ -116,14 +116,14 @@ def run(args: Options) -> Outcome:
     "tokenizer_config": dataclasses.asdict(tokenizer.config),
   }
   if jax.process_index() == 0:
-    _write(out, found, report, spools)
+    _write(out, found, report, files)
   multihost_utils.sync_global_devices("reconstructed")
   scores = _score(evaluate, out) if evaluate else None
   return Outcome(tokenizer, found, report, scores)
 
 
-def _reconstruct(args: Options, mesh, tokenizer, source, spools) -> Reconstruction:
-  """Runs the tokenizer over the source; host 0 fills the two spools."""
+def _reconstruct(args: Options, mesh, tokenizer, source, files) -> Reconstruction:
+  """Runs the tokenizer over the source; host 0 fills the two files of images."""
   lpips_params = None
   if args.lpips:
     lpips_params = jax.device_put(load_lpips(args.lpips), replicated(mesh))
@@ -141,8 +141,8 @@ def _reconstruct(args: Options, mesh, tokenizer, source, spools) -> Reconstructi
     def keep(*pair: np.ndarray) -> None:
       bar.update(len(pair[0]))
       if main_host:
-        for spool, images in zip(spools, pair, strict=True):
-          spool.add(images)
+        for file, images in zip(files, pair, strict=True):
+          file.add(images)
 
     return reconstruct(
       tokenizer.config, tokenizer.params, batches, args.shown, lpips_params, keep
@@ -183,7 +183,7 @@ def _evaluator(args: Options, count: int) -> score.Evaluator:
   return score.Evaluator(args)
 
 
-class _Spool:
+class _ImageFile:
   """Images that wait on this host's disk until their number is known."""
 
   def __init__(self, side: int):
@@ -210,10 +210,13 @@ def _resized(images: jax.Array, side: int) -> jax.Array:
 
 
 def _write(
-  out: epath.Path, found: Reconstruction, report: dict[str, Any], spools: list[_Spool]
+  out: epath.Path,
+  found: Reconstruction,
+  report: dict[str, Any],
+  files: list[_ImageFile],
 ) -> None:
-  for name, spool in zip(SETS, spools, strict=True):
-    save_npz(out / f"{name}.npz", spool.batches(), found.images, None)
+  for name, file in zip(SETS, files, strict=True):
+    save_npz(out / f"{name}.npz", file.batches(), found.images, None)
   rows = np.concatenate([found.originals, found.reconstructions])
   sheet = grid(rows, columns=len(found.originals))
   save_png(out / "reconstructions.png", sheet)

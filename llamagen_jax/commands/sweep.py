@@ -105,7 +105,7 @@ def _check(args: Any, setting: str) -> None:
   if PROTOCOLS[args.protocol].same_order:
     raise UserError(f"--protocol={args.protocol} is not for samples of a transformer")
   if args.samples:
-    raise UserError("--sweep draws its samples: no --samples")
+    raise UserError("--sweep makes its own samples: no --samples")
   if getattr(args, setting) is not None:
     raise UserError(f"--sweep={args.sweep} sets {setting}: do not give it twice")
   if not user_path(args.inception).exists():  # before hours of sampling

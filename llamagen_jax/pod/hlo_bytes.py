@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from llamagen_jax.pod.hlo_text import Op, Program, declared_cost
 
-# They move nothing themselves.
-FREE = {
+# Kinds that move nothing themselves.
+NO_TRAFFIC = {
   "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all",
   "partition-id", "replica-id", "opt-barrier", "while", "call", "conditional",
   "async-start",
@@ -21,7 +21,7 @@ def moved_bytes(program: Program, ops: dict[str, Op], op: Op) -> float:
     ops: operations of the computation that `op` is in.
     op: the operation.
   """
-  if op.kind in FREE or op.kind.endswith("-done"):
+  if op.kind in NO_TRAFFIC or op.kind.endswith("-done"):
     return 0
   if op.kind == "custom-call":
     if declared := declared_cost(op, "bytes_accessed"):

@@ -197,7 +197,7 @@ def encode(
 def left_pad(features_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
   """Moves the features of every caption to the end, with zeros before them.
 
-  The transformer that draws the image sees the last token of a caption right
+  The transformer that makes the image sees the last token of a caption right
   before the first code.
   """
   tokens = mask_BT.shape[1]

@@ -68,10 +68,10 @@ def _open(path: epath.Path) -> tuple[Callable[..., list[int]], int, int, int]:
     if path.name == SENTENCEPIECE:
       import sentencepiece
 
-      pieces = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-      encode = pieces.encode  # pyright: ignore[reportAssignmentType]
-      size = pieces.get_piece_size()
-      pad, end = pieces.pad_id(), pieces.eos_id()
+      model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+      encode = model.encode  # pyright: ignore[reportAssignmentType]
+      size = model.get_piece_size()
+      pad, end = model.pad_id(), model.eos_id()
     else:
       import tokenizers
 

@@ -72,11 +72,11 @@ def test_what_is_refused_before_the_work(folder, capsys, flags, message):
 
 
 def test_larger_images_are_scored_at_the_protocols_side(tmp_path):
-  from llamagen_jax.commands.reconstruct import _Spool
+  from llamagen_jax.commands.reconstruct import _ImageFile
 
   images = np.random.default_rng(0).integers(0, 256, (3, 24, 24, 3), np.uint8)
-  spool = _Spool(16)
-  spool.add(images)
-  (found,) = spool.batches()
+  file = _ImageFile(16)
+  file.add(images)
+  (found,) = file.batches()
   expected = np.asarray(resize_bicubic(images.astype(np.float32), 16))
   assert np.abs(found - np.clip(expected, 0, 255)).max() <= 0.5001
