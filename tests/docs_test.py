@@ -108,29 +108,17 @@ def place(tmp_path_factory):
   return folder, environment
 
 
-def pages_to_run() -> list[pathlib.Path]:
-  """Returns README first, then the others by name."""
-  other = ("CONTRIBUTING.md", "api.md")  # its set-up, and nothing to run
-  pages = [page for page in PAGES if to_run(page) and page.name not in other]
-  return sorted(pages, key=lambda page: (page.name != "README.md", page.name))
-
-
 @pytest.mark.slow
 def test_blocks_run(place):
-  """Later pages use what the commands of earlier ones made: all are one test."""
+  """Later blocks use what earlier ones made, README's first: all are one test."""
   folder, environment = place
-  for page in pages_to_run():
-    for kind, text in to_run(page):
-      program = (
-        ["bash", "-euc", text] if kind == "bash" else [sys.executable, "-c", text]
-      )
-      done = subprocess.run(
-        program,
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-      )
-      said = f"{page.name}: {text}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-      assert done.returncode == 0, said
+  pages = [p for p in PAGES if p.name != "CONTRIBUTING.md"]  # it makes a real .venv
+  blocks_to_run = [(p.name, *block) for p in pages for block in to_run(p)]
+  for name, kind, text in blocks_to_run:
+    interpreter = ["bash", "-euc"] if kind == "bash" else [sys.executable, "-c"]
+    done = subprocess.run(
+      [*interpreter, text], cwd=folder, env=environment, capture_output=True, text=True,
+      check=False,
+    )  # fmt: skip
+    said = f"{name}: {text}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == 0, said
