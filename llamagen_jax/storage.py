@@ -9,6 +9,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import tempfile
 import time
 from typing import IO, Any, TypeVar
@@ -100,6 +101,18 @@ def atomic_write(
   except BaseException:
     part.unlink(missing_ok=True)
     raise
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a path, where nothing is yet, that becomes `folder` when the block ends.
+
+  What a killed process left under that name is removed first. Local disks only.
+  """
+  part = folder.with_name(f".{folder.name}.part")
+  shutil.rmtree(part, ignore_errors=True)
+  yield part
+  part.rename(folder)
 
 
 def upload(local: str | os.PathLike, path: epath.Path) -> None:

@@ -1,11 +1,13 @@
 """Paths that users give, and files that are whole or not there."""
 
+import contextlib
 import pathlib
 
 import pytest
 
 from llamagen_jax import UserError
 from llamagen_jax.storage import (
+  atomic_folder,
   atomic_write,
   in_bucket,
   local_path,
@@ -41,6 +43,19 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     file.write("half")
     raise OSError("full")
   assert read_json(path) == [1] and [*tmp_path.iterdir()] == [path]
+
+
+def test_a_folder_appears_when_it_is_complete(tmp_path):
+  folder = tmp_path / "images"
+  for error in (OSError("full"), None):
+    with contextlib.suppress(OSError), atomic_folder(folder) as part:
+      part.mkdir()
+      (part / str(error)).touch()
+      assert not folder.exists()
+      if error:
+        raise error
+  assert [path.name for path in folder.iterdir()] == ["None"]
+  assert [*tmp_path.iterdir()] == [folder]
 
 
 def test_what_is_not_json_is_named(tmp_path):

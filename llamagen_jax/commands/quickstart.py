@@ -16,7 +16,6 @@ import importlib
 import json
 import os
 import pathlib
-import shutil
 import time
 
 import numpy as np
@@ -35,7 +34,13 @@ from llamagen_jax.images import grid, save_png
 from llamagen_jax.options import option
 from llamagen_jax.parallel.mesh import make_mesh
 from llamagen_jax.sampling.sample import sample
-from llamagen_jax.storage import local_path, read_json, write_json, write_text
+from llamagen_jax.storage import (
+  atomic_folder,
+  local_path,
+  read_json,
+  write_json,
+  write_text,
+)
 from llamagen_jax.training import train_gpt as gpt_train
 from llamagen_jax.training import train_tokenizer as tokenizer_train
 from llamagen_jax.weights import bundle
@@ -139,18 +144,17 @@ def write_digits(folder: pathlib.Path, per_class: int) -> None:
     ) from error
   images, labels = mnist_data()
   images = np.pad(images.reshape(-1, 28, 28).astype(np.uint8), ((0, 0), (2, 2), (2, 2)))
-  part = folder.with_name(f".{folder.name}.part")
-  shutil.rmtree(part, ignore_errors=True)
   rng = np.random.default_rng(0)
-  for digit in range(10):
-    rows = rng.permutation(np.flatnonzero(labels == digit))[:per_class]
-    bounds = np.cumsum([0, *SHARES.values()]) * len(rows)
-    for split, start, stop in zip(SHARES, bounds[:-1], bounds[1:], strict=True):
-      place = part / split / str(digit)
-      place.mkdir(parents=True)
-      for row in rows[round(start) : round(stop)]:
-        Image.fromarray(images[row]).convert("RGB").save(place / f"{row:04d}.png")
-  part.rename(folder)
+  with atomic_folder(folder) as part:
+    for digit in range(10):
+      rows = rng.permutation(np.flatnonzero(labels == digit))[:per_class]
+      bounds = np.cumsum([0, *SHARES.values()]) * len(rows)
+      for split, start, stop in zip(SHARES, bounds[:-1], bounds[1:], strict=True):
+        subfolder = part / split / str(digit)
+        subfolder.mkdir(parents=True)
+        for row in rows[round(start) : round(stop)]:
+          image = Image.fromarray(images[row]).convert("RGB")
+          image.save(subfolder / f"{row:04d}.png")
 
 
 def judge(workdir: pathlib.Path, size: Size) -> dict[str, float]:

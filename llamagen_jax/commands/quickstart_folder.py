@@ -6,7 +6,6 @@ fit. A rerun goes on with the first step that is not finished, with the same cho
 """
 
 import pathlib
-import shutil
 import statistics
 import time
 from typing import Any
@@ -34,7 +33,7 @@ from llamagen_jax.errors import UserError
 from llamagen_jax.images import grid, save_png
 from llamagen_jax.parallel.mesh import make_mesh
 from llamagen_jax.sampling.sample import sample
-from llamagen_jax.storage import read_json, write_json
+from llamagen_jax.storage import atomic_folder, read_json, write_json
 from llamagen_jax.training import train_gpt, train_tokenizer
 from llamagen_jax.training.gpt_step import GPTRecipe
 from llamagen_jax.training.loop import Task
@@ -120,16 +119,15 @@ def write_images(folder: pathlib.Path, source_folder: str, choices: Choices) -> 
   logging.info("%s: %s", name, found)
   most = max(FEWEST, int(IMAGES_A_MINUTE * choices.minutes))
   splits = split(_labels(source), most)
-  part = folder.with_name(f".{folder.name}.part")
-  shutil.rmtree(part, ignore_errors=True)
-  written = {split: _copy(source, rows, part / split, size) for split, rows in
-             splits.items()}  # fmt: skip
-  if written["train"] < FEWEST:
-    raise UserError(
-      f"--folder={source_folder}: {written['train']} usable images, expected at least"
-      f" {FEWEST}"
-    )
-  part.rename(folder)
+  with atomic_folder(folder) as part:
+    written = {
+      name: _copy(source, rows, part / name, size) for name, rows in splits.items()
+    }
+    if written["train"] < FEWEST:
+      raise UserError(
+        f"--folder={source_folder}: {written['train']} usable images, expected at least"
+        f" {FEWEST}"
+      )
   logging.info(
     "chose %d of %d images for training, %d held out, %dx%d pixels",
     written["train"], len(source), written["val"], size, size,

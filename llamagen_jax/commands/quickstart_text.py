@@ -11,7 +11,6 @@ import dataclasses
 import io
 import json
 import pathlib
-import shutil
 
 import jax
 import numpy as np
@@ -27,6 +26,7 @@ from llamagen_jax.data.sources import open_source
 from llamagen_jax.images import grid, save_npz, save_png
 from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.sampling.sample import sample
+from llamagen_jax.storage import atomic_folder
 from llamagen_jax.text.t5 import T5Config, init_t5
 from llamagen_jax.text.tokens import SENTENCEPIECE
 from llamagen_jax.training import train_gpt as gpt_train
@@ -54,12 +54,12 @@ PHRASINGS = (
   "{colour} {digit} on {ground} paper",
   "on a {ground} ground there is a {colour} {digit}",
 )
-PIECES = 110  # of the vocabulary
-T5 = T5Config(PIECES, dim=64, layers=2, heads=4, head_dim=16, ffn_dim=128)
+VOCABULARY = 110  # pieces of words
+T5 = T5Config(VOCABULARY, dim=64, layers=2, heads=4, head_dim=16, ffn_dim=128)
 TOKENS = 12
-# Of the features. The transformer's embedder starts with small weights; from quiet
-# features it learns what the words mean four times more slowly.
-LOUDNESS = 16
+# Of the features. The transformer's embedder starts with small weights; from features
+# of scale 1 it learns what the words mean four times more slowly.
+FEATURE_SCALE = 16
 HOLD_OUT = 5  # one triple in this many never occurs in training
 SHOWN = 20  # prompts of either kind in the grid
 COPIES = 6  # coloured images of every digit
@@ -132,19 +132,18 @@ def write_images(folder: pathlib.Path, digits: pathlib.Path) -> None:
   """NAME.png and NAME.txt of painted training and validation digits."""
   if folder.exists():
     return
-  part = folder.with_name(f".{folder.name}.part")
-  shutil.rmtree(part, ignore_errors=True)
   rng = np.random.default_rng(0)
-  for split in ("train", "val"):
-    (part / split).mkdir(parents=True)
-    for path in sorted((digits / split).glob("*/*.png")):
-      grey = np.asarray(Image.open(path).convert("L"))
-      for copy in range(COPIES):
-        triple = random_triple(int(path.parent.name), False, rng)
-        stem = part / split / f"{path.parent.name}-{path.stem}-{copy}"
-        Image.fromarray(paint(grey, triple.pair, rng)).save(stem.with_suffix(".png"))
-        stem.with_suffix(".txt").write_text(triple.caption)
-  part.rename(folder)
+  with atomic_folder(folder) as part:
+    for split in ("train", "val"):
+      (part / split).mkdir(parents=True)
+      for path in sorted((digits / split).glob("*/*.png")):
+        grey = np.asarray(Image.open(path).convert("L"))
+        for copy in range(COPIES):
+          triple = random_triple(int(path.parent.name), False, rng)
+          stem = part / split / f"{path.parent.name}-{path.stem}-{copy}"
+          image = Image.fromarray(paint(grey, triple.pair, rng))
+          image.save(stem.with_suffix(".png"))
+          stem.with_suffix(".txt").write_text(triple.caption)
 
 
 def write_t5(folder: pathlib.Path, captions: list[str]) -> None:
@@ -153,25 +152,24 @@ def write_t5(folder: pathlib.Path, captions: list[str]) -> None:
 
   if folder.exists():
     return
-  part = folder.with_name(f".{folder.name}.part")
-  shutil.rmtree(part, ignore_errors=True)
   params = jax.device_get(unbox(init_t5(T5, jax.random.key(0))))
   layers = dict(params["layers"])
-  # A word's vector is to be its own first of all, and its neighbours' in part, by
-  # their distance: quiet queries and keys, loud position biases.
+  # Small queries and keys, large position biases -> a word's vector depends most on the
+  # word itself, and less on its neighbours, the less the farther they are.
   layers["qkv"] = layers["qkv"] * np.array([0.3, 0.3, 1.0]).reshape(1, 1, 3, 1, 1)
   layers["out"], layers["ffn_out"] = layers["out"] / 2, layers["ffn_out"] / 2
   bias = params["position_bias"] * T5.dim**0.5
-  norm = params["norm"] * LOUDNESS
-  save_t5(part, T5, params | {"layers": layers, "position_bias": bias, "norm": norm})
+  norm = params["norm"] * FEATURE_SCALE
+  params |= {"layers": layers, "position_bias": bias, "norm": norm}
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(captions), model_writer=model, model_type="bpe",
-    vocab_size=PIECES, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+    vocab_size=VOCABULARY, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
     hard_vocab_limit=False, minloglevel=2,
   )  # fmt: skip
-  (part / SENTENCEPIECE).write_bytes(model.getvalue())
-  part.rename(folder)
+  with atomic_folder(folder) as part:
+    save_t5(part, T5, params)
+    (part / SENTENCEPIECE).write_bytes(model.getvalue())
 
 
 def run(workdir: pathlib.Path, config: str, samples: int, step, train) -> dict:

@@ -25,13 +25,6 @@ PATH = "/v1/images/generations"
 
 
 @pytest.fixture(scope="module")
-def image_model():
-  image_model = live.tiny_model()
-  image_model.warm_up()
-  return image_model
-
-
-@pytest.fixture(scope="module")
 def server(image_model, tmp_path_factory):
   store = FolderStore(tmp_path_factory.mktemp("store"), days=0)
   with live.serve(image_model, app={"store": store}) as server:

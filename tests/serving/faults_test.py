@@ -17,13 +17,6 @@ BODY = {"prompt": "1"}
 IDLE = {'queue_length{model="tiny"}': 0, 'slots_busy{model="tiny"}': 0}
 
 
-@pytest.fixture(scope="module")
-def image_model():
-  image_model = live.tiny_model()
-  image_model.warm_up()
-  return image_model
-
-
 def metrics(server) -> dict[str, float]:
   """Name with labels -> value, without the prefix."""
   lines = live.HTTP.get(server.url + "/metrics").text.splitlines()

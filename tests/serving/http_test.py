@@ -21,13 +21,6 @@ ORIGIN = "https://app.example"
 
 
 @pytest.fixture(scope="module")
-def image_model():
-  image_model = live.tiny_model()
-  image_model.warm_up()
-  return image_model
-
-
-@pytest.fixture(scope="module")
 def server(image_model):
   with live.serve(image_model) as server:
     yield server
