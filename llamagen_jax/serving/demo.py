@@ -96,17 +96,16 @@ def make_demo(service: Service, key: str = "") -> gr.Blocks:
         )
     shown = gr.State(_Shown())
     run = _Run(service, [subject, *settings], [sheet, status, shown])
-    running = [run.start(generate.click)]
+    run.start(generate.click)
     if model.of_captions:
-      running.append(run.start(subject.submit))
+      run.start(subject.submit)
     for button, value in examples:
       chosen = button.click(
         lambda value=value: value, None, subject, api_visibility="private"
       )
-      running.append(run.start(chosen.then))
-    stop.click(
-      run.stopped, shown, [sheet, status], cancels=running, api_visibility="private"
-    )
+      run.start(chosen.then)
+    # Not by Gradio's `cancels`: frames on their way would come after what it shows.
+    stop.click(_Shown.close, shown, api_visibility="private")
     reuse.click(lambda shown: shown.seed, shown, settings[-1], api_visibility="private")
 
     def as_code(request: gr.Request, *values) -> list[str]:
@@ -123,55 +122,66 @@ def make_demo(service: Service, key: str = "") -> gr.Blocks:
 class _Shown:
   """The images of the last request, as far as they have come."""
 
+  active: ActiveRequest | None = None
   figures: list[str] = dataclasses.field(default_factory=list)
   finished: set[int] = dataclasses.field(default_factory=set)
-  seed: int = RANDOM_SEED
+
+  @property
+  def seed(self) -> int:
+    return self.active.seed if self.active else RANDOM_SEED
+
+  async def close(self) -> None:
+    """Gives up what is not finished; the event that shows it then ends."""
+    if self.active:
+      self.active.close()
 
 
 class _Run:
-  """The events that generate, and the one that stops them."""
+  """The events that generate. Each alone writes the images that it began."""
 
   def __init__(self, service: Service, inputs: Sequence[Any], outputs: Sequence[Any]):
     self.service, self.inputs, self._outputs = service, inputs, outputs
 
-  def start(self, event) -> Any:
+  def start(self, event) -> None:
     """Binds `generate` to an event of a component."""
     # The engine has a queue of its own, so that Gradio's may let everyone pass.
-    return event(
-      self._generate, self.inputs, self._outputs, concurrency_limit=None,
-      show_progress="hidden", api_visibility="private",
+    event(
+      self._generate, [*self.inputs, self._outputs[-1]], self._outputs,
+      concurrency_limit=None, show_progress="hidden", api_visibility="private",
     )  # fmt: skip
 
   async def _generate(self, *values) -> AsyncIterator[tuple[str, str, _Shown]]:
     """Yields all images as far as they are, and a line that tells how far."""
+    *values, before = values
+    await before.close()  # an example, clicked while another one is generated
     try:
       body, _ = read_request(_body(self.service, values), strict=True)
       active = await self.service.admit(body, [])
     except APIError as error:
       yield gr.skip(), demo_html.status(error.message, error=True), gr.skip()
       return
-    model, shown = active.model, _Shown(seed=active.seed)
+    model, shown = active.model, _Shown(active)
     shown.figures = [demo_html.blank(model.size, "waits")] * body.count
     yield demo_html.sheet(shown.figures), demo_html.status("Waiting ...", 0), shown
     try:
       async for line in _frames(active, shown, _title(model, values[0])):
-        yield demo_html.sheet(shown.figures), line, shown
+        yield demo_html.sheet(shown.figures), line, gr.skip()
+      if (finished := len(shown.finished)) < body.count:
+        line = f"Stopped: {finished} of {body.count} images are finished."
+        yield _stopped(shown, model), demo_html.status(line), gr.skip()
     except APIError as error:
-      yield *self.stopped(shown)[:1], demo_html.status(error.message, error=True), shown
+      line = demo_html.status(error.message, error=True)
+      yield _stopped(shown, model), line, gr.skip()
     finally:
       active.close()
 
-  def stopped(self, shown: _Shown) -> tuple[str, str]:
-    """Returns the finished images, and empty frames for the others."""
-    size, count = self.service.default_model.size, len(shown.figures)
-    if len(shown.finished) == count:
-      return gr.skip(), gr.skip()
-    figures = [
-      figure if i in shown.finished else demo_html.blank(size, "stopped")
-      for i, figure in enumerate(shown.figures)
-    ]
-    line = f"Stopped: {len(shown.finished)} of {count} images are finished."
-    return demo_html.sheet(figures), demo_html.status(line)
+
+def _stopped(shown: _Shown, model: ImageModel) -> str:
+  """Returns the finished images, and empty frames for the others."""
+  blank = demo_html.blank(model.size, "stopped")
+  return demo_html.sheet(
+    [f if i in shown.finished else blank for i, f in enumerate(shown.figures)]
+  )
 
 
 async def _frames(
@@ -205,6 +215,8 @@ async def _frames(
       looked = time.monotonic()
     line, share = f"{sum(done)} of {tokens * count} codes", sum(done) / tokens / count
     yield demo_html.status(line, share)
+  if len(shown.finished) < count:  # somebody closed the request
+    return
   seconds = time.monotonic() - active.started
   yield demo_html.status(f"Done in {seconds:.1f} s, with seed {active.seed}.")
 

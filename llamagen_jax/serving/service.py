@@ -190,6 +190,7 @@ class ActiveRequest:
 
   def __post_init__(self):
     self._missing = len(self.handles)
+    self._events: asyncio.Queue = asyncio.Queue()
     self._followers: list[asyncio.Task] = []
     self._reason = "disconnect"
 
@@ -202,25 +203,28 @@ class ActiveRequest:
     return [images[i] for i in sorted(images)]
 
   async def events(self) -> AsyncIterator[tuple[int, Progress | Finished]]:
-    """Yields (number of an image, event of that image), until all are finished.
+    """Yields (number of an image, event of that image).
+
+    Ends when all images are finished, or the request is closed.
 
     Raises:
       APIError: 503 after the deadline, or when the engine has died.
     """
-    events: asyncio.Queue = asyncio.Queue()
     self._followers = [
-      asyncio.create_task(_follow(i, handle, events))
+      asyncio.create_task(_follow(i, handle, self._events))
       for i, handle in enumerate(self.handles)
     ]
     limit = self.service.limits.seconds
     while self._missing:
       left = limit - (time.monotonic() - self.started)
       try:
-        index, event = await asyncio.wait_for(events.get(), max(0.0, left))
+        index, event = await asyncio.wait_for(self._events.get(), max(0.0, left))
       except TimeoutError:
         self._reason = "deadline"
         message = f"The request was not done after {limit:g} s."
         raise APIError(503, message, code="deadline_exceeded", retry_after=1) from None
+      if event is None:
+        return
       if isinstance(event, Exception):
         self._reason = "engine_died"
         raise APIError(503, "The engine has died.", code="engine_died") from event
@@ -244,6 +248,7 @@ class ActiveRequest:
     if self._missing:
       self.service.metrics.cancelled.labels(self._reason).inc()
     self._missing, self.handles = 0, []
+    self._events.put_nowait((None, None))  # wakes whoever waits for the next one
 
 
 async def _follow(index: int, handle: RequestHandle, events: asyncio.Queue) -> None:

@@ -124,8 +124,21 @@ def test_stop_frees_the_slots_and_leaves_no_half_images(page, server):
   page.click("#stop")
   status(page).to_contain_text("Stopped: 0 of 4 images are finished.")
   live.wait_until(server.is_idle)
-  assert page.locator(".sheet img").count() == 0
+  sync_api.expect(page.locator(".sheet img")).to_have_count(0)
   server.engine.last = CODES
+
+
+def test_an_example_replaces_what_is_being_generated(page, server):
+  server.engine.last = 12
+  page.click("#generate")
+  page.wait_for_selector(".sheet img")
+  server.engine.last = CODES
+  page.click("#examples button >> nth=2")
+  status(page).to_contain_text("Done in")
+  live.wait_until(server.is_idle)
+  images = page.locator(".sheet img")
+  sync_api.expect(images).to_have_count(4)
+  assert {image.get_attribute("alt")[:11] for image in images.all()} == {"great white"}
 
 
 def test_leaving_the_page_frees_the_slots(browser, server):
