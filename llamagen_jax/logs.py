@@ -14,10 +14,21 @@ OURS = (PACKAGE, "parameter_overview.py")
 def show() -> None:
   """Prints log lines on stderr, above the progress bar if there is one."""
   handler = _Handler()
-  handler.addFilter(lambda r: r.levelno >= logging.WARNING or _is_ours(r))
+  handler.addFilter(_is_shown)
   handler.setFormatter(_Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
   logging.root.handlers = [handler]
   absl_logging.set_verbosity(absl_logging.INFO)
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+  # Orbax 0.12 logs a failed save five times, four of them with a traceback, and asyncio
+  # logs each task of it; the error itself is raised, and ends the run with one line.
+  of_orbax = "/orbax/" in record.pathname or (
+    record.name == "asyncio" and "/orbax/" in record.getMessage()
+  )
+  if of_orbax and record.levelno >= logging.ERROR:
+    return False
+  return record.levelno >= logging.WARNING or _is_ours(record)
 
 
 def _is_ours(record: logging.LogRecord) -> bool:

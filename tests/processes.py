@@ -19,16 +19,17 @@ def start_two_hosts(
   words: Sequence[list[str]], cwd: pathlib.Path = ROOT
 ) -> list[subprocess.Popen]:
   """Starts a verb on two hosts, with words of their own."""
-  coordinator = f"--coordinator=127.0.0.1:{free_port()}"
+  flags = [f"--coordinator=127.0.0.1:{free_port()}", "--hosts=2"]
+  return [start([*words[i], *flags, f"--host={i}"], cwd) for i in range(2)]
+
+
+def start(words: list[str], cwd: pathlib.Path = ROOT) -> subprocess.Popen:
+  """Starts a verb."""
   python = [sys.executable, "-c", "from llamagen_jax.commands import cli; cli.main()"]
-  return [
-    subprocess.Popen(
-      [*python, *words[host], coordinator, "--hosts=2", f"--host={host}"], cwd=cwd,
-      env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT, text=True,
-    )
-    for host in range(2)
-  ]  # fmt: skip
+  return subprocess.Popen(
+    [*python, *words], cwd=cwd, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+  )  # fmt: skip
 
 
 def finish(processes: Sequence[subprocess.Popen], code: int = 0) -> list[str]:

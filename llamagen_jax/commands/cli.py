@@ -1,5 +1,6 @@
 """`llamagen VERB`: one table from verbs to the modules that do the work."""
 
+import errno
 import importlib
 import sys
 import traceback
@@ -54,6 +55,8 @@ EXIT_CODES = """exit codes:
   2   a mistake in a flag, a config or a file; the message names it
   75  stopped, by a signal or Ctrl-C; the same command goes on"""
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_ALLOWED = (errno.EACCES, errno.EROFS)
 
 # Their images must not depend on which of them, or on how many devices, made them.
 STEADY = ("sample", "serve", "evaluate")
@@ -85,15 +88,25 @@ def run(argv: list[str]) -> int:
     return _end(verb, stopped, STOPPED)
   except KeyboardInterrupt:
     return _end(verb, "stopped; the same command goes on or begins again", STOPPED)
-  except (UserError, RunFailed) as error:
-    code = USER_ERROR if isinstance(error, UserError) else FAILED
-    _end(verb, error, code)
-    _end_all_hosts(str(error), code)
-    return code
-  except Exception as error:  # a bug: with one host the traceback tells of it
+  except Exception as error:
+    code = _expected(error)
+    if code is not None:
+      _end_all_hosts(str(error), _end(verb, error, code))
+      return code
+    # A bug: with one host the traceback tells of it.
     _end_all_hosts(f"{type(error).__name__}: {error}", FAILED, traceback.format_exc())
     raise
   return FINISHED
+
+
+def _expected(error: Exception) -> int | None:
+  """Returns the exit code of an error that one line explains, None of a bug."""
+  if isinstance(error, UserError):
+    return USER_ERROR
+  number = error.errno if isinstance(error, OSError) else None
+  if number in NOT_ALLOWED:
+    return USER_ERROR
+  return FAILED if number in DISK_FULL or isinstance(error, RunFailed) else None
 
 
 def _end(verb: str, message: object, code: int) -> int:

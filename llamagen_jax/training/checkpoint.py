@@ -49,6 +49,7 @@ MAY_CHANGE_ON_RESUME = (
 # Status codes in TensorStore's errors, of storage that answers again later.
 TRANSIENT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "RESOURCE_EXHAUSTED: HTTP")
 WAIT_SECONDS = (1, 4, 15, 60)
+POLL_SECONDS = 0.02  # between two looks at a save under way
 DAMAGED = ("DATA_LOSS", "checksum", "decod")  # in TensorStore's errors
 
 
@@ -67,7 +68,7 @@ class Checkpoints:
     self._folder = _checkpoint_folder(self._workdir)
     self.previous = self._previous_config()
     _quarantine_damaged(self._folder)
-    self._saving = 0
+    self._saving, self._failed = 0, False
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
@@ -156,8 +157,7 @@ class Checkpoints:
     """
     if step == self._manager.latest_step():
       return
-    with self._one_line_errors():
-      self._manager.wait_until_finished()
+    self.finish()
     self._saving = step
     self._check_space(state)
     with self._one_line_errors():
@@ -195,6 +195,11 @@ class Checkpoints:
   def finish(self) -> None:
     """Waits for the save under way; raises as `save` does."""
     with self._one_line_errors():
+      # Orbax 0.12 tells of a failed save at the end of the wait only. Of several hosts,
+      # those that failed would first wait 20 minutes in a barrier for the others.
+      while self._manager.is_saving_in_progress():
+        self._manager.check_for_errors()
+        time.sleep(POLL_SECONDS)
       self._manager.wait_until_finished()
 
   def latest(self) -> int | None:
@@ -206,6 +211,7 @@ class Checkpoints:
     try:
       yield
     except (OSError, ValueError, RuntimeError) as error:
+      self._failed = True
       raise RunFailed(
         f"checkpoint of step {self._saving} in {self._folder} could not be saved"
         f" ({_one_line(error)}); last good checkpoint: {self._last_good()}"
@@ -216,6 +222,8 @@ class Checkpoints:
 
   def __exit__(self, kind, *_) -> None:
     """Waits for the save under way; its failure does not hide another error."""
+    if self._failed and jax.process_count() > 1:
+      return  # to end all hosts: a barrier holds them
     try:
       self.finish()
     except RunFailed:

@@ -213,6 +213,7 @@ class _Loop:
 
   def _save(self, state: Any, step: int, *, force: bool) -> None:
     self._flush_metrics()  # a state is saved only once it is known to be finite
+    self.reporter.flush()  # before it: a resumed run cannot write the rows again
     position = self.task.stream.position(step)
     self.checkpoints.save(state, step, position, force)
 

@@ -15,7 +15,7 @@ import numpy as np
 import tensorboardX
 
 from llamagen_jax.errors import UserError
-from llamagen_jax.storage import atomic_write, in_bucket, write_text
+from llamagen_jax.storage import atomic_write, in_bucket, retry, write_text
 
 BUCKET_SECONDS = 60  # between two uploads of the rows to a bucket, which cannot append
 
@@ -25,7 +25,8 @@ class MetricsLog:
 
   A resumed run continues the file: rows of steps that are about to be redone
   are dropped, so a killed run's log equals an uninterrupted one's. In a bucket the
-  files are written whole, at every evaluation and at most once a minute between.
+  files are written whole: the rows before every checkpoint and once a minute, the rest
+  at every evaluation.
   """
 
   def __init__(self, workdir: os.PathLike, start: int, tracker: str = "none"):
@@ -50,7 +51,7 @@ class MetricsLog:
       with self._path.open("a") as file:
         file.write(json.dumps(self._rows[-1]) + "\n")
     elif time.monotonic() > self._written + BUCKET_SECONDS:
-      self._write_rows()
+      self.flush()
     for name, value in metrics.items():
       self._events.add_scalar(name, value, step)
     if self._tracker is not None:
@@ -59,6 +60,11 @@ class MetricsLog:
   def write_image(self, step: int, name: str, pixels: np.ndarray) -> None:
     """Adds a uint8 [H, W, 3] image to the event files."""
     self._events.add_image(name, pixels, step, dataformats="HWC")
+
+  def flush(self) -> None:
+    """Brings the rows in a bucket up to date."""
+    if self._bucket:
+      self._write_rows()
 
   def write_curve(self, names: Sequence[str]) -> None:
     """Writes loss.png, the named metrics of all rows against the step, one panel each.
@@ -121,7 +127,7 @@ def read_rows(path: os.PathLike) -> list[dict[str, float]]:
   """Returns the rows of a metrics.jsonl; a line that a kill cut short ends the file."""
   rows, path = [], epath.Path(path)
   if path.exists():
-    for line in path.read_text().splitlines():
+    for line in retry(path.read_text).splitlines():
       try:
         rows.append(json.loads(line))
       except json.JSONDecodeError:

@@ -68,6 +68,11 @@ class Reporter:
         if kind is None:
           raise RunFailed(f"{self._workdir}: {error}") from error
 
+  def flush(self) -> None:
+    """Makes the rows of all steps last, as a checkpoint of the newest one will."""
+    if self._main:
+      self._log.flush()
+
   def log(
     self,
     step: int,

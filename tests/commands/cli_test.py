@@ -1,5 +1,6 @@
 """Commands as a user types them: what bad input prints, and the exit code."""
 
+import errno
 import json
 import types
 
@@ -63,6 +64,8 @@ def sample(folder) -> str:
     (UserError("--x: no such flag"), 2),
     (Stopped("stopped at step 3 and saved; resume with the same command"), 75),
     (KeyboardInterrupt(), 75),
+    (OSError(errno.ENOSPC, "No space left on device", "x.npz"), 1),
+    (PermissionError(errno.EACCES, "Permission denied", "x.npz"), 2),
   ],
 )
 def test_exit_codes(monkeypatch, capsys, error, code):

@@ -2,26 +2,28 @@
 
 import json
 import os
-import pathlib
 import random
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from llamagen_jax.parallel import hosts as cluster
 from llamagen_jax.training.metrics_log import read_rows
-from llamagen_jax.weights import bundle
 from tests import tiny
+from tests.parallel.runs import (
+  command,
+  final_state,
+  finish,
+  losses,
+  start,
+  wait_for_rows,
+)
+from tests.processes import free_port
 
-CHILD = pathlib.Path(__file__).with_name("child.py")
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (2, 1, 4), "mix": (2, 2, 2)}
 
 
@@ -54,65 +56,6 @@ def folder(tmp_path_factory):
   tiny.write_codes(folder / "train", records=160)
   tiny.write_codes(folder / "val", records=8)
   return folder
-
-
-def command(folder, workdir, steps=6, mesh=(-1, 1, 1), save_every=100) -> list[str]:
-  config = tiny.gpt_config(folder / "train", steps)
-  config.data.eval_codes = str(folder / "val")
-  config.run.save_every = save_every
-  config.mesh = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
-  path = folder / f"{workdir}-{steps}-{'-'.join(map(str, mesh))}.py"
-  path.write_text(
-    "import ml_collections\n\ndef get_config():\n"
-    f"  return ml_collections.ConfigDict({config.to_dict()!r})\n"
-  )
-  return ["train-gpt", f"--config={path}", f"--workdir={folder / workdir}"]
-
-
-def start(commands, devices=1, hosts=1, host=0, port=0, **spec) -> subprocess.Popen:
-  if hosts > 1:
-    flags = [f"--coordinator=127.0.0.1:{port}", f"--hosts={hosts}", f"--host={host}"]
-    commands = [[*words, *flags] for words in commands]
-  quick = "--xla_backend_optimization_level=0"
-  return subprocess.Popen(
-    [sys.executable, CHILD, json.dumps({"commands": commands, **spec})],
-    env=os.environ
-    | {
-      "XLA_FLAGS": f"{quick} --xla_force_host_platform_device_count={devices}",
-      "JAX_PLATFORMS": "cpu",
-    },
-    cwd=CHILD.parents[2],
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-  )
-
-
-def finish(process, code=0) -> str:
-  try:
-    output, _ = process.communicate(timeout=600)
-  finally:
-    process.kill()
-  assert process.returncode == code, output[-4000:]
-  return output
-
-
-def free_port() -> int:
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    return probe.getsockname()[1]
-
-
-def losses(workdir) -> list[float]:
-  rows = [row for row in read_rows(workdir / "metrics.jsonl") if "loss" in row]
-  assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-  return [row["loss"] for row in rows]
-
-
-def final_state(workdir, step):
-  place = (workdir / "checkpoints" / f"step_{step:09d}" / "state").absolute()
-  with ocp.StandardCheckpointer() as checkpointer:
-    return jax.tree.leaves(checkpointer.restore(place))
 
 
 @pytest.fixture(scope="module")
@@ -201,11 +144,6 @@ def test_a_signal_saves_and_exits_with_75(folder, hosts, number):
   assert (folder / name / "checkpoints" / f"step_{step:09d}").is_dir()
 
 
-def wait_for_rows(path, count, processes):
-  while len(read_rows(path)) < count and processes[0].poll() is None:
-    time.sleep(0.05)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("broken", [0, 1])
 def test_a_host_that_fails_ends_the_other_with_its_reason(folder, broken):
@@ -237,37 +175,20 @@ def test_a_killed_host_ends_the_other(folder, killed):
 
 
 @pytest.mark.slow
-@pytest.mark.nightly
-def test_chaos_changes_nothing(folder):
-  """Two hosts are killed and told to stop at random, and end where others would.
-
-  LLAMAGEN_CHAOS_MINUTES makes it longer than its four rounds.
-  """
-  steps, rng = 24, random.Random(os.urandom(4))
-  deadline = time.monotonic() + 60 * float(os.environ.get("LLAMAGEN_CHAOS_MINUTES", 0))
-
-  def pair(workdir, steps, **spec):
-    words, port = command(folder, workdir, steps, save_every=2), free_port()
-    return [start([words], hosts=2, host=i, port=port, **spec) for i in range(2)]
-
-  path, rounds, outputs = folder / "chaos" / "metrics.jsonl", 0, []
-  while rounds < 4 or time.monotonic() < deadline:
-    rounds += 1
-    processes = pair("chaos", 10**6 if time.monotonic() < deadline else 200, delay=0.1)
-    wait_for_rows(path, len(read_rows(path)) + rng.randrange(1, 4), processes)
-    number = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-    rng.choice(processes).send_signal(number)
-    for process in processes:
-      outputs.append(process.communicate(timeout=600)[0])
-  steps = max(steps, len(read_rows(path)) + 2)
-  for name in ("chaos", "calm"):
-    for process in pair(name, steps):
-      outputs.append(finish(process))
-  assert losses(folder / "chaos") == losses(folder / "calm")
-  weights = [
-    bundle.load_gpt(folder / name / "bundle").params for name in ("chaos", "calm")
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_host_that_cannot_save_ends_the_other(folder, full):
+  """Its part of the checkpoint fails, while the other one waits in a barrier."""
+  words, port = command(folder, f"full{full}", steps=200, save_every=2), free_port()
+  processes = [
+    start(
+      [words],
+      hosts=2,
+      host=i,
+      port=port,
+      **({"largest_file": 4000} if i == full else {}),
+    )
+    for i in range(2)
   ]
-  jax.tree.map(np.testing.assert_array_equal, *weights)
-  assert not [p for p in (folder / "chaos").rglob("*") if p.name.endswith(".part")]
-  assert not [p for p in (folder / "chaos").rglob("*tmp*") if "orbax" in p.name]
-  assert not [output for output in outputs if "Traceback" in output]
+  outputs = [finish(process, 1) for process in processes]
+  assert re.search("checkpoint of step 2 in .* could not be saved", outputs[full])
+  assert re.search(f"host {full} failed: checkpoint of step 2", outputs[1 - full])

@@ -20,8 +20,6 @@ from llamagen_jax.tokenizer.model import init_tokenizer
 from llamagen_jax.weights import bundle
 from tests import tiny
 
-pytestmark = pytest.mark.exact
-
 SIDE = 6
 LABELS = fid_batch.choose_labels("uniform", 22, 4, seed=0)
 JOB = SamplingJob(
@@ -74,6 +72,7 @@ def test_the_npz_of_a_whole_run(whole):
   assert sorted(p.name for p in whole.parent.iterdir()) == ["x.json", "x.npz"]
 
 
+@pytest.mark.exact
 def test_killed_and_resumed(models, whole, tmp_path, monkeypatch):
   out = tmp_path / "x.npz"
 
@@ -112,6 +111,7 @@ def test_killed_and_resumed(models, whole, tmp_path, monkeypatch):
     run(models, out, settings={"seed": 1, "count": 3})
 
 
+@pytest.mark.exact
 def test_only_missing_batches_are_sampled(models, whole, tmp_path, monkeypatch):
   parts = list(sample_batches(*models, JOB, [0, 2, 5], Timings()))
   assert [batch for batch, _ in parts] == [0, 2, 5]

@@ -31,6 +31,16 @@ def test_a_resumed_log_drops_the_steps_that_are_redone(tmp_path):
   assert list(tmp_path.glob("events.*"))
 
 
+@pytest.mark.extra
+def test_flushed_rows_outlive_a_kill_where_nothing_can_be_appended(bucket):
+  log = MetricsLog(bucket / "run", start=0)
+  for step in (1, 2):
+    log.write(step, {"loss": 1 / step})
+  log.flush()
+  log.write(3, {"loss": 0.2})
+  assert [row["step"] for row in read_rows(bucket / "run/metrics.jsonl")] == [1, 2]
+
+
 def test_a_tracker_gets_every_row(tmp_path, monkeypatch):
   calls = []
   tracker = types.SimpleNamespace(

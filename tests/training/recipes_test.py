@@ -22,8 +22,6 @@ from llamagen_jax.training.metrics_log import read_rows
 from llamagen_jax.weights import bundle
 from tests import tiny
 
-pytestmark = pytest.mark.exact
-
 NAMES = tuple("abcd")
 
 
@@ -66,6 +64,7 @@ RECIPES = {
 }  # fmt: skip
 
 
+@pytest.mark.exact
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_resumes_bit_for_bit(codes, published, tmp_path, name):
@@ -105,6 +104,7 @@ def test_every_recipe_resumes_bit_for_bit(codes, published, tmp_path, name):
     assert rows[0][0] != rows[0][1]
 
 
+@pytest.mark.exact
 def test_a_class_table_of_another_size(codes, published, tmp_path):
   """Rows of the same names, the mean for the others, the row of no class kept."""
   config = tiny.gpt_config(codes, 1)
@@ -121,6 +121,7 @@ def test_a_class_table_of_another_size(codes, published, tmp_path):
   np.testing.assert_array_equal(new["head"], old["head"])
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("only", ["table", "head"])
 def test_the_rest_stays_as_it_was(codes, published, tmp_path, only):
   config = tiny.gpt_config(codes, 2)
@@ -141,6 +142,7 @@ def test_the_rest_stays_as_it_was(codes, published, tmp_path, only):
   assert kept == 2 * expected
 
 
+@pytest.mark.exact
 def test_adapters_begin_as_the_model_and_merge_into_it():
   config = TrainableConfig("none", LoRAConfig(2, 3.0))
   params = unbox(init_params(tiny.GPT, config, jax.random.key(0)))
