@@ -17,6 +17,7 @@ GROUPS = {
   },
   "prepare data": {
     "extract-codes": ("extract_codes", "images to code shards"),
+    "import-codes": ("import_codes", "codes that others extracted to code shards"),
     "prepare-captions": ("prepare_captions", "images with captions to caption shards"),
     "extract-text": ("extract_text", "caption shards to shards of T5 features"),
   },

@@ -30,6 +30,7 @@ from llamagen_jax.data.codes import (
   CodeShardSpec,
   CodeSource,
   CodeWriter,
+  code_dtype,
 )
 from llamagen_jax.data.images import BadImage, CropSet, ImageDecoder
 from llamagen_jax.data.own_shards import write_own_shards
@@ -297,7 +298,8 @@ def report(manifest: dict[str, Any], out: str, speed: float) -> str:
   """What a finished folder holds, in lines for the user."""
   skipped = [why for shard in manifest["shards"] for why in shard["skipped"].values()]
   size = sum(shard["files"][KIND]["bytes"] for shard in manifest["shards"])
-  codes = 2 * len(manifest["crops"]) * manifest["grid"] ** 2  # uint16
+  codes = len(manifest["crops"]) * manifest["grid"] ** 2
+  codes *= code_dtype(manifest["codebook_size"]).itemsize
   lines = [
     f"{manifest['records']} images x {len(manifest['crops'])} crops in {out},"
     f" {len(skipped)} skipped, {manifest['codes_used']} of"

@@ -185,7 +185,7 @@ class JsonlSource:
     self._path = user_path(path)
     if not self._path.is_file():
       raise UserError(f"data source jsonl:{path}: no such file")
-    self._offsets = _line_offsets(self._path)
+    self._offsets = line_offsets(self._path)
     if len(self) == 0:
       raise UserError(f"data source jsonl:{path}: no lines in it")
 
@@ -229,7 +229,7 @@ def open_lines(path: epath.Path) -> io.BufferedReader:
   return io.BufferedReader(path.open("rb"))
 
 
-def _line_offsets(path: epath.Path) -> np.ndarray:
+def line_offsets(path: epath.Path) -> np.ndarray:
   """Returns int64 [lines + 1]: where lines that are not blank start, and the end."""
   offsets, position, starts = array.array("q"), 0, True
   with open_lines(path) as file:
