@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 import time
 from typing import Any, TypeVar
 
@@ -49,7 +50,6 @@ MAY_CHANGE_ON_RESUME = (
 # Status codes in TensorStore's errors, of storage that answers again later.
 TRANSIENT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "RESOURCE_EXHAUSTED: HTTP")
 WAIT_SECONDS = (1, 4, 15, 60)
-POLL_SECONDS = 0.02  # between two looks at a save under way
 DAMAGED = ("DATA_LOSS", "checksum", "decod")  # in TensorStore's errors
 
 
@@ -76,7 +76,8 @@ class Checkpoints:
         max_to_keep=run.keep_last,
         keep_period=run.keep_every or None,
         async_options=ocp.AsyncOptions(
-          post_finalization_callback=lambda: _write_sizes(self._folder, self._saving)
+          post_finalization_callback=lambda: _write_sizes(self._folder, self._saving),
+          barrier_sync_fn=_wait_for_hosts,
         ),
         **STEP_FOLDERS,
       ),
@@ -195,11 +196,6 @@ class Checkpoints:
   def finish(self) -> None:
     """Waits for the save under way; raises as `save` does."""
     with self._one_line_errors():
-      # Orbax 0.12 tells of a failed save at the end of the wait only. Of several hosts,
-      # those that failed would first wait 20 minutes in a barrier for the others.
-      while self._manager.is_saving_in_progress():
-        self._manager.check_for_errors()
-        time.sleep(POLL_SECONDS)
       self._manager.wait_until_finished()
 
   def latest(self) -> int | None:
@@ -232,6 +228,18 @@ class Checkpoints:
     finally:
       with contextlib.suppress(OSError, ValueError, RuntimeError):
         self._manager.close()
+
+
+def _wait_for_hosts(*, key: str, timeout_ms: int) -> None:
+  """Waits in a barrier until all hosts have come; raises where this one has failed.
+
+  After a failure Orbax 0.12 goes to a barrier, in a `finally`, before it tells of the
+  error; the other hosts are in another barrier, and all would wait for 20 minutes.
+  """
+  failure = sys.exc_info()[1]
+  if failure is not None:
+    raise failure
+  ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def restore_items(
