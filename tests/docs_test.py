@@ -14,6 +14,7 @@ import sys
 
 import pytest
 
+from llamagen_jax.gpt.sampling_config import GUIDANCE_SCHEDULES
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -79,6 +80,13 @@ def test_files_and_links_exist(page):
       assert (page.parent / target).exists(), target
   for path in re.findall(r"`((?:configs|launch|docs|benchmarks)/[\w./]+\.\w+)`", text):
     assert (ROOT / path).exists(), path
+
+
+def test_every_guidance_schedule_has_its_formula():
+  text = (ROOT / "docs/sampling.md").read_text()
+  assert all(
+    re.search(rf"^\| `{name}`.* \|$", text, re.M) for name in GUIDANCE_SCHEDULES
+  )
 
 
 def test_extras_exist():

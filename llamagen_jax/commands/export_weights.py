@@ -16,13 +16,12 @@ from llamagen_jax.errors import UserError
 from llamagen_jax.options import option
 from llamagen_jax.parallel import hosts
 from llamagen_jax.weights import bundle
-from llamagen_jax.weights.files import write_weights
+from llamagen_jax.weights.files import check_suffix, write_weights
 from llamagen_jax.weights.gpt import gpt_to_torch
 from llamagen_jax.weights.tokenizer import tokenizer_to_torch
 
 # The original's tokenizer counts the codes it used in a buffer, and insists on it.
 USAGE_BUFFER = ("quantize.codebook_used", 65536)
-SUFFIXES = (".pt", ".safetensors")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,10 +35,7 @@ class Options:
 def main(argv: Sequence[str]) -> None:
   args = arguments.parse(Options, "export-weights", argv, __doc__)
   out = storage.user_path(args.out)
-  if out.suffix not in SUFFIXES:
-    raise UserError(
-      f"--out={out}: expected a name that ends in {' or '.join(SUFFIXES)}"
-    )
+  check_suffix(out, f"--out={out}")
   with hosts.cpu_only():
     state_dict, extra = _read(args.bundle)
     write_weights(out, state_dict, extra)

@@ -24,7 +24,7 @@ from llamagen_jax.options import option
 from llamagen_jax.parallel import hosts
 from llamagen_jax.tokenizer.config import TokenizerConfig
 from llamagen_jax.weights import bundle, inception
-from llamagen_jax.weights.files import Stored, read_extra, read_weights
+from llamagen_jax.weights.files import Stored, read_weights
 from llamagen_jax.weights.gpt import EMBEDDING, defer_gpt
 from llamagen_jax.weights.published import PUBLISHED, Published, identify, table
 from llamagen_jax.weights.tokenizer import (
@@ -61,7 +61,7 @@ class Options(sampling_flags.SamplingOverrides):
     "attention heads of a transformer of an unpublished size", None, unit="HEADS"
   )
   key: str | None = option(
-    "entry of the file to take, with dots between nested ones; default: ema, model,"
+    "entry of a pickle to take, with dots between nested ones; default: ema, model,"
     " module, state_dict", None, unit="ENTRY",
   )  # fmt: skip
   kind: str | None = option(
@@ -101,8 +101,7 @@ def _check(args: Options) -> None:
 def _import(args: Options, out: epath.Path) -> str:
   """Writes the bundle and returns a description of it."""
   file = storage.user_path(args.file) if args.file else download(args.hub)
-  weights, key = read_weights(file, args.key)
-  extra = read_extra(file)
+  weights, key, extra = read_weights(file, args.key)
   if CODEBOOK in weights:
     text = _import_tokenizer(weights, extra, out, args)
   elif inception.SIGN in weights:

@@ -51,8 +51,8 @@ class SamplingConfig:
 
   guidance_scale: float = option("strength of classifier-free guidance; 1 = off", 1.0)
   guidance_schedule: str = option(
-    "course of the guidance scale over the codes of an image: constant, or growing from"
-    " 1 (linear, power-cosine)",
+    "course of the guidance scale over the codes of an image; formulas in"
+    " docs/sampling.md",
     "constant",
     choices=GUIDANCE_SCHEDULES,
   )

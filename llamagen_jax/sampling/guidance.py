@@ -23,12 +23,11 @@ def scale_at(rows: BatchSampling, index: jax.Array, image_tokens: int) -> jax.Ar
     index: number of the code, int32; or [B], one a row.
     image_tokens: T, the codes of an image.
   """
-  progress = index / image_tokens
-  power_cosine = (1 - jnp.cos(jnp.pi * progress**rows.guidance_power)) / 2
+  progress = jnp.broadcast_to(index / image_tokens, rows.guidance_power.shape)
   shares = {
-    "constant": jnp.ones_like(power_cosine),
-    "linear": jnp.full_like(power_cosine, progress),
-    "power-cosine": power_cosine,
+    "constant": jnp.ones_like(progress),
+    "linear": progress,
+    "power-cosine": (1 - jnp.cos(jnp.pi * progress**rows.guidance_power)) / 2,
   }
   share = jnp.select(
     [rows.guidance_schedule == i for i in range(len(GUIDANCE_SCHEDULES))],

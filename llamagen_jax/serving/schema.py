@@ -75,7 +75,9 @@ class ImageRequest(BaseModel):
   guidance_scale: float | None = Field(
     None, ge=0, le=1000, description="1 or less: no guidance."
   )
-  guidance_schedule: Schedule | None = None
+  guidance_schedule: Schedule | None = Field(
+    None, description="Course of the guidance scale over the codes of an image."
+  )
   temperature: float | None = Field(
     None, ge=0, le=1000, description="0: always the most probable code."
   )

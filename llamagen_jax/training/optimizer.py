@@ -9,7 +9,7 @@ import optax
 
 from llamagen_jax.errors import UserError
 
-SCHEDULES = ("constant", "cosine", "wsd")
+LR_SCHEDULES = ("constant", "cosine", "wsd")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +27,9 @@ class OptimizerConfig:
   ema: float = 0.0  # decay of the average of the weights; 0 = none is kept
 
   def __post_init__(self):
-    if self.schedule not in SCHEDULES:
-      raise UserError(
-        f"optimizer.schedule={self.schedule!r}: expected one of {', '.join(SCHEDULES)}"
-      )
+    if self.schedule not in LR_SCHEDULES:
+      known = ", ".join(LR_SCHEDULES)
+      raise UserError(f"optimizer.schedule={self.schedule!r}: expected one of {known}")
     if not 0 < self.decay_share <= 1:
       raise UserError(
         f"optimizer.decay_share={self.decay_share}: expected 0 < decay_share <= 1"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 import functools
 import json
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,39 +31,42 @@ SAFETENSORS_TYPES = {
   "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
 }  # fmt: skip
 INDEX = ".index.json"
+SUFFIXES = (".pt", ".safetensors")  # of files that are written
 
 
-def read_weights(
-  path: str | os.PathLike, key: str | None = None
-) -> tuple[dict[str, Stored], str]:
+class Weights(NamedTuple):
+  """What a file of weights holds."""
+
+  tensors: dict[str, Stored]  # by name, without the prefixes that wrappers add
+  key: str = ""  # entry of a pickle that they are from; "" = the file itself
+  extra: dict[str, Any] = {}  # settings that `write_weights` put beside them
+
+
+def read_weights(path: str | os.PathLike, key: str | None = None) -> Weights:
   """Opens a file of weights without reading them.
 
   Args:
     path: `.safetensors`, the index of several, a folder of them, or a PyTorch pickle:
       a state dict or a dict of one with whatever else a trainer saves next to it.
-    key: entry that holds the weights, with dots between nested ones; by default the
-      first of `pickles.KEYS` that holds any.
-
-  Returns:
-    Tensors by name, without the prefixes that wrappers add, and the name of the entry
-    that they are from ("" = the file itself).
+    key: entry of a pickle that holds the weights, with dots between nested ones; by
+      default the first of `pickles.KEYS` that holds any.
 
   Raises:
-    UserError: for a file that holds no weights, or that would run code.
+    UserError: for a file that holds no weights, or that would run code, and for a key
+      where there are no entries.
   """
   path = storage.user_path(path)
   if path.is_dir():
-    return read_folder(path), ""
-  if not path.is_file():
+    found = Weights(read_folder(path))
+  elif not path.is_file():
     raise UserError(f"{path}: no such file")
-  if path.name.endswith(INDEX):
-    return _unwrapped(path, _read_index(path)), ""
-  with path.open("rb") as file:
-    head = file.read(64)
-  if path.suffix == ".safetensors" or head[8:9] == b"{":
-    return _unwrapped(path, _read_safetensors(path, head)), ""
-  file = TorchFile(path, key, head)
-  return _unwrapped(path, file.tensors()), file.key
+  elif path.name.endswith(INDEX):
+    found = Weights(_read_index(path))
+  else:
+    found = _read_file(path, key)
+  if key and not found.key:
+    raise UserError(f"--key={key}: {path} has no entries, only pickles have")
+  return found._replace(tensors=_unwrapped(path, found.tensors))
 
 
 def read_folder(
@@ -82,24 +85,9 @@ def read_folder(
     if (folder / f"{name}{INDEX}").exists():
       return _unwrapped(folder, _read_index(folder / f"{name}{INDEX}"))
     if (folder / name).exists():
-      return read_weights(folder / name)[0]
+      return read_weights(folder / name).tensors
   expected = ", ".join(f"{name} or {name}{INDEX}" for name in names)
   raise UserError(f"{folder}: no weights; expected {expected}")
-
-
-def read_extra(path: str | os.PathLike) -> dict[str, Any]:
-  """Returns the settings that `write_weights` put beside the tensors, if it did."""
-  path = storage.user_path(path)
-  if not path.is_file() or path.name.endswith(INDEX):
-    return {}
-  with path.open("rb") as file:
-    head = file.read(64)
-  if path.suffix == ".safetensors" or head[8:9] == b"{":
-    with _safetensors().safe_open(local_copy(path), framework="numpy") as opened:
-      text = (opened.metadata() or {}).get(EXTRA)
-  else:
-    text = TorchFile(path, None, head).extra
-  return json.loads(text) if text else {}
 
 
 def write_weights(
@@ -107,14 +95,18 @@ def write_weights(
   state_dict: Mapping[str, np.ndarray],
   extra: Mapping[str, Any] | None = None,
 ) -> None:
-  """Writes `.safetensors`, or else a pickle that holds the weights under "model".
+  """Writes `.safetensors`, or a pickle that holds the weights under "model".
 
   Args:
-    path: local or in a bucket.
+    path: local or in a bucket, of one of SUFFIXES.
     state_dict: arrays by name.
-    extra: settings that JSON can hold, for `read_extra`; others pass them over.
+    extra: settings that JSON can hold, for `read_weights`; others pass them over.
+
+  Raises:
+    UserError: another suffix.
   """
   path = storage.user_path(path)
+  check_suffix(path, "a file of weights")
   path.parent.mkdir(parents=True, exist_ok=True)
   beside = {EXTRA: json.dumps(extra)} if extra else {}
   if path.suffix == ".safetensors":
@@ -130,6 +122,12 @@ def write_weights(
   }
   with storage.atomic_write(path) as file:
     torch.save({"model": tensors, **beside}, file)
+
+
+def check_suffix(path: os.PathLike, name: str) -> None:
+  """Raises a UserError for a file that `write_weights` cannot write."""
+  if os.path.splitext(path)[1] not in SUFFIXES:
+    raise UserError(f"{name}: expected a name that ends in {' or '.join(SUFFIXES)}")
 
 
 def _unwrapped(path, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
@@ -159,12 +157,7 @@ def _read_index(index) -> dict[str, Stored]:
     path = index.parent / file
     if not path.exists():
       raise UserError(f"{index} lists {file}, which is not there")
-    with path.open("rb") as stream:
-      head = stream.read(64)
-    if path.suffix == ".safetensors":
-      stored = _read_safetensors(path, head)
-    else:
-      stored = TorchFile(path, None, head).tensors()
+    stored = _read_file(path).tensors
     for name in (name for name, holder in files.items() if holder == file):
       if name not in stored:
         raise UserError(f"{path}: no tensor {name}, which {index.name} lists there")
@@ -172,10 +165,19 @@ def _read_index(index) -> dict[str, Stored]:
   return tensors
 
 
-def _read_safetensors(path, head: bytes) -> dict[str, Stored]:
-  kind = "" if head[8:9] == b"{" else foreign_kind(head)
-  if kind:
-    raise UserError(f"{path}: no safetensors file, but {kind}")
+def _read_file(path, key: str | None = None) -> Weights:
+  with path.open("rb") as file:
+    head = file.read(64)
+  is_json = head[8:9] == b"{"  # of a safetensors file's header, after its length
+  if path.suffix == ".safetensors" or is_json:
+    if not is_json and (kind := foreign_kind(head)):
+      raise UserError(f"{path}: no safetensors file, but {kind}")
+    return _read_safetensors(path)
+  file = TorchFile(path, key, head)
+  return Weights(file.tensors(), file.key, _settings(file.extra))
+
+
+def _read_safetensors(path) -> Weights:
   safetensors, file = _safetensors(), local_copy(path)
 
   def read(name: str) -> np.ndarray:
@@ -185,11 +187,12 @@ def _read_safetensors(path, head: bytes) -> dict[str, Stored]:
   try:
     with safetensors.safe_open(file, framework="numpy") as opened:
       slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+      extra = (opened.metadata() or {}).get(EXTRA)
   except safetensors.SafetensorError as error:
     raise UserError(
       f"{path}: no safetensors file, or not a whole one: {one_line(error)}"
     ) from error
-  return {
+  tensors = {
     name: Stored(
       tuple(part.get_shape()),
       SAFETENSORS_TYPES.get(part.get_dtype(), part.get_dtype()),
@@ -197,6 +200,11 @@ def _read_safetensors(path, head: bytes) -> dict[str, Stored]:
     )
     for name, part in slices.items()
   }
+  return Weights(tensors, "", _settings(extra))
+
+
+def _settings(text: str | None) -> dict[str, Any]:
+  return json.loads(text) if text else {}
 
 
 def _safetensors():

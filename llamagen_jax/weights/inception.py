@@ -32,7 +32,7 @@ def load_inception(path: str | os.PathLike) -> dict[str, Any]:
   """Reads a bundle, the published file or a `.safetensors` of its names, as numpy."""
   if (user_path(path) / bundle.CONFIG).exists():
     return bundle.load_judge(path, KIND, lambda fields: abstract_inception())[1]
-  weights, _ = read_weights(path)
+  weights = read_weights(path).tensors
   if SIGN not in weights:
     raise UserError(
       f"{path}: no tensor {SIGN}; expected pt_inception-2015-12-05-6726825d.pth"

@@ -49,7 +49,7 @@ def load_lpips(files: str) -> dict[str, Any]:
     path = user_path(name.strip())
     if not path.exists():
       raise UserError(f"loss.lpips: no file {path}; {HELP}")
-    state_dict |= read_weights(path)[0]
+    state_dict |= read_weights(path).tensors
   return lpips_from_torch(state_dict)
 
 

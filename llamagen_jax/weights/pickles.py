@@ -51,7 +51,7 @@ class Stored:
   """A tensor in a file; `np.asarray` reads it."""
 
   shape: tuple[int, ...]
-  dtype: str  # "float32", "bfloat16", "int8", ...
+  dtype: str  # name of a numpy dtype, "bfloat16"; tables.FLOATS are accepted
   read: Callable[[], np.ndarray]
 
   def __array__(self, dtype=None, copy=None) -> np.ndarray:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from llamagen_jax import GPT, SamplingConfig, generate
+from llamagen_jax.gpt.sampling_config import GUIDANCE_SCHEDULES
 from llamagen_jax.sampling.guidance import guide, scale_at
 from tests.gpt.model_test import TINY, inputs, random_params
 
@@ -13,6 +14,7 @@ TOKENS = 16
 
 
 def scales(**fields):
+  """The scale of each of TOKENS codes."""
   rows = SamplingConfig(**fields).rows(1)
   return np.array(
     [float(scale_at(rows, jnp.int32(t), TOKENS)[0]) for t in range(TOKENS)]
@@ -26,15 +28,18 @@ def test_constant_schedule_and_its_stop():
   np.testing.assert_array_equal(stopped, [3.0] * 7 + [1.0] * 9)
 
 
-def test_growing_schedules():
-  t = np.arange(TOKENS) / TOKENS
-  linear = scales(guidance_scale=5.0, guidance_schedule="linear")
-  np.testing.assert_allclose(linear, 1 + 4 * t, rtol=1e-6)
-  cosine = scales(
-    guidance_scale=16.0, guidance_schedule="power-cosine", guidance_power=2.75
-  )
-  expected = 1 + 15 * (1 - np.cos(np.pi * t**2.75)) / 2
-  np.testing.assert_allclose(cosine, expected, rtol=1e-5)
+SHARES = {
+  "constant": lambda t: np.ones_like(t),
+  "linear": lambda t: t,
+  "power-cosine": lambda t: (1 - np.cos(np.pi * t**2.75)) / 2,
+}
+
+
+@pytest.mark.parametrize("name", GUIDANCE_SCHEDULES)
+def test_schedules(name):
+  found = scales(guidance_scale=16.0, guidance_schedule=name, guidance_power=2.75)
+  expected = 1 + 15 * SHARES[name](np.arange(TOKENS) / TOKENS)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_scale_one_is_the_condition_to_the_bit():

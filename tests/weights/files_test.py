@@ -47,7 +47,7 @@ def test_every_kind_of_pickle(tmp_path, monkeypatch, weights, key):
   torch = pytest.importorskip("torch")
   monkeypatch.setattr(pickles, "WINDOW", 10_000)  # the file is opened many times
   torch.save(contents(torch, weights)[key], tmp_path / "x.pt")
-  found, found_key = read_weights(tmp_path / "x.pt")
+  found, found_key, _ = read_weights(tmp_path / "x.pt")
   assert found_key == key
   assert found.keys() == weights.keys()
   for name, value in weights.items():
@@ -59,7 +59,7 @@ def test_every_kind_of_pickle(tmp_path, monkeypatch, weights, key):
 def test_another_entry_can_be_asked_for(tmp_path, weights):
   torch = pytest.importorskip("torch")
   torch.save(contents(torch, weights)["ema"], tmp_path / "x.pt")
-  found, key = read_weights(tmp_path / "x.pt", "model")
+  found, key, _ = read_weights(tmp_path / "x.pt", "model")
   assert key == "model"
   assert not np.asarray(found["norm.weight"]).any()
   with pytest.raises(UserError, match=r"under 'state_dict'.*model \(18\), ema \(18\)"):
@@ -77,7 +77,7 @@ def test_prefixes_of_wrappers_are_stripped(tmp_path, weights, prefix, suffix):
   pytest.importorskip("torch")
   file = tmp_path / f"x{suffix}"
   write_weights(file, {prefix + name: value for name, value in weights.items()})
-  found, _ = read_weights(file)
+  found = read_weights(file).tensors
   assert found.keys() == weights.keys()
   name = "layers.1.attention.wo.weight"
   np.testing.assert_array_equal(np.asarray(found[name]), weights[name])
@@ -88,7 +88,7 @@ def test_a_part_that_alone_was_compiled(tmp_path):
   pytest.importorskip("safetensors")
   file, values = tmp_path / "x.safetensors", np.zeros(2, np.float32)
   write_weights(file, {"encoder._orig_mod.a": values, "decoder.a": values})
-  assert set(read_weights(file)[0]) == {"encoder.a", "decoder.a"}
+  assert set(read_weights(file).tensors) == {"encoder.a", "decoder.a"}
   write_weights(file, {"_orig_mod.a": values, "a": values})
   with pytest.raises(UserError, match="with and without _orig_mod"):
     read_weights(file)
@@ -113,7 +113,7 @@ def test_a_checkpoint_of_lightning(tmp_path, monkeypatch, weights, new):
     tmp_path / "last.ckpt", _use_new_zipfile_serialization=new,
   )  # fmt: skip
   monkeypatch.undo()
-  found, key = read_weights(tmp_path / "last.ckpt")
+  found, key, _ = read_weights(tmp_path / "last.ckpt")
   assert key == "state_dict" and found.keys() == weights.keys()
 
 
@@ -126,9 +126,9 @@ def test_numbers_of_numpy_beside_the_weights(tmp_path, weights):
     "done": np.bool_(True), "losses": np.ones(3), "name": np.str_("x"),
   }  # fmt: skip
   torch.save({"model": tensors, **beside}, tmp_path / "x.pt")
-  assert read_weights(tmp_path / "x.pt")[0].keys() == weights.keys()
+  assert read_weights(tmp_path / "x.pt").tensors.keys() == weights.keys()
   torch.save(tensors | {"epoch": 3, "best": np.float64(1)}, tmp_path / "x.pt")
-  assert read_weights(tmp_path / "x.pt")[0].keys() == weights.keys()
+  assert read_weights(tmp_path / "x.pt").tensors.keys() == weights.keys()
 
 
 @pytest.mark.extra
@@ -141,11 +141,11 @@ def test_the_entry_with_weights_is_taken_or_suggested(tmp_path, weights):
   }
   for key, content in cases.items():
     torch.save(content, tmp_path / "x.pt")
-    assert read_weights(tmp_path / "x.pt")[1] == key
+    assert read_weights(tmp_path / "x.pt").key == key
   torch.save({"nets": {"generator": tensors}, "step": 3}, tmp_path / "x.pt")
   with pytest.raises(UserError, match=r"nets\.generator \(18\); --key takes one"):
     read_weights(tmp_path / "x.pt")
-  found, key = read_weights(tmp_path / "x.pt", "nets.generator")
+  found, key, _ = read_weights(tmp_path / "x.pt", "nets.generator")
   assert key == "nets.generator" and found.keys() == weights.keys()
 
 
@@ -194,7 +194,7 @@ def test_eight_bit_weights_are_refused_by_name(tmp_path, suffix):
     save(tensors, file)
     table = [copy(("norm",), "norm.weight", (4,)), copy(("x",), "other", (4,))]
     with pytest.raises(UserError, match=r"norm\.weight is \w+, expected float32 or"):
-      read_table(table, read_weights(file)[0])
+      read_table(table, read_weights(file).tensors)
 
 
 @pytest.mark.extra
@@ -203,7 +203,7 @@ def test_half_precision_safetensors(tmp_path, weights):
   safetensors = pytest.importorskip("safetensors.torch")
   half = {k: torch.from_numpy(v).bfloat16() for k, v in weights.items()}
   safetensors.save_file(half, tmp_path / "x.safetensors")
-  found, _ = read_weights(tmp_path / "x.safetensors")
+  found = read_weights(tmp_path / "x.safetensors").tensors
   for name, value in half.items():
     np.testing.assert_array_equal(
       np.asarray(found[name], np.float32), value.float().numpy()
@@ -215,7 +215,7 @@ def test_folders_and_indices(tmp_path, weights):
   pytest.importorskip("safetensors")
   tiny.write_sharded(tmp_path, weights, files=3)
   for path in (tmp_path, tmp_path / "model.safetensors.index.json"):
-    found, _ = read_weights(path)
+    found = read_weights(path).tensors
     assert found.keys() == weights.keys()
   (tmp_path / "model.safetensors.index.json").write_text("[1]")
   with pytest.raises(UserError, match="no weight_map"):
@@ -236,7 +236,7 @@ def test_half_precision_and_files_of_old_pytorch(tmp_path, weights, dtype):
   half = {k: torch.from_numpy(v).to(getattr(torch, dtype)) for k, v in weights.items()}
   for new in (True, False):
     torch.save(half, tmp_path / "x.pt", _use_new_zipfile_serialization=new)
-    found, _ = read_weights(tmp_path / "x.pt")
+    found = read_weights(tmp_path / "x.pt").tensors
     for name, value in half.items():
       expected = value.float().numpy()
       np.testing.assert_array_equal(np.asarray(found[name]), expected, strict=True)
@@ -301,7 +301,7 @@ def test_safetensors_without_torch(tmp_path, monkeypatch, weights):
   pytest.importorskip("safetensors")
   monkeypatch.setitem(__import__("sys").modules, "torch", None)
   write_weights(tmp_path / "x.safetensors", weights)
-  found, key = read_weights(tmp_path / "x.safetensors")
+  found, key, _ = read_weights(tmp_path / "x.safetensors")
   assert not key
   assert found.keys() == weights.keys()
   for name, value in weights.items():

@@ -79,7 +79,7 @@ def test_import_export_import_is_the_identity(
 
   code, text = llamagen(capsys, f"export-weights --bundle={out} --out={back}")
   assert code == 0, text
-  assert_same(read_weights(back)[0], weights)
+  assert_same(read_weights(back).tensors, weights)
   again = command.replace(str(file), str(back)).replace(str(out), f"{out}2")
   assert llamagen(capsys, again)[0] == 0
   jax.tree.map(np.testing.assert_array_equal, lg.load_gpt(f"{out}2").params, gpt.params)
@@ -106,7 +106,7 @@ def test_tokenizers_through_files(tmp_path, capsys, model, side):
 
   code, text = llamagen(capsys, f"export-weights --bundle={out} --out={tmp_path}/b.pt")
   assert code == 0, text
-  found, key = read_weights(tmp_path / "b.pt")
+  found, key, _ = read_weights(tmp_path / "b.pt")
   assert key == "model"
   buffer = found.pop("quantize.codebook_used")  # which the original asks for
   assert buffer.shape == (65536,)
@@ -149,7 +149,7 @@ def test_a_published_transformer_through_its_file(tmp_path, capsys):
   assert (
     llamagen(capsys, f"export-weights --bundle={tmp_path}/gpt --out={back}")[0] == 0
   )
-  assert_same(read_weights(back)[0], weights)
+  assert_same(read_weights(back).tensors, weights)
 
 
 # Not getrusage, whose peak begins with that of the process that started this one.
@@ -346,7 +346,7 @@ def test_files_and_bundles_in_a_bucket(tmp_path, capsys, bucket, tokenizer):
     back = bucket / f"b{suffix}"
     code, text = llamagen(capsys, f"export-weights --bundle={out} --out={back}")
     assert code == 0, text
-    assert_same(read_weights(back)[0], weights)
+    assert_same(read_weights(back).tensors, weights)
   code, text = llamagen(
     capsys, f"import-weights --file={bucket}/no.pt --out={bucket}/x"
   )
@@ -462,5 +462,5 @@ def test_no_accelerator_is_needed(tmp_path, tokenizer):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
   assert_same(
-    read_weights(tmp_path / "y.safetensors")[0], parity.state_dict("gpt_tiny_c2i")
+    read_weights(tmp_path / "y.safetensors").tensors, parity.state_dict("gpt_tiny_c2i")
   )
