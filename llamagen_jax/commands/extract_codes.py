@@ -335,7 +335,7 @@ def check(
   count: int,
   decoder: ImageDecoder,
 ) -> str:
-  """Draws random records beside the crops of the source they should be of.
+  """Shows random records beside the crops of the source they should be of.
 
   `OUT/check.png` has crops above what their stored codes decode to, with the stored
   class; in the result, how many stored codes and labels the source confirms.

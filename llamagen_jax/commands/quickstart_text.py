@@ -221,7 +221,7 @@ def _extract(workdir: pathlib.Path, split: str) -> None:
 
 
 def judge(workdir: pathlib.Path, samples: int) -> dict[str, float]:
-  """Draws prompts, half of them of unseen triples, with and without guidance."""
+  """Samples with and without guidance, half of the prompts of unseen triples."""
   gpt = bundle.load_gpt(workdir / "gpt" / "bundle")
   tokenizer = bundle.load_tokenizer(workdir / "tokenizer" / "bundle")
   encoder = load_t5(workdir / "t5", dtype="float32")

@@ -268,7 +268,7 @@ def _settings(
   return {
     "count": len(job.conditions),
     "image_size": job.image_size,
-    "drawn_size": sampled_side,
+    "sampled_size": sampled_side,
     "labels": args.labels if args.fid_batch else "given",
     "seed": job.seed,
     "sampling": dataclasses.asdict(job.sampling),

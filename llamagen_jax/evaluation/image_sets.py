@@ -66,7 +66,7 @@ class ImageSet:
     settings = read_json(path)
     kinds = {
       "transformer_config": dict, "tokenizer_config": dict, "sampling": dict,
-      "image_size": int, "drawn_size": int,
+      "image_size": int, "sampled_size": int,
     }  # fmt: skip
     if not isinstance(settings, dict) or not all(
       isinstance(settings.get(name, kind()), kind) for name, kind in kinds.items()

@@ -136,7 +136,7 @@ def published_model(name: str, settings: dict[str, Any] | None) -> str | None:
   tokenizer = settings.get("tokenizer_config")
   transformer = settings.get("transformer_config")
   if name in GFID and transformer:
-    size = settings.get("drawn_size")
+    size = settings.get("sampled_size")
     shape = tuple(transformer.get(field) for field in ("layers", "heads", "dim"))
     fitting = (
       known

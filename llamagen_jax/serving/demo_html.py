@@ -49,7 +49,7 @@ CSS = """
   .sheet.many { grid-template-columns: 1fr 1fr; }
 }
 """
-SMALL = 128  # pixels, below which an enlarged image shows its pixels
+SMALL = 128  # pixels, below which an upscaled image shows its pixels
 
 
 def sheet(figures: Sequence[str]) -> str:

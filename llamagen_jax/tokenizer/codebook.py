@@ -54,7 +54,7 @@ def usage(counts_K: jax.Array) -> dict[str, jax.Array]:
   return {"usage": jnp.mean(counts_K > 0), "perplexity": jnp.exp(entropy)}
 
 
-def drawn_rows(latents_NC: jax.Array, size: int, key: jax.Array) -> jax.Array:
+def random_rows(latents_NC: jax.Array, size: int, key: jax.Array) -> jax.Array:
   """Returns random latents [K, C], each at most once as long as there are enough."""
   draw_key, jitter_key = jax.random.split(key)
   N, C = latents_NC.shape
@@ -77,7 +77,7 @@ def kmeans_rows(
     centres_KC = normalized(sums_KC / jnp.maximum(counts_K1, 1))
     return jnp.where(counts_K1 > 0, centres_KC, rows_KC)
 
-  rows_KC = normalized(drawn_rows(latents_NC, size, key))
+  rows_KC = normalized(random_rows(latents_NC, size, key))
   return jax.lax.fori_loop(0, KMEANS_ROUNDS, round_of_lloyd, rows_KC)
 
 
@@ -87,7 +87,7 @@ def initial_rows(
   """Returns a codebook of the first batch's latents; `sphere`: of length 1."""
   if config.init == "kmeans":
     return kmeans_rows(latents_NC, size, key, sphere)
-  rows_KC = drawn_rows(latents_NC, size, key)
+  rows_KC = random_rows(latents_NC, size, key)
   return l2_normalize(rows_KC) if sphere else rows_KC
 
 

@@ -27,7 +27,7 @@ class Conv(nn.Module):
   size: int = 3
   stride: int = 1
   bias: bool = True
-  upsample: bool = False  # of the image enlarged by 2, nearest neighbours, size 3
+  upsample: bool = False  # of the image upsampled by 2, nearest neighbours, size 3
 
   @nn.compact
   def __call__(self, x_BHWC):
@@ -41,7 +41,7 @@ class Conv(nn.Module):
     ).astype(dtype)
     x_BHWC = x_BHWC.astype(dtype)
     if self.upsample:
-      x_BHWC = convolve_enlarged(x_BHWC, kernel_SSCF)
+      x_BHWC = convolve_upsampled(x_BHWC, kernel_SSCF)
     else:
       # Downsampling pads on the bottom and right only.
       padding = "SAME" if self.stride == 1 else ((0, 1), (0, 1))
@@ -60,8 +60,8 @@ def _convolve(x_BHWC, kernel_SSCF, padding, stride: int = 1):
   )  # fmt: skip
 
 
-def convolve_enlarged(x_BHWC: jax.Array, kernel_33CF: jax.Array) -> jax.Array:
-  """Convolves images enlarged by 2 (nearest neighbours), from the small images.
+def convolve_upsampled(x_BHWC: jax.Array, kernel_33CF: jax.Array) -> jax.Array:
+  """Convolves images upsampled by 2 (nearest neighbours), from the small images.
 
   A window over the large image covers 2x2 of the small one's pixels, so each of
   the 2x2 parities of an output pixel is a 2x2 convolution of the small image,

@@ -340,7 +340,7 @@ def _revive(recipe, generator: TrainState, latents_NC, counts_K, key) -> TrainSt
 
   def revived(generator):
     size = r.model.codebook_size
-    rows_KC = codebook.drawn_rows(latents_NC, size, key)
+    rows_KC = codebook.random_rows(latents_NC, size, key)
     if r.model.l2_norm:
       rows_KC = l2_normalize(rows_KC)
     dead_K1 = (counts_K == 0)[:, None]

@@ -162,7 +162,7 @@ def test_problems(tmp_path):
 def test_published_model_of_settings():
   adm, rfid = "gfid-adm-imagenet256", "rfid-imagenet256"
   config = {"layers": 12, "heads": 12, "dim": 768, "condition": "class"}
-  settings = {"transformer_config": config, "drawn_size": 384}
+  settings = {"transformer_config": config, "sampled_size": 384}
   assert published_model(adm, settings) == "c2i_B_384"
   assert published_model("custom", settings) is None
   assert published_model(adm, None) is None

@@ -124,7 +124,7 @@ def test_broken_members_are_one_line(tmp_path, name):
 @pytest.mark.parametrize(
   "text, words",
   [("[]", "not the settings"), ('{"sampling": 3}', "not the settings"),
-   ('{"drawn_size": [1]}', "not the settings"), ("{", "not JSON")],
+   ('{"sampled_size": [1]}', "not the settings"), ("{", "not JSON")],
 )  # fmt: skip
 def test_settings_of_another_program_are_one_line(tmp_path, text, words):
   np.savez(tmp_path / "x.npz", arr_0=IMAGES)

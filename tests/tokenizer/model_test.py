@@ -70,7 +70,7 @@ def test_enlarging_convolution_equals_enlarging_and_convolving():
   )
   large = x_BHWC.repeat(2, axis=1).repeat(2, axis=2)
   np.testing.assert_allclose(
-    model.convolve_enlarged(x_BHWC, kernel),
+    model.convolve_upsampled(x_BHWC, kernel),
     jax.lax.conv_general_dilated(large, kernel, (1, 1), "SAME", dimension_numbers=axes),
     atol=1e-5,
   )
