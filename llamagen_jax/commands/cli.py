@@ -125,5 +125,5 @@ def _end_all_hosts(reason: str, code: int, details: str = "") -> None:
 def _usage() -> str:
   lines = ["usage: llamagen VERB [flags]", "       llamagen VERB --help", ""]
   for group, verbs in GROUPS.items():
-    lines += [f"{group}:", *(f"  {v:16} {text}" for v, (_, text) in verbs.items())]
+    lines += [f"{group}:", *(f"  {v:18} {text}" for v, (_, text) in verbs.items())]
   return "\n".join([*lines, "", EXIT_CODES])
