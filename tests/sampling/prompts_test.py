@@ -136,7 +136,7 @@ def test_the_verb_reads_files_and_negative_prompts(run, tmp_path, capsys):
   assert drawn["given"] == drawn["tsv"] == drawn["csv"] != drawn["negative"]
 
 
-def test_a_folder_is_drawn_into_again(run, tmp_path, capsys):
+def test_a_folder_is_sampled_into_again(run, tmp_path, capsys):
   flags = [f"--t5={run[0]}/t5", f"--out={tmp_path}/out", "--prompts"]
   for prompt in ("a cat", "two birds"):
     code, err = llamagen(capsys, run[0], [*flags, prompt])
