@@ -13,7 +13,16 @@ from tests import tiny
 
 TOKENIZERS = {
   "vq_digits": ["", "fast", "coloured", "gan", "rows=512,alive"],
-  "vq_imagenet": ["", "VQ-8", "VQ-16,finetune", "VQ-16,runlocal"],
+  "vq_imagenet": [
+    "",
+    "VQ-8",
+    "VQ-16,finetune",
+    "VQ-16,runlocal",
+    "VQ-16,recipe=vqgan-plus",
+    "recipe=vqgan-plus,runlocal",
+    "recipe=ibq",
+    "recipe=ibq,runlocal",
+  ],
 }
 TRANSFORMERS = {
   "c2i_digits": ["", "fast"],

@@ -12,7 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from llamagen_jax.errors import UserError
-from llamagen_jax.tokenizer.quantizer import l2_normalize, nearest_codes
+from llamagen_jax.tokenizer.quantizer import (
+  l2_normalize,
+  nearest_codes,
+  squared_distances,
+)
 
 WINDOW = 65536  # codes over which use is measured, as the original does
 NEVER = -1  # an entry of the window that holds no code yet
@@ -26,10 +30,31 @@ class CodebookConfig:
 
   init: str = "uniform"  # uniform | data (latents of the first batch) | kmeans
   restart_every: int = 0  # steps between replacing dead rows; 0 = never
+  # RobustTok (arXiv 2503.08354): the decoder trains on codes that a transformer might
+  # confuse. Of this share of the images some codes become one of the nearest rows.
+  perturbed_images: float = 0.0
+  perturbed_codes: tuple[float, ...] = (
+    1.0,
+    0.5,
+  )  # share of their codes, first and last
+  perturbation_steps: tuple[int, ...] = (0, 0)  # between which the share moves
+  perturbation_rows: int = 100  # of the nearest, one is taken
 
   def __post_init__(self):
     if self.init not in ("uniform", "data", "kmeans"):
       raise UserError(f"codebook.init={self.init!r}: expected uniform, data or kmeans")
+    shares = (self.perturbed_images, *self.perturbed_codes)
+    if not all(0 <= share <= 1 for share in shares) or len(shares) != 3:
+      raise UserError(
+        "codebook.perturbed_images and both codebook.perturbed_codes: expected shares"
+        f" 0 .. 1, found {shares}"
+      )
+    steps = self.perturbation_steps
+    if len(steps) != 2 or steps[0] > steps[1] or self.perturbation_rows < 1:
+      raise UserError(
+        f"codebook.perturbation_steps={steps}: expected a first and a last step, and"
+        " codebook.perturbation_rows >= 1"
+      )
 
 
 def empty_window() -> jax.Array:
@@ -89,6 +114,44 @@ def initial_rows(
     return kmeans_rows(latents_NC, size, key, sphere)
   rows_KC = random_rows(latents_NC, size, key)
   return l2_normalize(rows_KC) if sphere else rows_KC
+
+
+def perturb(
+  config: CodebookConfig,
+  z_q: jax.Array,
+  codebook_KC: jax.Array,
+  step: jax.Array,
+  key: jax.Array,
+) -> jax.Array:
+  """Returns rows [B, h, w, C] of which some are replaced by rows near them.
+
+  Gradients pass to `z_q` as if nothing was replaced.
+
+  Args:
+    config: how many of them.
+    z_q: rows of the codebook, straight-through to the encoder.
+    codebook_KC: as it was compared with the latents: normalised on the sphere.
+    step: of the training.
+    key: of the random choice.
+  """
+  c, stop = config, jax.lax.stop_gradient
+  first, last = c.perturbation_steps
+  progress = jnp.clip((step - first) / max(1, last - first), 0.0, 1.0)
+  share = c.perturbed_codes[0] + progress * (
+    c.perturbed_codes[1] - c.perturbed_codes[0]
+  )
+  image_key, code_key, row_key = jax.random.split(key, 3)
+  B, h, w, C = z_q.shape
+  chosen_B = jax.random.bernoulli(image_key, c.perturbed_images, (B, 1, 1))
+  chosen_Bhw = chosen_B & jax.random.bernoulli(code_key, share, (B, h, w))
+  rows_KC = stop(codebook_KC)
+  distances_NK = squared_distances(stop(z_q).reshape(-1, C), rows_KC)
+  near = min(c.perturbation_rows, len(rows_KC))
+  _, nearest_NR = jax.lax.top_k(-distances_NK, near)
+  picked_N1 = jax.random.randint(row_key, (B * h * w, 1), 0, near)
+  codes_N = jnp.take_along_axis(nearest_NR, picked_N1, axis=1)[:, 0]
+  others = rows_KC[codes_N].reshape(z_q.shape)
+  return z_q + jnp.where(chosen_Bhw[..., None], stop(others - z_q), 0.0)
 
 
 def replace_codebook(tree: Any, dead_K1: jax.Array, rows_KC: jax.Array | float) -> Any:

@@ -22,18 +22,23 @@ class LossConfig:
 
   reconstruction: str = "l2"  # l2 | l1
   reconstruction_weight: float = 1.0
-  perceptual_weight: float = 0.0  # of LPIPS; 0 = not computed
+  perceptual_weight: float = 0.0  # 0 = not computed
+  perceptual: str = "lpips"  # lpips | resnet50 (VQGAN+: distance of its logits)
   lpips: str = ""  # file of LPIPS's weights, or VGG16's and LPIPS's with a comma
+  resnet: str = ""  # file of ResNet50's weights, for resnet50
   adversarial_weight: float = 0.0  # 0 = no discriminator at all
   generator: str = "hinge"  # hinge | non-saturating
   discriminator: str = "hinge"  # hinge | vanilla | non-saturating
   adaptive_weight: bool = False  # balance the gradients of the last layer
   disc_start: int = 0  # step from which the discriminator acts on the generator
   disc_warmup_steps: int = 0  # steps before that in which it is trained alone
+  lecam_weight: float = 0.0  # of LeCAM's term for the discriminator; 0 = none
+  lecam_decay: float = 0.999  # of the averages of logits that LeCAM compares with
 
   def __post_init__(self):
     for name, known in (
       ("reconstruction", ("l1", "l2")),
+      ("perceptual", ("lpips", "resnet50")),
       ("generator", ("hinge", "non-saturating")),
       ("discriminator", ("hinge", "vanilla", "non-saturating")),
     ):
@@ -77,6 +82,25 @@ def discriminator_loss(kind: str, real: jax.Array, fake: jax.Array) -> jax.Array
   if kind == "hinge":
     return (jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake))) / 2
   return (jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake))) / 2
+
+
+def lecam_loss(
+  real: jax.Array, fake: jax.Array, real_mean: jax.Array, fake_mean: jax.Array
+) -> jax.Array:
+  """Returns LeCAM's regularisation (arXiv 2104.03310), equation 5, one-sided.
+
+  As VQGAN+ and IBQ have it: mean relu(real - fake_mean)^2 + mean relu(real_mean -
+  fake)^2, which keeps logits from running away from the averages of the other side.
+
+  Args:
+    real: logits of images.
+    fake: logits of reconstructions.
+    real_mean: running average of the former's mean.
+    fake_mean: running average of the latter's mean.
+  """
+  above = jax.nn.relu(real - fake_mean) ** 2
+  below = jax.nn.relu(real_mean - fake) ** 2
+  return jnp.mean(above) + jnp.mean(below)
 
 
 def adaptive_weight(

@@ -4,6 +4,7 @@ Images are [B, H, W, 3] in [-1, 1]. The module names follow the published
 state dict of LlamaGen; level 0 of the decoder has the lowest resolution.
 """
 
+from collections.abc import Callable
 import functools
 from typing import Any
 
@@ -17,6 +18,9 @@ from llamagen_jax.tokenizer import quantizer
 from llamagen_jax.tokenizer.config import TokenizerConfig
 
 GROUP_NORM_EPS = 1e-6
+
+# Rows [B, h, w, C] and the codebook [K, C] -> rows.
+Perturb = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Conv(nn.Module):
@@ -273,12 +277,23 @@ class VQModel(nn.Module):
       "codebook", _init_codebook(c), (c.codebook_size, c.codebook_dim)
     )
 
-  def __call__(self, images_BHWC: jax.Array) -> tuple[jax.Array, quantizer.Quantized]:
-    """Returns reconstructions [B, H, W, 3] and the quantizer's output."""
-    quantized = quantizer.quantize(
-      self.config, self.latents(images_BHWC), self.codebook
-    )
-    return self._decode_latents(quantized.latents), quantized
+  def __call__(
+    self, images_BHWC: jax.Array, perturb: Perturb | None = None
+  ) -> tuple[jax.Array, quantizer.Quantized]:
+    """Returns reconstructions [B, H, W, 3] and the quantizer's output.
+
+    Args:
+      images_BHWC: in [-1, 1].
+      perturb: changes the rows that the decoder sees, in training.
+    """
+    c = self.config
+    quantized = quantizer.quantize(c, self.latents(images_BHWC), self.codebook)
+    latents = quantized.latents
+    if perturb is not None:
+      rows_KC = self.codebook
+      rows_KC = quantizer.l2_normalize(rows_KC) if c.l2_norm else rows_KC
+      latents = perturb(latents, rows_KC)
+    return self._decode_latents(latents), quantized
 
   def latents(self, images_BHWC: jax.Array) -> jax.Array:
     """Returns the images' float32 latents [B, h, w, C], not yet normalised."""

@@ -33,7 +33,7 @@ from llamagen_jax.training.finetune import (
   merged,
   trainable,
 )
-from llamagen_jax.training.guard import GuardConfig, guard
+from llamagen_jax.training.guard import GuardConfig, guard, guarded_update
 from llamagen_jax.training.optimizer import (
   OptimizerConfig,
   learning_rate,
@@ -252,20 +252,19 @@ def _updated(
   recipe: GPTRecipe, state: TrainState, metrics: Metrics, grads: Any
 ) -> tuple[TrainState, Metrics]:
   """Returns the state after the update and the metrics of the step."""
-  new, update_norm = state.update(
-    grads, _optimizer(recipe), recipe.optimizer.ema, loss=metrics["loss"]
+  new, update_norm, skipped = guarded_update(
+    recipe.guard, state, grads, metrics["loss"], _optimizer(recipe),
+    recipe.optimizer.ema,
+  )  # fmt: skip
+  metrics = (
+    metrics
+    | skipped
+    | {
+      "grad_norm": optax.global_norm(grads),
+      "update_norm": update_norm,
+      "lr": schedule(recipe)(state.step),
+    }
   )
-  metrics = metrics | {
-    "grad_norm": optax.global_norm(grads),
-    "update_norm": update_norm,
-    "lr": schedule(recipe)(state.step),
-  }
-  if recipe.guard.on:
-    skipped = new.opt_state.in_a_row > 0
-    ema = jax.tree.map(lambda o, n: jnp.where(skipped, o, n), state.ema, new.ema)
-    new = new.replace(ema=ema)
-    metrics["skipped"] = new.opt_state.skipped
-    metrics["skipped_in_a_row"] = new.opt_state.in_a_row
   return new, metrics
 
 

@@ -13,6 +13,7 @@ import optax
 
 from llamagen_jax.errors import UserError
 from llamagen_jax.training.optimizer import all_finite
+from llamagen_jax.training.state import Metrics, Params, TrainState
 
 WARMUP_STEPS = 100  # steps before a loss can count as a spike
 LOSS_DECAY = 0.99  # of the running mean that a spike is measured against
@@ -81,3 +82,33 @@ def guard(
     return updates, new
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def guarded(
+  optimizer: optax.GradientTransformation, config: GuardConfig
+) -> optax.GradientTransformation:
+  """Returns the optimizer itself where the guard is off, so its state stays plain."""
+  return guard(optimizer, config) if config.on else optimizer
+
+
+def guarded_update(
+  config: GuardConfig,
+  state: TrainState,
+  grads: Params,
+  loss: jax.Array,
+  optimizer: optax.GradientTransformation,
+  ema_decay: float,
+) -> tuple[TrainState, jax.Array, Metrics]:
+  """Returns the state after an update by a `guarded` optimizer, and what it skipped.
+
+  Returns:
+    the state, whose average of the weights stays on a skipped step; the update's
+    global norm; and the counts of skipped steps, where the guard is on.
+  """
+  new, norm = state.update(grads, optimizer, ema_decay, loss=loss)
+  if not config.on:
+    return new, norm, {}
+  in_a_row = new.opt_state.in_a_row
+  ema = jax.tree.map(lambda o, n: jnp.where(in_a_row > 0, o, n), state.ema, new.ema)
+  counts = {"skipped": new.opt_state.skipped, "skipped_in_a_row": in_a_row}
+  return new.replace(ema=ema), norm, counts

@@ -26,6 +26,8 @@ class TokenizerState:
   discriminator: TrainState | None  # None where the loss has no adversarial term
   lpips: Params | None  # frozen; None where the loss has no perceptual term
   window: jax.Array  # int32, the newest codes; see `codebook.push`
+  resnet: Params | None = None  # frozen; None where no term compares its logits
+  lecam: Params | None = None  # averages of the logits; None without LeCAM's term
 
   @property
   def step(self) -> jax.Array:

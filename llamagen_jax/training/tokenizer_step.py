@@ -31,10 +31,12 @@ from llamagen_jax.tokenizer.losses import (
   adaptive_weight,
   discriminator_loss,
   generator_loss,
+  lecam_loss,
   reconstruction_loss,
 )
 from llamagen_jax.tokenizer.model import VQModel, init_tokenizer
-from llamagen_jax.tokenizer.quantizer import Quantized, l2_normalize
+from llamagen_jax.tokenizer.quantizer import Quantized
+from llamagen_jax.training.guard import GuardConfig, guarded, guarded_update
 from llamagen_jax.training.optimizer import (
   OptimizerConfig,
   learning_rate,
@@ -42,8 +44,13 @@ from llamagen_jax.training.optimizer import (
 )
 from llamagen_jax.training.recipe import MeshConfig, RunConfig
 from llamagen_jax.training.state import Metrics, TrainState
+from llamagen_jax.training.tokenizer_codebook import revive, start_codebook
 from llamagen_jax.training.tokenizer_state import InitConfig, TokenizerState
-from llamagen_jax.vision.lpips import lpips, shapes
+from llamagen_jax.vision import resnet
+from llamagen_jax.vision.lpips import lpips
+from llamagen_jax.vision.lpips import shapes as lpips_shapes
+
+PERTURBATION_KEY = 1  # folded into the key of a slice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +96,7 @@ class TokenizerRecipe:
   discriminator: DiscriminatorConfig = DiscriminatorConfig()
   discriminator_optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4)
   codebook: CodebookConfig = CodebookConfig()
+  guard: GuardConfig = GuardConfig()  # of both networks
   init: InitConfig = InitConfig()
 
 
@@ -125,13 +133,23 @@ def init_state(recipe: TokenizerRecipe, key: jax.Array) -> TokenizerState:
   generator = TrainState.create(
     init_tokenizer(r.model, key), _optimizer(r), r.optimizer.ema > 0
   )
-  discriminator = lpips_params = None
+  discriminator = lecam = None
   if r.loss.adversarial_weight:
     params = init_discriminator(r.discriminator, r.data.image_size, key)
     discriminator = TrainState.create(params, _disc_optimizer(r), ema=False)
-  if r.loss.perceptual_weight:
-    lpips_params = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes())
-  return TokenizerState(generator, discriminator, lpips_params, codebook.empty_window())
+    if r.loss.lecam_weight:
+      lecam = {"real": jnp.zeros(()), "fake": jnp.zeros(())}
+  frozen = {"lpips": None, "resnet": None}
+  if r.loss.perceptual_weight and r.loss.perceptual == "lpips":
+    frozen["lpips"] = _zeros(lpips_shapes())
+  elif r.loss.perceptual_weight:
+    frozen["resnet"] = _zeros(resnet.shapes())
+  window = codebook.empty_window()
+  return TokenizerState(generator, discriminator, window=window, lecam=lecam, **frozen)
+
+
+def _zeros(shapes: Any) -> Any:
+  return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
 def train_step(
@@ -146,7 +164,7 @@ def train_step(
   key = jax.random.fold_in(jax.random.key(r.run.seed), state.step)
   dropout_key, codebook_key = jax.random.split(key)
   images = from_uint8(batch["image"])
-  state = _start_codebook(r, state, images, codebook_key)
+  state = start_codebook(r, state, images, codebook_key)
 
   (generator_grads, disc_grads, metrics), (codes, latents) = _accumulated(
     functools.partial(gradients, r, phase, state), images, dropout_key,
@@ -154,22 +172,42 @@ def train_step(
   )  # fmt: skip
   metrics["grad_norm"] = optax.global_norm(generator_grads)
   metrics["lr"] = schedules(r)["optimizer"](state.step)
-  generator, metrics["update_norm"] = state.generator.update(
-    generator_grads, _optimizer(r), r.optimizer.ema
-  )
-  discriminator = state.discriminator
+  generator, metrics["update_norm"], skipped = guarded_update(
+    r.guard, state.generator, generator_grads, metrics["loss"], _optimizer(r),
+    r.optimizer.ema,
+  )  # fmt: skip
+  metrics |= skipped
+  discriminator, lecam = state.discriminator, state.lecam
   if phase.discriminator:
     metrics["discriminator_grad_norm"] = optax.global_norm(disc_grads)
-    discriminator, metrics["discriminator_update_norm"] = discriminator.update(
-      disc_grads, _disc_optimizer(r), 0.0
-    )
+    discriminator, metrics["discriminator_update_norm"], _ = guarded_update(
+      r.guard, discriminator, disc_grads, metrics["discriminator_loss"],
+      _disc_optimizer(r), 0.0,
+    )  # fmt: skip
+    lecam = _averaged_logits(r.loss, lecam, metrics)
 
   window = codebook.push(state.window, codes)
   counts_K = codebook.counts(window, r.model.codebook_size)
   metrics |= codebook.usage(counts_K)
   if r.codebook.restart_every:
-    generator = _revive(r, generator, latents, counts_K, codebook_key)
-  return TokenizerState(generator, discriminator, state.lpips, window), metrics
+    generator = revive(r, generator, latents, counts_K, codebook_key)
+  new = state.replace(
+    generator=generator, discriminator=discriminator, window=window, lecam=lecam
+  )
+  return new, metrics
+
+
+def _averaged_logits(loss: LossConfig, lecam: Any, metrics: Metrics) -> Any:
+  """Returns LeCAM's averages after a batch; logits that are not finite change none."""
+  if lecam is None:
+    return None
+
+  def averaged(name: str) -> jax.Array:
+    mean, new = lecam[name], metrics[f"logits_{name}"]
+    moved = mean + (1 - loss.lecam_decay) * (new - mean)
+    return jnp.where(jnp.isfinite(new), moved, mean)
+
+  return {name: averaged(name) for name in ("real", "fake")}
 
 
 def gradients(
@@ -212,16 +250,27 @@ def generator_gradients(
   """
   r = recipe
 
+  perturb = None
+  if r.codebook.perturbed_images:
+
+    def perturb(rows, rows_KC):
+      perturb_key = jax.random.fold_in(key, PERTURBATION_KEY)
+      return codebook.perturb(r.codebook, rows, rows_KC, state.step, perturb_key)
+
   def forward(params):
     reconstructions, quantized = VQModel(r.model, training=True).apply(
-      {"params": params}, images, rngs={"dropout": key}
+      {"params": params}, images, perturb, rngs={"dropout": key}
     )
     return (reconstructions, sum(quantized.losses.values())), quantized
 
   def likelihood(reconstructions):
     terms = {"reconstruction": reconstruction_loss(r.loss, images, reconstructions)}
     if r.loss.perceptual_weight:
-      distance_B = lpips(state.lpips, images, reconstructions, r.model.dtype)
+      pair = images, reconstructions, r.model.dtype
+      if r.loss.perceptual == "lpips":
+        distance_B = lpips(state.lpips, *pair)
+      else:
+        distance_B = resnet.logits_distance(state.resnet, *pair)
       terms["perceptual"] = r.loss.perceptual_weight * jnp.mean(distance_B)
     return sum(terms.values()), terms
 
@@ -284,7 +333,12 @@ def discriminator_gradients(
       discriminate(r.discriminator, params, x) for x in (images, reconstructions)
     )
     metrics = {"logits_real": jnp.mean(real), "logits_fake": jnp.mean(fake)}
-    return discriminator_loss(r.loss.discriminator, real, fake), metrics
+    loss = discriminator_loss(r.loss.discriminator, real, fake)
+    if r.loss.lecam_weight:
+      means = state.lecam["real"], state.lecam["fake"]
+      metrics["lecam"] = r.loss.lecam_weight * lecam_loss(real, fake, *means)
+      loss += metrics["lecam"]
+    return loss, metrics
 
   (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
     state.discriminator.params
@@ -314,50 +368,12 @@ def _accumulated(compute: Callable, images: jax.Array, key: jax.Array, slices: i
   return means, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), of_images)
 
 
-def _start_codebook(recipe, state: TokenizerState, images, key) -> TokenizerState:
-  """Returns the state with a codebook of the first batch's latents at step 0."""
-  r = recipe
-  if r.codebook.init == "uniform" or r.init.source:
-    return state
-
-  def started(params):
-    z = VQModel(r.model).apply({"params": params}, images, method="latents")
-    z = z.reshape(-1, r.model.codebook_dim)
-    if r.model.l2_norm:
-      z = l2_normalize(z)
-    size, sphere = r.model.codebook_size, r.model.l2_norm
-    rows_KC = codebook.initial_rows(r.codebook, z, size, key, sphere)
-    return params | {"codebook": rows_KC}
-
-  generator = state.generator
-  params = jax.lax.cond(state.step == 0, started, lambda p: p, generator.params)
-  return state.replace(generator=generator.replace(params=params))
-
-
-def _revive(recipe, generator: TrainState, latents_NC, counts_K, key) -> TrainState:
-  """Replaces rows that the window lacks by latents, every `restart_every` steps."""
-  r = recipe
-
-  def revived(generator):
-    size = r.model.codebook_size
-    rows_KC = codebook.random_rows(latents_NC, size, key)
-    if r.model.l2_norm:
-      rows_KC = l2_normalize(rows_KC)
-    dead_K1 = (counts_K == 0)[:, None]
-    return generator.replace(
-      params=codebook.replace_codebook(generator.params, dead_K1, rows_KC),
-      opt_state=codebook.replace_codebook(generator.opt_state, dead_K1, 0.0),
-      ema=codebook.replace_codebook(generator.ema, dead_K1, rows_KC),
-    )
-
-  due = generator.step % r.codebook.restart_every == 0
-  return jax.lax.cond(due, revived, lambda g: g, generator)
-
-
 def _optimizer(recipe: TokenizerRecipe) -> optax.GradientTransformation:
-  return make_optimizer(recipe.optimizer, schedules(recipe)["optimizer"])
+  optimizer = make_optimizer(recipe.optimizer, schedules(recipe)["optimizer"])
+  return guarded(optimizer, recipe.guard)
 
 
 def _disc_optimizer(recipe: TokenizerRecipe) -> optax.GradientTransformation:
   schedule = schedules(recipe)["discriminator_optimizer"]
-  return make_optimizer(recipe.discriminator_optimizer, schedule)
+  optimizer = make_optimizer(recipe.discriminator_optimizer, schedule)
+  return guarded(optimizer, recipe.guard)

@@ -14,6 +14,7 @@ from llamagen_jax.data.sources import open_source
 from llamagen_jax.evaluation.reconstruction import reconstruct
 from llamagen_jax.images import grid
 from llamagen_jax.parallel.mesh import shard_tree
+from llamagen_jax.tokenizer.losses import LossConfig
 from llamagen_jax.training.export import describe_tokenizer
 from llamagen_jax.training.loop import Phase, Task, fit
 from llamagen_jax.training.recipe import build
@@ -28,6 +29,7 @@ from llamagen_jax.training.tokenizer_step import (
   train_step,
 )
 from llamagen_jax.weights.lpips import load_lpips
+from llamagen_jax.weights.resnet import load_resnet
 
 EXAMPLES = 12  # images in the evaluation's grid
 
@@ -46,7 +48,7 @@ def make_task(recipe: TokenizerRecipe) -> Task:
   r, d = recipe, recipe.data
   if r.loss.adversarial_weight:
     r.discriminator.check_side(d.image_size)
-  lpips_params = load_lpips(r.loss.lpips) if r.loss.perceptual_weight else None
+  frozen = load_perceptual(r.loss)
   source, eval_source = open_source(d.source), open_source(d.eval_source)
   transform = TrainingImage(
     source, d.image_size, d.max_resize, d.random_flip, d.decoder
@@ -57,7 +59,7 @@ def make_task(recipe: TokenizerRecipe) -> Task:
       start: Phase(functools.partial(train_step, r, phase))
       for start, phase in gan_phases(r.loss).items()
     },
-    load=functools.partial(load_state, r, lpips_params),
+    load=functools.partial(load_state, r, frozen),
     stream=Stream(
       source, transform, d.batch_size, r.run.seed, d.workers, d.max_bad_share
     ),
@@ -65,6 +67,7 @@ def make_task(recipe: TokenizerRecipe) -> Task:
     describe=lambda mesh: describe_tokenizer(),
     schedules=lambda config: _schedules_by_step(build(TokenizerRecipe, config)),
     curves=("loss", "reconstruction", "discriminator_loss", "usage", "eval/psnr"),
+    max_skipped_in_a_row=r.guard.max_skipped_in_a_row,
   )
 
 
@@ -78,12 +81,22 @@ def _schedules_by_step(recipe: TokenizerRecipe):
   }
 
 
+def load_perceptual(loss: LossConfig) -> dict[str, Any]:
+  """Returns the frozen network of the perceptual term, by its name in the state."""
+  if not loss.perceptual_weight:
+    return {}
+  if loss.perceptual == "lpips":
+    return {"lpips": load_lpips(loss.lpips)}
+  return {"resnet": load_resnet(loss.resnet)}
+
+
 def load_state(
-  recipe: TokenizerRecipe, lpips_params: Any, state: TokenizerState
+  recipe: TokenizerRecipe, frozen: dict[str, Any], state: TokenizerState
 ) -> TokenizerState:
   """Returns a fresh state with the weights that come from files."""
-  if lpips_params is not None:
-    state = state.replace(lpips=shard_tree(lpips_params, shardings_of(state.lpips)))
+  for name, params in frozen.items():
+    shards = shardings_of(getattr(state, name))
+    state = state.replace(**{name: shard_tree(params, shards)})
   return load_weights(recipe.init, state) if recipe.init.source else state
 
 

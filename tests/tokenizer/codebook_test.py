@@ -64,3 +64,60 @@ def test_a_run_with_both_cures_uses_more_of_its_codebook(tmp_path):
     train_tokenizer.train(config, tmp_path / name)
     usage[name] = read_rows(tmp_path / name / "metrics.jsonl")[-1]["eval/usage"]
   assert usage["on"] > usage["off"]
+
+
+@pytest.fixture
+def rows():
+  return parity.randn("perturb/rows", (64, 4))
+
+
+def test_some_codes_become_near_ones(rows):
+  config = codebook.CodebookConfig(
+    perturbed_images=0.5, perturbed_codes=(1.0, 0.5), perturbation_steps=(10, 20),
+    perturbation_rows=3,
+  )  # fmt: skip
+  codes = parity.randint("perturb/codes", 64, (64, 4, 4))
+  key = jax.random.key(0)
+
+  def perturbed(step):
+    return np.asarray(codebook.perturb(config, rows[codes], rows, step, key))
+
+  distances = np.linalg.norm(rows[:, None] - rows, axis=-1)
+  nearest = np.argsort(distances, axis=1)[:, :3]  # a row itself is the first
+  found = np.linalg.norm(perturbed(0)[..., None, :] - rows, axis=-1).argmin(axis=-1)
+  assert (found[..., None] == nearest[codes]).any(axis=-1).all()
+  changed = found != codes
+  images = changed.any(axis=(1, 2))
+  assert 0.3 < images.mean() < 0.7  # one of the three rows is the code itself
+  assert changed[images].mean() == pytest.approx(2 / 3, abs=0.1)
+  later = perturbed(20)
+  moved = (later != rows[codes]).any(axis=-1)
+  assert moved[images].mean() == pytest.approx(1 / 3, abs=0.1)
+  np.testing.assert_array_equal(perturbed(99), later)
+  assert not (moved & ~images[:, None, None]).any()
+
+
+def test_gradients_pass_a_replaced_code(rows):
+  config = codebook.CodebookConfig(perturbed_images=1.0)
+  weight = parity.randn("perturb/weight", (2, 4, 4, 4))
+  codes = parity.randint("perturb/codes", 64, (2, 4, 4))
+
+  def loss(z_q):
+    rows_seen = codebook.perturb(config, z_q, rows, 0, jax.random.key(1))
+    return jnp.sum(rows_seen * weight)
+
+  np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(rows[codes])), weight)
+
+
+@pytest.mark.parametrize(
+  "field, value, message",
+  [
+    ("perturbed_images", 1.5, "expected shares"),
+    ("perturbed_codes", (1.0,), "expected shares"),
+    ("perturbation_steps", (9, 3), "a first and a last step"),
+    ("perturbation_rows", 0, "perturbation_rows >= 1"),
+  ],
+)
+def test_wrong_perturbations_are_named(field, value, message):
+  with pytest.raises(UserError, match=message):
+    codebook.CodebookConfig(**{field: value})

@@ -8,6 +8,7 @@ from llamagen_jax.tokenizer.losses import (
   adaptive_weight,
   discriminator_loss,
   generator_loss,
+  lecam_loss,
   reconstruction_loss,
 )
 
@@ -31,6 +32,13 @@ def test_discriminator_losses():
     assert discriminator_loss(kind, REAL, FAKE) == pytest.approx(expected)
 
 
+def test_lecam_counts_logits_beyond_the_other_sides_average():
+  # relu(2 + 1)^2, relu(.5 + 1)^2; relu(.5 + 3)^2, relu(.5 - 1)^2 = 0
+  expected = (9 + 2.25) / 2 + 12.25 / 2
+  assert lecam_loss(REAL, FAKE, 0.5, -1.0) == pytest.approx(expected)
+  assert lecam_loss(REAL, FAKE, -4.0, 3.0) == 0
+
+
 def test_reconstruction_losses():
   x, y = jnp.zeros((1, 2, 2, 3)), jnp.full((1, 2, 2, 3), 3.0)
   assert reconstruction_loss(LossConfig("l2", 2.0), x, y) == 18
@@ -44,8 +52,8 @@ def test_adaptive_weight_is_a_ratio_of_norms_within_bounds():
 
 
 @pytest.mark.parametrize(
-  "field, value", [("reconstruction", "l3"), ("generator", "vanilla"),
-                   ("discriminator", "relu")],
+  "field, value", [("reconstruction", "l3"), ("perceptual", "vgg"),
+                   ("generator", "vanilla"), ("discriminator", "relu")],
 )  # fmt: skip
 def test_unknown_losses_are_named(field, value):
   with pytest.raises(UserError, match=f"loss.{field}='{value}': expected"):

@@ -13,6 +13,7 @@ from llamagen_jax import UserError, VQModel
 from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.tokenizer.discriminator import discriminate
 from llamagen_jax.training import train_tokenizer
+from llamagen_jax.training.guard import GuardConfig
 from llamagen_jax.training.metrics_log import read_rows
 from llamagen_jax.training.recipe import build
 from llamagen_jax.training.tokenizer_state import InitConfig, load_weights
@@ -258,6 +259,61 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     load_weights(InitConfig(str(tmp_path)), other)
   with pytest.raises(UserError, match="--init-from=.*none: expected a workdir"):
     load_weights(InitConfig(str(tmp_path / "none")), other)
+
+
+def test_lecam_adds_its_term_and_averages_logits(stepped):
+  recipe, _, batch, plain, without = stepped
+  loss = dataclasses.replace(recipe.loss, lecam_weight=0.5, lecam_decay=0.75)
+  recipe = dataclasses.replace(recipe, loss=loss)
+  state = fresh(recipe).replace(lecam={"real": jnp.float32(-9), "fake": jnp.float32(9)})
+  step = jax.jit(functools.partial(train_step, recipe, BOTH))
+  after, metrics = step(state, batch)
+  assert metrics["lecam"] == 0  # all logits lie between the averages
+  assert metrics["discriminator_loss"] == pytest.approx(without["discriminator_loss"])
+  for name, mean in (("real", -9), ("fake", 9)):
+    expected = mean + 0.25 * (metrics[f"logits_{name}"] - mean)
+    assert after.lecam[name] == pytest.approx(expected)
+  state = fresh(recipe)  # averages of 0
+  after, metrics = step(state, batch)
+  critic, images = state.discriminator.params, batch["image"] / 127.5 - 1.0
+  shown = VQModel(recipe.model).apply({"params": state.params}, images)[0]
+  real, fake = (
+    discriminate(recipe.discriminator, critic, image) for image in (images, shown)
+  )
+  term = jnp.mean(jnp.maximum(0, real) ** 2) + jnp.mean(jnp.maximum(0, -fake) ** 2)
+  assert metrics["lecam"] == pytest.approx(0.5 * float(term), rel=1e-4)
+  jax.tree.map(np.testing.assert_array_equal, after.params, plain.params)
+
+
+def test_a_step_of_nan_is_skipped_and_counted(stepped):
+  recipe, _, batch, _, _ = stepped
+  guard = GuardConfig(skip_nonfinite=True)
+  loss = dataclasses.replace(recipe.loss, lecam_weight=0.5)
+  recipe = dataclasses.replace(recipe, guard=guard, loss=loss)
+  state = fresh(recipe)
+  broken = jax.tree.map(lambda leaf: leaf * jnp.nan, state.discriminator.params)
+  spoiled = state.replace(discriminator=state.discriminator.replace(params=broken))
+  step = jax.jit(functools.partial(train_step, recipe, BOTH))
+  after, metrics = step(spoiled, batch)
+  assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (1, 1)
+  jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+  jax.tree.map(np.testing.assert_array_equal, after.ema, state.ema)
+  assert (after.lecam["real"], after.lecam["fake"]) == (0, 0)
+  after, metrics = step(after.replace(discriminator=state.discriminator), batch)
+  assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (1, 0)
+  assert any((a != b).any() for a, b in zip(
+    jax.tree.leaves(after.params), jax.tree.leaves(state.params), strict=True
+  ))  # fmt: skip
+
+
+def test_a_perturbed_step_differs_in_the_reconstruction_alone(stepped):
+  recipe, state, batch, _, without = stepped
+  perturbed = dataclasses.replace(recipe.codebook, perturbed_images=1.0)
+  recipe = dataclasses.replace(recipe, codebook=perturbed)
+  _, metrics = jax.jit(functools.partial(train_step, recipe, BOTH))(state, batch)
+  assert metrics["reconstruction"] != without["reconstruction"]
+  for name in ("codebook", "commitment", "usage"):
+    np.testing.assert_allclose(metrics[name], without[name], rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
