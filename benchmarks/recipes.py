@@ -152,7 +152,7 @@ class Judge:
   """Reads sampled digits by a classifier of real ones."""
 
   def __init__(self, folder: pathlib.Path):
-    real = {split: quickstart._load(folder, split) for split in ("train", "test")}
+    real = {split: quickstart.load_digits(folder, split) for split in ("train", "test")}
     self._classifier = fit_classifier(*real["train"], epochs=6, seed=0)
     self._real = classify(self._classifier, real["test"][0])[1]
     self._tokenizer = bundle.load_tokenizer(folder / "tokenizer" / "bundle")

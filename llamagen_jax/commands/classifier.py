@@ -3,6 +3,7 @@
 It is fitted on real training digits only and never sees a generated one.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -62,9 +63,18 @@ def fit_classifier(
 
 def classify(params: Any, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """uint8 digits -> predicted labels [B] and features [B, 64]."""
-  found = [_apply(params, images[i : i + 500]) for i in range(0, len(images), 500)]
-  logits, features = (np.concatenate(x) for x in zip(*found, strict=True))
+  batches = (images[i : i + 500] for i in range(0, len(images), 500))
+  logits, features = read_digits(params, batches)
   return logits.argmax(axis=1), features
+
+
+def read_digits(
+  params: Any, batches: Iterable[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Batches of uint8 digits -> logits [N, 10] and features [N, 64] of all."""
+  found = [_apply(params, images) for images in batches]
+  logits, features = (np.concatenate(x) for x in zip(*found, strict=True))
+  return logits, features
 
 
 @jax.jit

@@ -1,12 +1,15 @@
 """Compares a set of images with a reference: FID, IS, precision, recall, CLIP score.
 
 With --sweep it generates the samples itself, for each value of a sampling setting.
+With --quick it checks in minutes whether weights do what is published of them.
 
 llamagen evaluate --protocol=adm --samples=x.npz \\
     --reference=VIRTUAL_imagenet256_labeled.npz --inception=inception
 llamagen evaluate --protocol=adm --sweep=guidance=1.5:2.25:0.25 --gpt=c2i_L_384 \\
     --tokenizer=vq16 --reference=VIRTUAL_imagenet256_labeled.npz \\
     --inception=inception --out=sweep
+llamagen evaluate --quick --gpt=c2i_L_256 --tokenizer=vq16 --inception=inception \\
+    --reference=VIRTUAL_imagenet256_labeled.npz --source=folder:imagenet/val --out=quick
 """
 
 from collections.abc import Sequence
@@ -14,7 +17,7 @@ import dataclasses
 
 import jax
 
-from llamagen_jax.commands import arguments, sweep
+from llamagen_jax.commands import arguments, quick, sweep
 from llamagen_jax.errors import UserError
 from llamagen_jax.evaluation import score
 from llamagen_jax.evaluation.image_sets import open_image_set
@@ -25,13 +28,17 @@ from llamagen_jax.parallel import hosts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(hosts.HostOptions, sweep.SweepOptions, score.EvaluationOptions):
+class Options(
+  hosts.HostOptions, quick.QuickOptions, sweep.SweepOptions, score.EvaluationOptions
+):
   """Options of evaluate."""
 
   samples: str | None = option(
     "npz (arr_0 uint8 [N, H, W, 3]) or folder of images", None, unit="PATH"
   )
-  reference: str = option("the same, or an npz with mu and sigma", unit="PATH")
+  reference: str | None = option(
+    "the same, or an npz with mu and sigma", None, unit="PATH"
+  )
   out: str | None = option(
     "JSON of the result, or folder of a sweep; default: beside the samples", None,
     unit="PATH",
@@ -43,7 +50,11 @@ class Options(hosts.HostOptions, sweep.SweepOptions, score.EvaluationOptions):
 
 def main(argv: Sequence[str]) -> None:
   args = arguments.parse(Options, "evaluate", argv, __doc__)
-  for name in ("protocol", "inception"):
+  if args.quick:
+    hosts.initialize_distributed(args)
+    quick.run(args)
+    return
+  for name in ("protocol", "inception", "reference"):
     if not getattr(args, name):
       raise UserError(f"--{name} is required")
   hosts.initialize_distributed(args)

@@ -177,7 +177,7 @@ def judge(workdir: pathlib.Path, size: Size) -> dict[str, float]:
   sheet = grid(samples[order], columns=10, labels=names, zoom=2)
   save_png(workdir / "samples.png", sheet)
 
-  real = {split: _load(workdir, split) for split in ("train", "test")}
+  real = {split: load_digits(workdir, split) for split in ("train", "test")}
   judge_params = fit_classifier(*real["train"], epochs=size.classifier_epochs, seed=0)
   read, sample_features = classify(judge_params, samples)
   train_features = classify(judge_params, real["train"][0])[1]
@@ -249,7 +249,7 @@ def _extract(workdir: pathlib.Path, split: str, size: Size) -> None:
   )
 
 
-def _load(workdir: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+def load_digits(workdir: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray]:
   source = open_source(f"folder:{workdir}/digits/{split}")
   samples = [source[i] for i in range(len(source))]
   decode = ImageDecoder(SIDE)
