@@ -111,7 +111,7 @@ def run(workdir: pathlib.Path, size: Size, text: bool = False) -> dict[str, floa
     })  # fmt: skip
   with _step("codes", "images to codes"):
     for split in ("train", "val"):
-      _extract(workdir, split, size)
+      extract_digits(workdir, split, size)
   with _step("gpt", "train the transformer on the codes"):
     _train(gpt_train, "c2i_digits", size.config, workdir / "gpt", {
         "codes": f"{workdir}/codes/train",
@@ -230,7 +230,7 @@ def _train(trainer, name: str, arg: str, workdir: pathlib.Path, data: dict) -> N
   trainer.train(config, workdir)
 
 
-def _extract(workdir: pathlib.Path, split: str, size: Size) -> None:
+def extract_digits(workdir: pathlib.Path, split: str, size: Size) -> None:
   out = workdir / "codes" / split
   if (out / "manifest.json").exists():
     return
