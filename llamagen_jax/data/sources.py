@@ -154,8 +154,10 @@ def read_image(path: epath.Path) -> tuple[bytes, str]:
     image = path.read_bytes()
   except FileNotFoundError:
     return b"", "no such file"
-  except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-    return b"", getattr(error, "strerror", None) or str(error)
+  except ValueError:  # whose words differ between versions of Python
+    return b"", "a null byte in its path"
+  except OSError as error:
+    return b"", error.strerror or str(error)
   return image, "" if image else "an empty file"
 
 

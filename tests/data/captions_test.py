@@ -267,7 +267,7 @@ def run_lines(folder, lines, keys=FieldNames()):
     (
       {"image_path": "a\0b.jpg", "text": "x"},
       "missing images",
-      r"a\x00b.jpg: embedded",
+      r"a\x00b.jpg: a null byte",
     ),
     ({"image_path": "\ud83d", "text": "x"}, "missing images", r"\ud83d"),
     ({"image_path": "http://a/b", "text": "x"}, "missing images", "found http"),
