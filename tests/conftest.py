@@ -7,6 +7,7 @@ which compare bits, in this way, too.
 
 import os
 import pathlib
+import signal
 import tempfile
 
 from tests.gcs import bucket, emulator  # noqa: F401, fixtures of all tests
@@ -20,3 +21,7 @@ if not os.environ.get("LLAMAGEN_TESTS_OPTIMIZE"):
   flags = os.environ.get("XLA_FLAGS", "")
   if QUICK not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} {QUICK}".strip()
+
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and with them
+# every process that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 from typing import Any, TypeVar
 
@@ -234,10 +235,11 @@ def _wait_for_hosts(*, key: str, timeout_ms: int) -> None:
   """Waits in a barrier until all hosts have come; raises where this one has failed.
 
   After a failure Orbax 0.12 goes to a barrier, in a `finally`, before it tells of the
-  error; the other hosts are in another barrier, and all would wait for 20 minutes.
+  error; the other hosts are in another barrier, and all would wait for 20 minutes. The
+  main thread may save because of an error of something else: its saves raise at once.
   """
   failure = sys.exc_info()[1]
-  if failure is not None:
+  if failure is not None and threading.current_thread() is not threading.main_thread():
     raise failure
   ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
