@@ -93,6 +93,14 @@ def tokenizer_config(images: pathlib.Path, steps: int, batch_size: int = 4):
   })  # fmt: skip
 
 
+def write_config(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+  """Writes a config as a file for --config."""
+  path.write_text(
+    "import ml_collections\n\ndef get_config():\n"
+    f"  return ml_collections.ConfigDict({config.to_dict()!r})\n"
+  )
+
+
 CAPTIONS = (
   "a red fox on a green hill", "two blue birds", "a house by the sea at night",
   "the yellow sun over a white mountain", "a cat", "an old man reads a small book",

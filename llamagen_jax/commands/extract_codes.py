@@ -33,7 +33,7 @@ from llamagen_jax.data.codes import (
   code_dtype,
 )
 from llamagen_jax.data.images import BadImage, CropSet, ImageDecoder
-from llamagen_jax.data.own_shards import write_own_shards
+from llamagen_jax.data.own_shards import copy_hint, write_own_shards
 from llamagen_jax.data.shards import verify
 from llamagen_jax.data.sources import NO_LABEL, ImageRecord, Source, open_source
 from llamagen_jax.data.workers import in_processes
@@ -170,18 +170,9 @@ def main(argv: Sequence[str]) -> None:
     workers=args.workers,
   )
   seconds = time.perf_counter() - started
-  if manifest is None:
-    print(
-      f"this host's shards are in {args.out}: copy those of all hosts into one folder,"
-      " and run this command on it once more, on one host"
-    )
-  elif jax.process_index() == 0:
-    if args.verify:
-      count = verify(user_path(args.out), KIND)
-      print(f"{count} files have the checksums that were written")
-    print(report(manifest, args.out, encoded / seconds))
-    if args.check:
-      print(check(encoder, source, args.out, crop_set, args.check, decoder))
+  print_result(manifest, args.out, encoded / seconds, args.verify)
+  if args.check and manifest is not None and jax.process_index() == 0:
+    print(check(encoder, source, args.out, crop_set, args.check, decoder))
 
 
 def extract(
@@ -294,7 +285,27 @@ def _unbatch(batch, codes) -> Iterator[CodeRecord]:
     yield CodeRecord(image["key"], image["label"], rows)
 
 
-def report(manifest: dict[str, Any], out: str, speed: float) -> str:
+def print_result(
+  manifest: Mapping[str, Any] | None, out: str, speed: float, checksums: bool
+) -> None:
+  """Prints what a folder of code shards holds, or what is left to do.
+
+  Args:
+    manifest: of the folder; None where the hosts do not share it.
+    out: the folder.
+    speed: images a second on this host.
+    checksums: compare those of all files first.
+  """
+  if manifest is None:
+    print(copy_hint(out))
+  elif jax.process_index() == 0:
+    if checksums:
+      count = verify(user_path(out), KIND)
+      print(f"{count} files have the checksums that were written")
+    print(report(manifest, out, speed))
+
+
+def report(manifest: Mapping[str, Any], out: str, speed: float) -> str:
   """What a finished folder holds, in lines for the user."""
   skipped = [why for shard in manifest["shards"] for why in shard["skipped"].values()]
   size = sum(shard["files"][KIND]["bytes"] for shard in manifest["shards"])

@@ -16,7 +16,7 @@ import tqdm
 from llamagen_jax.commands import arguments
 from llamagen_jax.data.captions import CaptionSource
 from llamagen_jax.data.features import BFLOAT16, KIND, FeatureRecord
-from llamagen_jax.data.own_shards import write_own_shards
+from llamagen_jax.data.own_shards import copy_hint, write_own_shards
 from llamagen_jax.data.shards import ShardWriter
 from llamagen_jax.options import option
 from llamagen_jax.parallel import hosts as cluster
@@ -55,10 +55,7 @@ def main(argv: Sequence[str]) -> None:
     dtype=args.dtype,
   )
   if manifest is None:
-    print(
-      f"this host's shards are in {args.out}: copy those of all hosts into one folder,"
-      " and run this command on it once more, on one host"
-    )
+    print(copy_hint(args.out))
     return
   if jax.process_index() > 0:
     return

@@ -15,20 +15,17 @@ import time
 from typing import Any
 
 from absl import logging
-import jax
 import tqdm
 
 from llamagen_jax.commands import arguments
-from llamagen_jax.commands.extract_codes import report
+from llamagen_jax.commands.extract_codes import print_result
 from llamagen_jax.data.classes import imagenet_names
-from llamagen_jax.data.codes import KIND, CodeRecord, CodeShardSpec, CodeWriter
+from llamagen_jax.data.codes import CodeRecord, CodeShardSpec, CodeWriter
 from llamagen_jax.data.foreign_codes import CodeLayout, ForeignCodes, open_codes
 from llamagen_jax.data.own_shards import write_own_shards
-from llamagen_jax.data.shards import verify
 from llamagen_jax.errors import UserError
 from llamagen_jax.options import option
 from llamagen_jax.parallel import hosts
-from llamagen_jax.storage import user_path
 from llamagen_jax.weights import bundle
 
 
@@ -56,16 +53,8 @@ def main(argv: Sequence[str]) -> None:
   hosts.initialize_distributed(args)
   started = time.perf_counter()
   manifest, read = run(args)
-  if manifest is None:
-    print(
-      f"this host's shards are in {args.out}: copy those of all hosts into one folder,"
-      " and run this command on it once more, on one host"
-    )
-  elif jax.process_index() == 0:
-    if args.verify:
-      count = verify(user_path(args.out), KIND)
-      print(f"{count} files have the checksums that were written")
-    print(report(manifest, args.out, read / (time.perf_counter() - started)))
+  seconds = time.perf_counter() - started
+  print_result(manifest, args.out, read / seconds, args.verify)
 
 
 def run(args: Options) -> tuple[Mapping[str, Any] | None, int]:

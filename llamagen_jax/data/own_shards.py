@@ -64,6 +64,14 @@ def write_own_shards(
   return manifest
 
 
+def copy_hint(out: str) -> str:
+  """Returns what a user of hosts without a shared folder has to do with `out`."""
+  return (
+    f"this host's shards are in {out}: copy those of all hosts into one folder,"
+    " and run this command on it once more, on one host"
+  )
+
+
 def _stop(left: int) -> None:
   gather("stopped")  # the coordinator must not end while others write a shard
   raise Stopped(

@@ -33,10 +33,7 @@ class CodebookConfig:
   # RobustTok (arXiv 2503.08354): the decoder trains on codes that a transformer might
   # confuse. Of this share of the images some codes become one of the nearest rows.
   perturbed_images: float = 0.0
-  perturbed_codes: tuple[float, ...] = (
-    1.0,
-    0.5,
-  )  # share of their codes, first and last
+  perturbed_codes: tuple[float, ...] = (1.0, 0.5)  # share of theirs, first and last
   perturbation_steps: tuple[int, ...] = (0, 0)  # between which the share moves
   perturbation_rows: int = 100  # of the nearest, one is taken
 

@@ -250,16 +250,16 @@ def generator_gradients(
   """
   r = recipe
 
-  perturb = None
-  if r.codebook.perturbed_images:
-
-    def perturb(rows, rows_KC):
-      perturb_key = jax.random.fold_in(key, PERTURBATION_KEY)
-      return codebook.perturb(r.codebook, rows, rows_KC, state.step, perturb_key)
+  def perturb(rows, rows_KC):
+    perturb_key = jax.random.fold_in(key, PERTURBATION_KEY)
+    return codebook.perturb(r.codebook, rows, rows_KC, state.step, perturb_key)
 
   def forward(params):
     reconstructions, quantized = VQModel(r.model, training=True).apply(
-      {"params": params}, images, perturb, rngs={"dropout": key}
+      {"params": params},
+      images,
+      perturb if r.codebook.perturbed_images else None,
+      rngs={"dropout": key},
     )
     return (reconstructions, sum(quantized.losses.values())), quantized
 

@@ -35,7 +35,7 @@ def load_resnet(file: str) -> dict[str, Any]:
   path = user_path(file)
   if not path.exists():
     raise UserError(f"loss.resnet: no file {path}; {HELP}")
-  return resnet_from_torch(read_weights(path)[0])
+  return resnet_from_torch(read_weights(path).tensors)
 
 
 def _table() -> list[Entry]:

@@ -44,10 +44,7 @@ def configs(machine, bucket) -> tuple[os.PathLike, os.PathLike]:
   gpt.run.save_every = 2
   paths = machine / "vq.py", machine / "gpt.py"
   for path, config in zip(paths, (tokenizer, gpt), strict=True):
-    path.write_text(
-      "import ml_collections\n\ndef get_config():\n"
-      f"  return ml_collections.ConfigDict({config.to_dict()!r})\n"
-    )
+    tiny.write_config(path, config)
   return paths
 
 

@@ -25,10 +25,7 @@ def trained(tmp_path_factory):
   }
   configs["gpt"].model.update(grid=8, vocab_size=16)
   for name, config in configs.items():
-    (folder / f"{name}.py").write_text(
-      "import ml_collections\n\ndef get_config():\n"
-      f"  return ml_collections.ConfigDict({config.to_dict()!r})\n"
-    )
+    tiny.write_config(folder / f"{name}.py", config)
   verbs = [
     f"train-tokenizer --config={folder}/tokenizer.py --workdir={folder}/tokenizer",
     f"extract-codes --tokenizer={folder}/tokenizer/bundle --shards=3 --image-size=16"

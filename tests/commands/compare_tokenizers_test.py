@@ -86,10 +86,7 @@ def test_from_images_to_samples(folder, name):
   assert found.shape[2] == 64 and len(np.unique(found)) > 8
   config = tiny.gpt_config(codes, 2, batch_size=2)
   config.model.update(grid=8, vocab_size=CONFIGS[name].codebook_size, num_classes=2)
-  (folder / f"{name}.py").write_text(
-    "import ml_collections\n\ndef get_config():\n"
-    f"  return ml_collections.ConfigDict({config.to_dict()!r})\n"
-  )
+  tiny.write_config(folder / f"{name}.py", config)
   run(f"train-gpt --config={folder}/{name}.py --workdir={folder}/gpt_{name}")
   run(
     f"sample --gpt={folder}/gpt_{name}/bundle --tokenizer={folder}/{name}"

@@ -23,10 +23,7 @@ def command(folder, workdir, steps=6, mesh=(-1, 1, 1), save_every=100) -> list[s
   config.run.save_every = save_every
   config.mesh = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
   path = folder / f"{workdir}-{steps}-{'-'.join(map(str, mesh))}.py"
-  path.write_text(
-    "import ml_collections\n\ndef get_config():\n"
-    f"  return ml_collections.ConfigDict({config.to_dict()!r})\n"
-  )
+  tiny.write_config(path, config)
   return ["train-gpt", f"--config={path}", f"--workdir={folder / workdir}"]
 
 
