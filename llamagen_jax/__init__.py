@@ -13,6 +13,7 @@ HOMES = {
   "TokenizerConfig": "tokenizer.config",
   "UserError": "errors",
   "VQModel": "tokenizer.model",
+  "edit": "sampling.edit",
   "generate": "sampling.decode",
   "load_gpt": "weights.bundle",
   "load_tokenizer": "weights.bundle",

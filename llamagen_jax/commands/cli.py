@@ -32,6 +32,7 @@ GROUPS = {
   },
   "generate": {
     "sample": ("sample", "generate images of classes or prompts"),
+    "edit": ("edit", "draw parts of an image anew, or more around it"),
     "serve": ("serve", "generate images over HTTP, with a web demo"),
   },
   "measure": {
@@ -60,7 +61,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_ALLOWED = (errno.EACCES, errno.EROFS)
 
 # Their images must not depend on which of them, or on how many devices, made them.
-STEADY = ("sample", "serve", "evaluate")
+STEADY = ("sample", "edit", "serve", "evaluate")
 
 
 def main() -> None:

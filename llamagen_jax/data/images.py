@@ -70,6 +70,19 @@ class ImageDecoder:
     with self._open(file, key) as image:
       return _to_rgb(_upright(image, self.ignore_exif), self.background)
 
+  def transparent(self, file: IO[bytes], key: str) -> np.ndarray | None:
+    """Returns where an upright image is transparent, bool [H, W]; None = nowhere ever.
+
+    A pixel counts that lets more than half of its background through.
+    """
+    with self._open(file, key) as image:
+      image = _upright(image, self.ignore_exif)
+      if image.mode.startswith("I"):
+        image = _high_byte(image)
+      if not image.has_transparency_data:
+        return None
+      return np.asarray(image.convert("RGBA"))[..., 3] < 128
+
   def size(self, file: IO[bytes], key: str) -> tuple[int, int]:
     """Returns (width, height) of an upright image, from its header alone."""
     with self._open(file, key) as image:

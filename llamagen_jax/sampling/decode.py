@@ -197,6 +197,7 @@ def prefill(
   inputs: DecodeInputs,
   condition: jax.Array,
   codes: int,
+  order_RT: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
   """Runs the condition tokens of B images.
 
@@ -207,6 +208,7 @@ def prefill(
     condition: labels [B], caption features [B, P, C] or pairs of them.
     codes: how many the cache is to have room for, the last of them not counted,
       which is sampled and not read.
+    order_RT: as of `decode_step`.
 
   Returns:
     float32 logits [R, V] of the first codes, and the cache.
@@ -215,7 +217,7 @@ def prefill(
   x_RPD, mask_RP = embed_rows(config, filters.guidance, inputs, condition)
   mask = attention_mask(config, mask_RP, jnp.arange(config.prefix_tokens), length)
   cache = init_cache(config, len(x_RPD), length)
-  return prefill_forward(config, inputs.params, x_RPD, cache, mask)
+  return prefill_forward(config, inputs.params, x_RPD, cache, mask, order_BT=order_RT)
 
 
 def embed_rows(
@@ -240,15 +242,25 @@ def row_mask(inputs: DecodeInputs, guidance: bool) -> jax.Array | None:
 
 
 def decode_step(
-  config: GPTConfig, filters: ActiveFilters, inputs: DecodeInputs, state: DecodeState
+  config: GPTConfig,
+  filters: ActiveFilters,
+  inputs: DecodeInputs,
+  state: DecodeState,
+  order_RT: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
-  """Reads the last codes; returns float32 logits [R, V] of the next, and the cache."""
+  """Reads the last codes; returns float32 logits [R, V] of the next, and the cache.
+
+  With `order_RT`, permutations of the codes' positions, code t of a row lies at
+  position `order_RT[:, t]`; None = raster order.
+  """
   code_R = expand_for_guidance(state.code, filters.guidance)
   position = config.prefix_tokens + state.index - 1
   x_R1D = embed_codes(inputs.params["code_embedding"], code_R[:, None], config.dtype)
   mask_RP, length = row_mask(inputs, filters.guidance), cache_length(state.cache)
   mask = attention_mask(config, mask_RP, position[None], length)
-  return step_forward(config, inputs.params, x_R1D, state.cache, position, mask)
+  return step_forward(
+    config, inputs.params, x_R1D, state.cache, position, mask, order_BT=order_RT
+  )
 
 
 def sample_next_codes(
@@ -267,13 +279,29 @@ def sample_next_codes(
     logits_RV: of the codes, in pairs of rows with guidance.
     index: number of the code; or [B], where every image has its own.
   """
-  if filters.guidance:
-    pairs = logits_RV.reshape(-1, 2, config.vocab_size)
-    scale_B = scale_at(inputs.settings, index, config.image_tokens)
-    logits_RV = guide(pairs[:, 0], pairs[:, 1], scale_B)
-  index_B = jnp.broadcast_to(index, inputs.keys.shape)
-  keys_B = jax.vmap(jax.random.fold_in)(inputs.keys, index_B)
-  return sample_codes(logits_RV, keys_B, inputs.settings, filters)
+  logits_BV = guided_logits(config, filters, inputs, logits_RV, index)
+  keys_B = code_keys(inputs.keys, index)
+  return sample_codes(logits_BV, keys_B, inputs.settings, filters)
+
+
+def guided_logits(
+  config: GPTConfig,
+  filters: ActiveFilters,
+  inputs: DecodeInputs,
+  logits_RV: jax.Array,
+  index: jax.Array,
+) -> jax.Array:
+  """Returns the logits that an image's code is sampled from, before filters, [B, V]."""
+  if not filters.guidance:
+    return logits_RV
+  pairs = logits_RV.reshape(-1, 2, config.vocab_size)
+  scale_B = scale_at(inputs.settings, index, config.image_tokens)
+  return guide(pairs[:, 0], pairs[:, 1], scale_B)
+
+
+def code_keys(keys_B: jax.Array, index: jax.Array) -> jax.Array:
+  """Returns the keys of the codes with this number, or numbers [B], of images."""
+  return jax.vmap(jax.random.fold_in)(keys_B, jnp.broadcast_to(index, keys_B.shape))
 
 
 def expand_for_guidance(

@@ -29,6 +29,7 @@ from llamagen_jax.images import resize_bicubic, to_uint8
 from llamagen_jax.parallel.mesh import RULES, batch_sharding, shard_tree
 from llamagen_jax.sampling.decode import DecodeInputs, generate_codes
 from llamagen_jax.sampling.keys import as_keys, check_seed, image_keys
+from llamagen_jax.sampling.known_codes import KnownCodes, complete_codes
 from llamagen_jax.sampling.prompts import Prompts
 from llamagen_jax.text.encoder import TextEncoder
 from llamagen_jax.tokenizer import model
@@ -121,6 +122,7 @@ class SamplingJob:
   seed: int  # 0 .. 2^64 - 1
   batch_size: int  # images of a batch, sampled at once by a device or group of them
   image_size: int  # side of the images that come out
+  given: KnownCodes | None = None  # of all images, where some codes are known
 
   def __post_init__(self):
     check_seed(self.seed)
@@ -167,14 +169,7 @@ def sample(
   Raises:
     UserError: for a class that is not known or a tokenizer of other codes.
   """
-  conditions: Conditions
-  if gpt.config.condition == "caption":
-    if text_encoder is None or not prompts:
-      raise UserError("a transformer of captions takes prompts and a text_encoder")
-    conditions = Prompts.of(gpt, text_encoder, prompts, negative_prompt)
-  else:
-    labels = to_labels(classes, gpt.class_names, gpt.config.num_classes)
-    conditions = Labels(np.array(labels, np.int32), gpt.class_names)
+  conditions = conditions_of(gpt, classes, prompts, text_encoder, negative_prompt)
   job = SamplingJob(
     conditions,
     dataclasses.replace(gpt.sampling, **sampling),
@@ -185,6 +180,22 @@ def sample(
   return sample_images(gpt, tokenizer, job, Timings())
 
 
+def conditions_of(
+  gpt: bundle.Transformer,
+  classes: Sequence[int | str] | str,
+  prompts: Sequence[str],
+  text_encoder: TextEncoder | None,
+  negative_prompt: str,
+) -> Conditions:
+  """Returns the conditions that `sample` was asked for."""
+  if gpt.config.condition == "caption":
+    if text_encoder is None or not prompts:
+      raise UserError("a transformer of captions takes prompts and a text_encoder")
+    return Prompts.of(gpt, text_encoder, prompts, negative_prompt)
+  labels = to_labels(classes, gpt.class_names, gpt.config.num_classes)
+  return Labels(np.array(labels, np.int32), gpt.class_names)
+
+
 def sample_images(
   gpt: bundle.Transformer,
   tokenizer: bundle.Tokenizer,
@@ -192,15 +203,30 @@ def sample_images(
   timings: Timings,
 ) -> np.ndarray:
   """Samples a whole job; every host gets all images, uint8 [N, H, W, 3]."""
-  images = []
-  for group, images_group in _sample_groups(
-    gpt, tokenizer, job, range(job.batches), timings
-  ):
+  return _collect(job, _image_groups(gpt, tokenizer, job, range(job.batches), timings))
+
+
+def sample_image_codes(
+  gpt: bundle.Transformer,
+  tokenizer: bundle.Tokenizer,
+  job: SamplingJob,
+  timings: Timings,
+) -> np.ndarray:
+  """Samples the codes of a whole job; every host gets all of them, int32 [N, T]."""
+  return _collect(job, _code_groups(gpt, tokenizer, job, range(job.batches), timings))
+
+
+def _collect(
+  job: SamplingJob, groups: Iterator[tuple[Sequence[int], jax.Array]]
+) -> np.ndarray:
+  """Returns what all hosts sampled, without the rows that filled batches up."""
+  parts = []
+  for group, rows in groups:
     if jax.process_count() > 1:
-      images_group = multihost_utils.process_allgather(images_group, tiled=True)
+      rows = multihost_utils.process_allgather(rows, tiled=True)
     count = sum(len(job.rows(batch)) for batch in group)
-    images.append(np.asarray(images_group)[:count])
-  return np.concatenate(images)
+    parts.append(np.asarray(rows)[:count])
+  return np.concatenate(parts)
 
 
 def sample_batches(
@@ -218,7 +244,7 @@ def sample_batches(
   Yields:
     The number of a batch and its images, uint8 [B, H, W, 3].
   """
-  for group, images in _sample_groups(gpt, tokenizer, job, batches, timings):
+  for group, images in _image_groups(gpt, tokenizer, job, batches, timings):
     for shard in images.addressable_shards:
       number = (shard.index[0].start or 0) // job.batch_size
       if shard.replica_id == 0 and number < len(group):
@@ -226,14 +252,30 @@ def sample_batches(
         yield group[number], np.asarray(shard.data)[:count]
 
 
-def _sample_groups(
+def _image_groups(
   gpt: bundle.Transformer,
   tokenizer: bundle.Tokenizer,
   job: SamplingJob,
   batches: Sequence[int],
   timings: Timings,
 ) -> Iterator[tuple[Sequence[int], jax.Array]]:
-  """Yields the batches that ran side by side, and images [D B, H, W, 3] of all hosts.
+  """Yields batches that ran side by side, and their images [D B, H, W, 3]."""
+  mesh, shape = mesh_of(gpt), (gpt.config.grid, job.image_size)
+  for group, codes in _code_groups(gpt, tokenizer, job, batches, timings):
+    with _on(mesh), timings.clock("tokenizer"):
+      images = render(tokenizer.config, *shape, mesh, tokenizer.params, codes)
+      jax.block_until_ready(images)
+    yield group, images
+
+
+def _code_groups(
+  gpt: bundle.Transformer,
+  tokenizer: bundle.Tokenizer,
+  job: SamplingJob,
+  batches: Sequence[int],
+  timings: Timings,
+) -> Iterator[tuple[Sequence[int], jax.Array]]:
+  """Yields batches that ran side by side, and their codes [D B, T], of all hosts.
 
   A group that is not full repeats its last batch.
   """
@@ -246,22 +288,25 @@ def _sample_groups(
     padded = [*group, *[group[-1]] * (shards - len(group))]
     rows = np.concatenate([_padded(job.rows(b), job.batch_size) for b in padded])
     condition, mask = job.conditions.take(rows)
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-      with timings.clock("decode"):
-        keys = image_keys(job.seed, rows)
-        if mesh is not None:
-          by_batch = batch_sharding(mesh)
-          keys, condition, mask = shard_tree((keys, condition, mask), by_batch)
-        settings = job.sampling.rows(len(rows))
-        inputs = DecodeInputs(params, as_keys(keys), mask, settings)
-        codes, forwards = generate_codes(gpt.config, job.sampling, inputs, condition)
-        jax.block_until_ready(codes)
-        timings.forwards += _local(forwards).tolist()
-      with timings.clock("tokenizer"):
-        shape = (gpt.config.grid, job.image_size)
-        images = render(tokenizer.config, *shape, mesh, tokenizer.params, codes)
-        jax.block_until_ready(images)
-    yield group, images
+    with _on(mesh), timings.clock("decode"):
+      keys = image_keys(job.seed, rows)
+      if mesh is not None:
+        by_batch = batch_sharding(mesh)
+        keys, condition, mask = shard_tree((keys, condition, mask), by_batch)
+      settings = job.sampling.rows(len(rows))
+      inputs = DecodeInputs(params, as_keys(keys), mask, settings)
+      asked = gpt.config, job.sampling, inputs, condition
+      if job.given is None:
+        codes, forwards = generate_codes(*asked)
+      else:
+        codes, forwards = complete_codes(*asked, job.given.take(rows))
+      jax.block_until_ready(codes)
+      timings.forwards += _local(forwards).tolist()
+    yield group, codes
+
+
+def _on(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+  return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def check_pair(gpt: bundle.Transformer, tokenizer: bundle.Tokenizer) -> None:

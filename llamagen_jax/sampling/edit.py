@@ -1,0 +1,276 @@
+"""Editing: parts of an image drawn anew, more of it on any side, variations of it.
+
+An image is put on a canvas, the canvas becomes codes, the codes of hidden cells are
+drawn around the known ones, and the image's own pixels are put back where nothing was
+hidden. A canvas that is larger than what the model draws is filled window by window.
+
+Axes: N images that come out, H, W pixels of the canvas, h, w its cells (codes).
+"""
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import scipy.ndimage
+
+from llamagen_jax.errors import UserError
+from llamagen_jax.gpt.sampling_config import SamplingConfig
+from llamagen_jax.images import to_uint8
+from llamagen_jax.options import option
+from llamagen_jax.sampling.keys import SEEDS
+from llamagen_jax.sampling.known_codes import CANDIDATES, ORDERS, KnownCodes
+from llamagen_jax.sampling.sample import (
+  Conditions,
+  SamplingJob,
+  Timings,
+  conditions_of,
+  sample_image_codes,
+)
+from llamagen_jax.text.encoder import TextEncoder
+from llamagen_jax.tokenizer import model
+from llamagen_jax.weights import bundle
+
+WINDOW_SEED = 2**32  # between the seeds of windows, beyond those that people take
+
+
+class Borders(NamedTuple):
+  """Pixels to add on each side of an image."""
+
+  left: int = 0
+  top: int = 0
+  right: int = 0
+  bottom: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Canvas:
+  """An image, and where it is to be drawn."""
+
+  pixels: np.ndarray  # uint8 [H, W, 3]
+  hidden: np.ndarray  # bool [H, W]
+
+  @property
+  def size(self) -> str:
+    height, width = self.hidden.shape
+    return f"{width}x{height} pixels"
+
+  def extended(self, borders: Borders) -> "Canvas":
+    """Returns the canvas with hidden borders around it."""
+    b = borders
+    if min(b) < 0:
+      raise UserError(f"outpaint={tuple(b)}: expected pixels, 0 or more")
+    around = ((b.top, b.bottom), (b.left, b.right))
+    return Canvas(
+      np.pad(self.pixels, (*around, (0, 0))),
+      np.pad(self.hidden, around, constant_values=True),
+    )
+
+  def filled(self) -> np.ndarray:
+    """Returns the pixels, where hidden those of the nearest that are not.
+
+    What lies under a mask is not to be seen, but an encoder sees it: its codes near the
+    mask would tell of it.
+    """
+    nearest = scipy.ndimage.distance_transform_edt(
+      self.hidden, return_distances=False, return_indices=True
+    )
+    return self.pixels[tuple(nearest)]
+
+  def hidden_cells(self, downsample: int) -> np.ndarray:
+    """Returns the cells of which any pixel is hidden, bool [h, w]."""
+    height, width = (side // downsample for side in self.hidden.shape)
+    cells = self.hidden.reshape(height, downsample, width, downsample)
+    return cells.any(axis=(1, 3))
+
+  def put_back(self, images_NHWC: np.ndarray, feather: int) -> np.ndarray:
+    """Returns images whose pixels are the canvas' own where nothing is hidden.
+
+    From a hidden pixel to one that is `feather` pixels away, one image becomes the
+    other, so that no seam is seen.
+    """
+    if self.hidden.all():
+      return images_NHWC
+    distance = scipy.ndimage.distance_transform_edt(~self.hidden)
+    drawn_HW1 = np.clip(1 - distance / feather, 0, 1)[..., None]
+    drawn_HW1[self.hidden] = 1
+    mixed = drawn_HW1 * images_NHWC + (1 - drawn_HW1) * self.pixels
+    return np.rint(mixed).astype(np.uint8)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EditSettings:
+  """How the codes of an image are drawn anew."""
+
+  strength: float = option("share of the hidden codes that are drawn anew", 1.0)
+  keep_rows: int = option(
+    "first rows of codes that are kept in any case", 0, unit="ROWS", at_least=0
+  )
+  candidates: int = option(
+    "drawn at once for an image, to choose those that known codes follow from",
+    CANDIDATES, unit="IMAGES", at_least=1,
+  )  # fmt: skip
+  order: str = option(
+    "of the codes; known-first needs a model that was trained in random orders to the"
+    " end", "raster", choices=ORDERS,
+  )  # fmt: skip
+
+  def __post_init__(self):
+    if not 0 <= self.strength <= 1:
+      raise UserError(f"strength={self.strength}: expected 0 .. 1")
+
+  @property
+  def partial(self) -> bool:
+    """Whether hidden codes are kept, so that hidden pixels are looked at."""
+    return self.strength < 1 or self.keep_rows > 0
+
+
+def edit(
+  gpt: bundle.Transformer,
+  tokenizer: bundle.Tokenizer,
+  image: np.ndarray,
+  mask: np.ndarray | None = None,
+  classes: Sequence[int | str] | str = (),
+  *,
+  prompts: Sequence[str] = (),
+  text_encoder: TextEncoder | None = None,
+  negative_prompt: str = "",
+  outpaint: Borders = Borders(),
+  settings: EditSettings = EditSettings(),
+  seed: int = 0,
+  batch_size: int = 1,
+  **sampling,
+) -> np.ndarray:
+  """Draws parts of an image anew, one result a class or prompt.
+
+  Args:
+    gpt: from `load_gpt`.
+    tokenizer: from `load_tokenizer`; the one whose codes `gpt` learned.
+    image: uint8 [H, W, 3], with the borders as large as the model's images or larger.
+    mask: bool [H, W], True where to draw; None = everywhere, or with `outpaint` in its
+      borders alone.
+    classes: as of `sample`, and so are the next three.
+    prompts: texts, instead of classes, for a transformer of captions.
+    text_encoder: from `load_t5`.
+    negative_prompt: text that guidance leads away from.
+    outpaint: pixels to draw on each side of the image.
+    settings: how much is drawn, and from how many candidates.
+    seed: 0 .. 2^64 - 1; result i depends on (seed, i).
+    batch_size: results at a time on every device.
+    **sampling: fields of `SamplingConfig` that differ from the bundle's.
+
+  Returns:
+    uint8 [N, H, W, 3], the image's own pixels where nothing was to be drawn.
+
+  Raises:
+    UserError: for sizes that the model cannot draw, and as `sample` does.
+  """
+  everywhere = mask is None and not any(outpaint)
+  hidden = np.full(image.shape[:2], everywhere) if mask is None else mask.astype(bool)
+  if hidden.shape != image.shape[:2]:
+    raise UserError(f"the mask is {hidden.shape}, the image {image.shape[:2]} pixels")
+  return edit_canvas(
+    gpt, tokenizer, Canvas(image, hidden).extended(outpaint),
+    conditions_of(gpt, classes, prompts, text_encoder, negative_prompt),
+    dataclasses.replace(gpt.sampling, **sampling), settings, seed=seed,
+    batch_size=batch_size, timings=Timings(),
+  )  # fmt: skip
+
+
+def edit_canvas(
+  gpt: bundle.Transformer,
+  tokenizer: bundle.Tokenizer,
+  canvas: Canvas,
+  conditions: Conditions,
+  sampling: SamplingConfig,
+  settings: EditSettings,
+  *,
+  seed: int,
+  batch_size: int,
+  timings: Timings,
+) -> np.ndarray:
+  """Draws the hidden part of a canvas, one result a condition: uint8 [N, H, W, 3]."""
+  side, scale = gpt.config.grid, tokenizer.config.downsample
+  check_size(canvas, side * scale, scale)
+  unknown_hw = canvas.hidden_cells(scale)
+  seen = canvas.pixels if settings.partial or canvas.hidden.all() else canvas.filled()
+  codes_hw = np.asarray(tokenizer.encode(seen[None])[0])
+  count = len(conditions)
+  codes_Nhw = np.repeat(codes_hw[None], count, axis=0)
+  redrawn_Nhw = redrawn_cells(unknown_hw, settings, seed, count)
+  for number, (y, x) in enumerate(windows(unknown_hw, side)):
+    at = np.s_[:, y : y + side, x : x + side]
+    given = KnownCodes(
+      codes_Nhw[at].reshape(count, -1), ~redrawn_Nhw[at].reshape(count, -1),
+      settings.candidates, settings.order,
+    )  # fmt: skip
+    job = SamplingJob(
+      conditions, sampling, (seed + number * WINDOW_SEED) % SEEDS, batch_size,
+      side * scale, given,
+    )  # fmt: skip
+    drawn_NT = sample_image_codes(gpt, tokenizer, job, timings)
+    codes_Nhw[at] = drawn_NT.reshape(count, side, side)
+    redrawn_Nhw[at] = False
+  with timings.clock("tokenizer"):
+    images = [_render(tokenizer.config, tokenizer.params, c[None]) for c in codes_Nhw]
+    images_NHWC = np.concatenate([jax.device_get(image) for image in images])
+  return canvas.put_back(images_NHWC, feather=max(1, scale // 2))
+
+
+def check_size(canvas: Canvas, side: int, scale: int) -> None:
+  """Refuses a canvas that a model of images of `side` pixels cannot draw.
+
+  Raises:
+    UserError: names the size found and the sizes expected.
+  """
+  height, width = canvas.hidden.shape
+  if canvas.hidden.all() and (height, width) != (side, side):
+    raise UserError(
+      f"the image is {canvas.size}, the model draws {side}x{side}: a variation has that"
+      " size"
+    )
+  if min(height, width) < side or height % scale or width % scale:
+    raise UserError(
+      f"the image is {canvas.size}, the model draws {side}x{side}: expected that size,"
+      f" or a larger one whose sides are multiples of {scale}"
+    )
+  if not canvas.hidden.any():
+    raise UserError("nothing is to be drawn: the mask hides no pixel")
+
+
+def redrawn_cells(
+  unknown_hw: np.ndarray, settings: EditSettings, seed: int, count: int
+) -> np.ndarray:
+  """Returns the cells that each image draws anew, bool [N, h, w].
+
+  Those of a small strength are among those of a larger one.
+  """
+  noise_Nhw = np.stack(
+    [np.random.default_rng([seed, i]).random(unknown_hw.shape) for i in range(count)]
+  )
+  below_h1 = np.arange(len(unknown_hw))[:, None] >= settings.keep_rows
+  return unknown_hw & below_h1 & (noise_Nhw < settings.strength)
+
+
+def windows(unknown_hw: np.ndarray, side: int) -> Iterator[tuple[int, int]]:
+  """Yields corners (y, x) of windows [side, side] that together cover unknown cells.
+
+  Each is the one with the most unknown cells of those that are half known at least,
+  after the windows before it; or, where there is none, the one that knows most.
+  """
+  unknown_hw, half = unknown_hw.copy(), side * side // 2
+  while unknown_hw.any():
+    view = np.lib.stride_tricks.sliding_window_view(unknown_hw, (side, side))
+    count = view.sum(axis=(2, 3))
+    worth = np.where(count <= half, count, half - count)
+    worth[count == 0] = -side * side
+    y, x = np.unravel_index(np.argmax(worth), worth.shape)
+    yield int(y), int(x)
+    unknown_hw[y : y + side, x : x + side] = False
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _render(config, params, codes_Nhw):
+  return to_uint8(model.decode(config, params, codes_Nhw))
