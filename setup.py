@@ -45,6 +45,7 @@ SERVE = [
   "fastapi>=0.165",
   "fastapi-offline>=1.7.7",  # /docs without a CDN
   "prometheus-client>=0.26",
+  "python-multipart>=0.0.32",  # forms
   "sse-starlette>=3.7",
   "uvicorn>=0.54",
 ]

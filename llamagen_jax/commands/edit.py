@@ -66,7 +66,7 @@ def run(args: Options) -> None:
   generation.check(args)
   generation.check_out(args.out)
   borders = parse_borders(args.outpaint)
-  if any(borders) and args.partial:
+  if any(borders) and args.keeps_some:
     raise UserError("--outpaint draws all of its borders: leave --strength at 1")
   hosts.initialize_distributed(args)
   image, mask = read_image(args.image), read_mask(args)

@@ -22,9 +22,8 @@ from absl import logging
 import jax
 
 from llamagen_jax.commands import arguments
+from llamagen_jax.commands.generation import for_decoding
 from llamagen_jax.errors import UserError
-from llamagen_jax.gpt.cached import decoding_params
-from llamagen_jax.gpt.quantized import quantize_params
 from llamagen_jax.options import option
 from llamagen_jax.parallel.mesh import make_mesh
 from llamagen_jax.sampling.sample import restrict_to_codebook
@@ -84,6 +83,10 @@ class Options:
     "codes that a forward reads; more need fewer forwards for the same codes, up to"
     " rounding", 1, unit="CODES", at_least=1,
   )  # fmt: skip
+  candidates: int = option(
+    "drawn at once for an edit, one edit at a time; 0 = no edits", 8, unit="IMAGES",
+    at_least=0,
+  )  # fmt: skip
   tensor: int = option("devices that share one model", 1, unit="DEVICES", at_least=1)
   dtype: str = option(
     "of the transformers' activations; default: float32 on CPU, else bfloat16", "",
@@ -107,6 +110,10 @@ class Options:
   body_bytes: int = option(
     "of a request, at most", Limits.body_bytes, unit="BYTES", at_least=1, group=CLIENTS
   )
+  upload_bytes: int = option(
+    "of a request with an image, at most", Limits.upload_bytes, unit="BYTES",
+    at_least=1, group=CLIENTS,
+  )  # fmt: skip
   alias: tuple[str, ...] = option(
     "other names of the first model, such as those that OpenAI's clients send",
     Limits.aliases, unit="NAME", group=CLIENTS,
@@ -234,16 +241,14 @@ def make_service(options: Options) -> Service:
     gpt = apply_adapter(adapter, gpt) if adapter else gpt
     codebook = load_tokenizer(tokenizer)
     gpt = restrict_to_codebook(gpt, codebook)
-    params = decoding_params(gpt.config, gpt.params)
-    if o.weights == "int8":
-      params = quantize_params(params)
-    gpt = dataclasses.replace(gpt, params=params)
+    gpt = for_decoding(gpt, o.weights)
     model = ImageModel(name, gpt, codebook, encoder)
-    engine = Engine(gpt, o.slots, o.chunk, o.window)
+    engine = Engine(gpt, o.slots, o.chunk, o.window, o.candidates)
     workers[model] = Worker(engine, model.render, o.queue or o.slots)
   limits = Limits(
     images=o.max_images, seconds=o.seconds, body_bytes=o.body_bytes, aliases=o.alias,
     any_model=o.any_model, strict=o.strict, size_policy=o.size_policy,
+    upload_bytes=o.upload_bytes if o.candidates else 0,
   )  # fmt: skip
   return Service(workers, limits)
 

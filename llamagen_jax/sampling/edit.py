@@ -68,12 +68,17 @@ class Canvas:
       np.pad(self.hidden, around, constant_values=True),
     )
 
-  def filled(self) -> np.ndarray:
-    """Returns the pixels, where hidden those of the nearest that are not.
+  def seen(self, settings: "EditSettings") -> np.ndarray:
+    """Returns the pixels to encode, uint8 [H, W, 3].
 
-    What lies under a mask is not to be seen, but an encoder sees it: its codes near the
-    mask would tell of it.
+    What lies under a mask is not to be seen, unless some of it is kept; but an encoder
+    would see it, and its codes near the mask would tell of it.
     """
+    whole = settings.keeps_some or self.hidden.all()
+    return self.pixels if whole else self.filled()
+
+  def filled(self) -> np.ndarray:
+    """Returns the pixels, where hidden those of the nearest that are not."""
     nearest = scipy.ndimage.distance_transform_edt(
       self.hidden, return_distances=False, return_indices=True
     )
@@ -122,7 +127,7 @@ class EditSettings:
       raise UserError(f"strength={self.strength}: expected 0 .. 1")
 
   @property
-  def partial(self) -> bool:
+  def keeps_some(self) -> bool:
     """Whether hidden codes are kept, so that hidden pixels are looked at."""
     return self.strength < 1 or self.keep_rows > 0
 
@@ -195,8 +200,7 @@ def edit_canvas(
   side, scale = gpt.config.grid, tokenizer.config.downsample
   check_size(canvas, side * scale, scale)
   unknown_hw = canvas.hidden_cells(scale)
-  seen = canvas.pixels if settings.partial or canvas.hidden.all() else canvas.filled()
-  codes_hw = np.asarray(tokenizer.encode(seen[None])[0])
+  codes_hw = np.asarray(tokenizer.encode(canvas.seen(settings)[None])[0])
   count = len(conditions)
   codes_Nhw = np.repeat(codes_hw[None], count, axis=0)
   redrawn_Nhw = redrawn_cells(unknown_hw, settings, seed, count)
@@ -216,7 +220,12 @@ def edit_canvas(
   with timings.clock("tokenizer"):
     images = [_render(tokenizer.config, tokenizer.params, c[None]) for c in codes_Nhw]
     images_NHWC = np.concatenate([jax.device_get(image) for image in images])
-  return canvas.put_back(images_NHWC, feather=max(1, scale // 2))
+  return canvas.put_back(images_NHWC, feather(scale))
+
+
+def feather(downsample: int) -> int:
+  """Returns the pixels in which drawn and own ones mix: half a code's width."""
+  return max(1, downsample // 2)
 
 
 def check_size(canvas: Canvas, side: int, scale: int) -> None:

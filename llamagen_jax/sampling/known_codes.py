@@ -17,6 +17,7 @@ the order of decoding, V vocabulary.
 
 import dataclasses
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -129,12 +130,14 @@ def complete_codes(
   if not _known_later(known_BT).any():
     candidates = 1
   problem = make_problem(config, inputs, codes_BT, known_BT, candidates, order_BT)
-  condition = _repeat(condition, candidates)
+  condition = repeat_rows(condition, candidates)
   ends = _row_ends(config)
+  longer = dict(itertools.pairwise(ends))
   drawn = first_row(config, filters, ends[0], problem, condition)
   for row in range(1, config.grid):
-    end = next(end for end in ends if row < end)
-    drawn = next_row(config, filters, end, problem, drawn)
+    if row in longer:
+      drawn = with_room(config, longer[row], drawn)
+    drawn = next_row(config, filters, problem, drawn)
   codes_BT = choose(config, problem, drawn)
   if order_BT is not None:
     back_BT = np.argsort(order_BT, axis=1)
@@ -161,10 +164,10 @@ def make_problem(
   keys_BN = jnp.concatenate([inputs.keys[:, None], other_BN], axis=1)
   wide = inputs._replace(
     keys=keys_BN.reshape(-1),
-    condition_mask=_repeat(inputs.condition_mask, candidates),
-    settings=jax.tree.map(lambda x: _repeat(x, candidates), inputs.settings),
+    condition_mask=repeat_rows(inputs.condition_mask, candidates),
+    settings=jax.tree.map(lambda x: repeat_rows(x, candidates), inputs.settings),
   )
-  order_MT = _repeat(order_BT, candidates)
+  order_MT = repeat_rows(order_BT, candidates)
   return Problem(wide, inputs.keys, codes_BT, known_BT, order_MT)
 
 
@@ -191,20 +194,21 @@ def first_row(
 
 
 @functools.partial(
-  jax.jit, static_argnames=("config", "filters", "rows"), donate_argnames="drawn"
+  jax.jit, static_argnames=("config", "filters"), donate_argnames="drawn"
 )
 def next_row(
-  config: GPTConfig,
-  filters: ActiveFilters,
-  rows: int,
-  problem: Problem,
-  drawn: Candidates,
+  config: GPTConfig, filters: ActiveFilters, problem: Problem, drawn: Candidates
 ) -> Candidates:
-  """Draws another row of codes, with a cache for so many rows."""
+  """Draws another row of codes, which the cache must have room for."""
+  return _draw(config, filters, problem, drawn, config.grid)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "rows"))
+def with_room(config: GPTConfig, rows: int, drawn: Candidates) -> Candidates:
+  """Returns the candidates with a cache for so many rows of codes."""
   length = config.prefix_tokens + rows * config.grid - 1
   cache = grow_cache(drawn.state.cache, length)
-  drawn = drawn._replace(state=drawn.state._replace(cache=cache))
-  return _draw(config, filters, problem, drawn, config.grid)
+  return drawn._replace(state=drawn.state._replace(cache=cache))
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -255,7 +259,7 @@ def _take_code(
   logits_MV = guided_logits(config, filters, p.inputs, logits_RV, index)
   keys_M = code_keys(p.inputs.keys, index)
   code_M = sample_codes(logits_MV, keys_M, settings, filters)
-  known_M, given_M = (_repeat(x[:, index], N) for x in (p.known, p.given))
+  known_M, given_M = (repeat_rows(x[:, index], N) for x in (p.known, p.given))
   code_M = jnp.where(known_M, given_M, code_M)
   # A filter that removes a known code would end all candidates: it does not count.
   log_p_MV = jax.nn.log_softmax(logits_MV / settings.temperature[:, None])
@@ -279,7 +283,8 @@ def _row_ends(config: GPTConfig) -> list[int]:
   return [config.grid * (i + 1) // count for i in range(count)]
 
 
-def _repeat(x: Any, count: int) -> Any:
+def repeat_rows(x: Any, count: int) -> Any:
+  """Returns an array whose rows are repeated side by side; None stays None."""
   return None if x is None else jnp.repeat(x, count, axis=0)
 
 

@@ -1,6 +1,8 @@
 """The HTTP server: OpenAI's images API over slot engines.
 
 POST /v1/images/generations   images, or a stream of events with `stream`
+POST /v1/images/edits         the same of a form with an image and a mask
+POST /v1/images/variations    the same of a form with an image
 GET  /v1/models               the models that are served; /v1/models/NAME: one of them
 GET  /images/NAME             a finished image that a response gave the URL of
 GET  /health  /ready          the process lives; it takes requests
@@ -28,10 +30,12 @@ from llamagen_jax.serving.middleware import BodyLimits, RequestFrame
 from llamagen_jax.serving.request_body import parse_body, read_request
 from llamagen_jax.serving.responses import EventStream, images_response
 from llamagen_jax.serving.schema import (
+  EditRequest,
   ImageRequest,
   ImagesResponse,
   Model,
   ModelList,
+  VariationRequest,
   now,
 )
 from llamagen_jax.serving.service import ActiveRequest, Service
@@ -43,8 +47,10 @@ from llamagen_jax.serving.store import (
   Store,
   sweep_for_ever,
 )
+from llamagen_jax.serving.upload import Upload, read_form
 
 BODY_SECONDS = 30.0
+EDITS, VARIATIONS = "/v1/images/edits", "/v1/images/variations"
 IMAGE_HEADERS = {"Cache-Control": "private, max-age=3600"}
 SHOWN_HEADERS = ("x-request-id", "retry-after")  # to pages of other origins
 
@@ -78,14 +84,18 @@ def make_app(
   checks = [Depends(key_check(api_key))] if api_key else []
   v1 = APIRouter(prefix="/v1", dependencies=checks)
   _add_generations(v1, service, store)
+  if service.limits.upload_bytes:
+    _add_edits(v1, service, store)
   _add_models(v1, service)
   app.include_router(v1)
   _add_files(app, store)
   _add_state(app, service)
+  uploads = service.limits.upload_bytes
   # The last one added is the outermost.
   app.add_middleware(
-    BodyLimits, largest=service.limits.body_bytes, seconds=body_seconds
-  )
+    BodyLimits, largest=service.limits.body_bytes, seconds=body_seconds,
+    uploads=dict.fromkeys((EDITS, VARIATIONS), uploads) if uploads else {},
+  )  # fmt: skip
   if cors_origins:
     app.add_middleware(
       CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"],
@@ -126,19 +136,52 @@ def _add_generations(v1: APIRouter, service: Service, store: Store) -> None:
     request: Request, read: Annotated[Any, Depends(read_body)]
   ) -> ImagesResponse:
     """Generates images of a prompt or a class."""
-    body, warnings = read
-    root, active = str(request.base_url), await service.admit(body, warnings)
-    request.state.log = {
-      "model": active.model.name, "images": body.count, "stream": bool(body.stream),
-    }  # fmt: skip
-    if body.stream:
-      return EventStream(active, store, root)
-    try:
-      images = await _unless_gone(request, active)
-    finally:
-      active.close()
-    response = await to_thread.run_sync(images_response, active, images, store, root)
-    return JSONResponse(response.model_dump(exclude_none=True))
+    return await _respond(request, await service.admit(*read), store)
+
+
+def _add_edits(v1: APIRouter, service: Service, store: Store) -> None:
+  def reader(kind: type[EditRequest]):
+    async def read(request: Request) -> tuple[EditRequest, list[str], Upload]:
+      fields, upload, ignored = await read_form(request)
+      body, warnings = read_request(fields, service.limits.strict, kind)
+      return body, [*ignored, *warnings], upload
+
+    return read
+
+  described = {
+    "responses": {200: openapi.GENERATED, **openapi.ERRORS},
+    "openapi_extra": {"requestBody": openapi.FORM},
+  }
+
+  @v1.post(EDITS.removeprefix("/v1"), **described)
+  async def edit_images(
+    request: Request, read: Annotated[Any, Depends(reader(EditRequest))]
+  ) -> ImagesResponse:
+    """Draws the transparent part of an image, or of its mask, anew."""
+    return await _respond(request, await service.admit(*read), store)
+
+  @v1.post(VARIATIONS.removeprefix("/v1"), **described)
+  async def vary_images(
+    request: Request, read: Annotated[Any, Depends(reader(VariationRequest))]
+  ) -> ImagesResponse:
+    """Draws variations of an image, of a class or of none."""
+    return await _respond(request, await service.admit(*read), store)
+
+
+async def _respond(request: Request, active: ActiveRequest, store: Store) -> Response:
+  """Returns the images of an admitted request, or a stream of them."""
+  body, root = active.body, str(request.base_url)
+  request.state.log = {
+    "model": active.model.name, "images": body.count, "stream": bool(body.stream),
+  }  # fmt: skip
+  if body.stream:
+    return EventStream(active, store, root)
+  try:
+    images = await _unless_gone(request, active)
+  finally:
+    active.close()
+  response = await to_thread.run_sync(images_response, active, images, store, root)
+  return JSONResponse(response.model_dump(exclude_none=True))
 
 
 async def _unless_gone(request: Request, active: ActiveRequest) -> list[Any]:

@@ -22,6 +22,7 @@ from llamagen_jax.sampling.slots import (
   run_chunk,
 )
 from llamagen_jax.sampling.window import WindowState
+from llamagen_jax.serving.edit_engine import EditEngine
 from llamagen_jax.serving.request import Request
 from llamagen_jax.weights import bundle
 
@@ -45,8 +46,17 @@ class Engine:
   without reading when an image is complete.
   """
 
-  def __init__(self, gpt: bundle.Transformer, slots: int, chunk: int, window: int = 1):
+  def __init__(
+    self,
+    gpt: bundle.Transformer,
+    slots: int,
+    chunk: int,
+    window: int = 1,
+    candidates: int = 0,
+  ):
     """Makes idle slots; requests join and leave every `chunk` forwards of a window.
+
+    With `candidates`, requests with known codes are drawn beside the slots.
 
     Raises:
       UserError: the mesh that `gpt` is on cannot share the slots out evenly.
@@ -65,6 +75,7 @@ class Engine:
     self._keys_R = np.zeros((2 * slots, 2), np.uint32)
     self._settings = SamplingConfig().rows(2 * slots)
     self._unread: _Chunk | None = None
+    self._edits = EditEngine(c, self._params, candidates) if candidates else None
     make = functools.partial(init_state, c, slots, window, chunk)
     sharding = None if mesh is None else state_sharding(mesh, jax.eval_shape(make))
     with self._on_mesh():
@@ -85,7 +96,8 @@ class Engine:
   @property
   def idle(self) -> bool:
     """Whether `advance` has nothing to compute and nothing to read."""
-    return self._unread is None and not self.busy_rows
+    edits = self._edits is not None and not self._edits.idle
+    return self._unread is None and not self.busy_rows and not edits
 
   def warm_up(self) -> None:
     """Compiles the programs that `join` and `advance` run."""
@@ -99,10 +111,19 @@ class Engine:
     self.advance()
     self.leave(request)
     self.advance()
+    if self._edits is not None:
+      known = np.zeros(c.image_tokens, np.int32), np.ones(c.image_tokens, bool)
+      self.join(
+        Request(condition, key, condition_mask=mask, known=known[0], is_known=known[1])
+      )
+      while not self.idle:
+        self.advance()
     self.codes_sampled = 0
 
   def join(self, request: Request) -> bool:
     """Gives a request its rows; returns False if they are taken."""
+    if request.known is not None:
+      return self._edits.join(request)
     rows = self._free_rows(request.guided)
     if not rows:
       return False
@@ -119,6 +140,9 @@ class Engine:
 
   def leave(self, request: Request) -> None:
     """Frees the rows of a request, if it has any; it gets no more codes."""
+    if request.known is not None:
+      self._edits.leave(request)
+      return
     self._free(request)
     if self._unread is not None:
       self._unread.rows.pop(request, None)
@@ -129,6 +153,17 @@ class Engine:
     Returns:
       The requests that got codes. One that has all of them has left its rows.
     """
+    return [*self._advance_slots(), *self._advance_edits()]
+
+  def _advance_edits(self) -> list[Request]:
+    if self._edits is None:
+      return []
+    with self._on_mesh():
+      edited = self._edits.advance()
+    self.codes_sampled += self.config.grid * len(edited)
+    return edited
+
+  def _advance_slots(self) -> list[Request]:
     unread, self._unread = self._unread, self._start_chunk() if self.busy_rows else None
     if unread is None:
       return []

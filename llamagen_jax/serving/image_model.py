@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from llamagen_jax.data.classes import RANGE, shown_name, to_label
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.sampling_config import SamplingConfig
+from llamagen_jax.sampling.edit import Canvas, feather, redrawn_cells
 from llamagen_jax.sampling.keys import image_keys
 from llamagen_jax.sampling.prompts import Prompts
 from llamagen_jax.sampling.sample import check_pair, render
@@ -20,6 +21,7 @@ from llamagen_jax.serving.request import Request
 from llamagen_jax.serving.schema import (
   GREEDY_TEMPERATURE,
   LONGEST_CLASS,
+  EditRequest,
   ImageRequest,
   Usage,
 )
@@ -71,8 +73,12 @@ class ImageModel:
     side = self.gpt.config.grid * self.tokenizer.config.downsample
     return side, side
 
-  def requests(self, body: ImageRequest, seed: int) -> list[Request]:
+  def requests(
+    self, body: ImageRequest, seed: int, canvas: Canvas | None = None
+  ) -> list[Request]:
     """Returns one request an image: those of `llamagen sample` with that seed.
+
+    With a canvas they are those of `llamagen edit`.
 
     Raises:
       APIError: 400 for a prompt or a class that the model cannot take.
@@ -82,10 +88,28 @@ class ImageModel:
       negative = self._features(body.negative_prompt)
     conditions = [c for c in self._conditions(body) for _ in range(body.n or 1)]
     keys = image_keys(seed, range(len(conditions)))
-    return [
+    requests = [
       Request(condition, key, sampling, mask, *negative)
       for (condition, mask), key in zip(conditions, keys, strict=True)
     ]
+    return requests if canvas is None else self._edits(requests, body, seed, canvas)
+
+  def _edits(
+    self, requests: list[Request], body: EditRequest, seed: int, canvas: Canvas
+  ) -> list[Request]:
+    """Returns the requests with the codes of a canvas that they keep."""
+    settings, scale = body.settings, self.tokenizer.config.downsample
+    hidden = canvas.hidden_cells(scale)
+    with self._encoding:
+      codes = np.asarray(self.tokenizer.encode(canvas.seen(settings)[None])).ravel()
+    redrawn = redrawn_cells(hidden, settings, seed, len(requests))
+    return [
+      dataclasses.replace(
+        request, canvas=canvas, known=codes, is_known=~cells.ravel(),
+        feather=feather(scale),
+      )
+      for request, cells in zip(requests, redrawn, strict=True)
+    ]  # fmt: skip
 
   def warnings(self, body: ImageRequest) -> list[str]:
     """Returns a line for each field that is valid and means nothing to this model."""
@@ -114,6 +138,8 @@ class ImageModel:
         message = "A prompt is required, such as 'a red fox'."
         raise APIError(400, message, code="missing", param="prompt")
       return [self._features(body.prompt)]
+    if labels is None and not (body.prompt or "").strip() and body.needs_no_condition:
+      return [(self.classes, None)]  # the label of no class
     if labels is None:
       named, labels = "prompt", [(body.prompt or "").strip().removeprefix("class:")]
     return [(self._label(named, label), None) for label in labels]
@@ -176,6 +202,7 @@ class ImageModel:
   def warm_up(self) -> None:
     """Compiles the programs that the methods above run."""
     self.render(np.zeros((1, self.gpt.config.image_tokens), np.int32))
+    self.tokenizer.encode(np.zeros((1, *self.size, 3), np.uint8))
     if self.of_captions:
       self._features("warm up")
 

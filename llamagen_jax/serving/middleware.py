@@ -6,6 +6,7 @@ counts and logs the response.
 """
 
 import asyncio
+from collections.abc import Mapping
 import json
 import logging
 import re
@@ -122,27 +123,40 @@ class RequestFrame:
 class BodyLimits:
   """ASGI middleware: size and time of a body, and its compression."""
 
-  def __init__(self, app: ASGIApp, largest: int, seconds: float):
-    self._app, self._largest, self._seconds = app, largest, seconds
+  def __init__(
+    self, app: ASGIApp, largest: int, seconds: float, uploads: Mapping[str, int] = {}
+  ):
+    """Wraps an app.
+
+    Args:
+      app: the app inside.
+      largest: bytes of a body.
+      seconds: until it must be there.
+      uploads: other bytes for some paths.
+    """
+    self._app, self._seconds = app, seconds
+    self._largest, self._uploads = largest, uploads
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] != "http":
       await self._app(scope, receive, send)
       return
     headers = Headers(scope=scope)
+    path = scope["path"].removeprefix(scope["root_path"])
+    largest = self._uploads.get(path, self._largest)
     length = headers.get("content-length", "0")
     encoding = headers.get("content-encoding", "identity").strip().lower()
-    if length.isdigit() and int(length) > self._largest:
-      await self._too_large().response()(scope, receive, send)
+    if length.isdigit() and int(length) > largest:
+      await _too_large(largest).response()(scope, receive, send)
     elif encoding not in ("identity", "gzip", "x-gzip", "deflate"):
       message = f"Content-Encoding {encoding[:40]!r}: expected gzip or deflate."
       error = APIError(415, message, code="unsupported_encoding")
       await error.response()(scope, receive, send)
     else:
       inflate = None if encoding == "identity" else zlib.decompressobj(ANY_ENCODING)
-      await self._app(scope, self._limited(receive, inflate), send)
+      await self._app(scope, self._limited(receive, inflate, largest), send)
 
-  def _limited(self, receive: Receive, inflate) -> Receive:
+  def _limited(self, receive: Receive, inflate, largest: int) -> Receive:
     """Returns a `receive` that inflates, and raises when a body is over its limits."""
     seen, complete, end = 0, False, time.monotonic() + self._seconds
 
@@ -158,20 +172,22 @@ class BodyLimits:
         raise HTTPException(408, text) from None
       complete = not message.get("more_body", False)
       if inflate is not None and message["type"] == "http.request":
-        message = message | {"body": self._inflated(inflate, message["body"])}
+        message = message | {"body": _inflated(inflate, message["body"], largest)}
       seen += len(message.get("body", b""))
-      if seen > self._largest:
-        raise HTTPException(413, self._too_large().message)
+      if seen > largest:
+        raise HTTPException(413, _too_large(largest).message)
       return message
 
     return limited
 
-  def _inflated(self, inflate, data: bytes) -> bytes:
-    try:
-      return inflate.decompress(data, self._largest + 1)
-    except zlib.error as error:
-      text = f"The body is not what its Content-Encoding says: {error}."
-      raise HTTPException(400, text) from error
 
-  def _too_large(self) -> APIError:
-    return APIError(413, f"The body is larger than {self._largest} bytes.")
+def _inflated(inflate, data: bytes, largest: int) -> bytes:
+  try:
+    return inflate.decompress(data, largest + 1)
+  except zlib.error as error:
+    text = f"The body is not what its Content-Encoding says: {error}."
+    raise HTTPException(400, text) from error
+
+
+def _too_large(largest: int) -> APIError:
+  return APIError(413, f"The body is larger than {largest} bytes.")

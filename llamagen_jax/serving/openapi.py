@@ -1,11 +1,12 @@
 """The OpenAPI document: events, errors, and the limits of this server's models."""
 
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import FastAPI
 
 from llamagen_jax.serving.schema import (
   Completed,
+  EditRequest,
   ErrorBody,
   ImageRequest,
   ImagesResponse,
@@ -25,7 +26,12 @@ EVENT = {
   "required": ["event", "data"],
   "properties": {
     "event": {
-      "enum": [*(event.model_fields["type"].default for event in EVENTS), "error"]
+      "enum": [
+        *(
+          n for event in EVENTS for n in get_args(event.model_fields["type"].annotation)
+        ),
+        "error",
+      ]
     },
     "data": {
       "type": "string",
@@ -50,6 +56,13 @@ BODY = {
     "application/json": {"schema": {"$ref": REFERENCE.format(model="ImageRequest")}}
   },
 }
+FORM = {
+  "required": True,
+  "content": {
+    "multipart/form-data": {"schema": {"$ref": REFERENCE.format(model="EditForm")}}
+  },
+}
+FILE = {"type": "string", "format": "binary"}
 
 
 def describe(app: FastAPI, service: Service) -> None:
@@ -60,7 +73,11 @@ def describe(app: FastAPI, service: Service) -> None:
     schema = model.model_json_schema(ref_template=REFERENCE)
     schemas |= schema.pop("$defs", {})
     schemas[model.__name__] = schema
-  _set_limits(schemas["ImageRequest"], service)
+  form = schemas["EditForm"] = EditRequest.model_json_schema(ref_template=REFERENCE)
+  form["properties"] |= {"image": FILE, "mask": FILE}
+  form["required"] = ["image"]
+  for name in ("ImageRequest", "EditForm"):
+    _set_limits(schemas[name], service)
   for methods in spec["paths"].values():
     for operation in methods.values():
       operation["responses"].pop("422", None)  # answered with 400

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from llamagen_jax.gpt.sampling_config import SamplingConfig
+from llamagen_jax.sampling.edit import Canvas
 
 
 @dataclasses.dataclass(eq=False)
@@ -18,9 +19,21 @@ class Request:
   condition_mask: np.ndarray | None = None  # [P], 0 on the padding of a caption
   negative: np.ndarray | None = None  # features [P, C] that guidance leads away from
   negative_mask: np.ndarray | None = None  # [P]
+  # Of an edit.
+  canvas: Canvas | None = None  # its image, and where that is hidden
+  known: np.ndarray | None = None  # codes of the image, int32 [T]
+  is_known: np.ndarray | None = None  # which of them stay, bool [T]
+  feather: int = 1  # pixels beside the mask in which drawn and own ones mix
+  # As they come.
   codes: list[int] = dataclasses.field(default_factory=list)
   forwards: int = 0  # that these codes took; fewer than codes with a window
 
   @property
   def guided(self) -> bool:
     return self.sampling.guidance_scale > 1
+
+  def finish(self, image: np.ndarray) -> np.ndarray:
+    """Returns the image of all codes, uint8 [H, W, 3], with an edit's own pixels."""
+    if self.canvas is None:
+      return image
+    return self.canvas.put_back(image[None], self.feather)[0]

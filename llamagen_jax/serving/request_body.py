@@ -1,12 +1,14 @@
-"""A body of JSON -> an `ImageRequest`, with the fields of other image servers."""
+"""Fields of a body -> a request, with the names of other image servers."""
 
 import json
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from llamagen_jax.serving.api_error import APIError, encodable, from_validation
 from llamagen_jax.serving.schema import ImageRequest
+
+R = TypeVar("R", bound=ImageRequest)
 
 # Fields that other image servers and their clients use, and ours of that meaning.
 RENAMED = {
@@ -45,12 +47,15 @@ def parse_body(body: bytes, content_type: str) -> Any:
     raise APIError(400, message, code="invalid_json") from error
 
 
-def read_request(value: Any, strict: bool) -> tuple[ImageRequest, list[str]]:
+def read_request(
+  value: Any, strict: bool, kind: type[R] = ImageRequest
+) -> tuple[R, list[str]]:
   """Returns a request, and warnings about its fields that were ignored.
 
   Args:
-    value: the JSON of the body.
+    value: the JSON of the body, or the fields of a form.
     strict: refuse every field that is not in the schema.
+    kind: of the request.
 
   Raises:
     APIError: 400, which names the field.
@@ -58,16 +63,18 @@ def read_request(value: Any, strict: bool) -> tuple[ImageRequest, list[str]]:
   if not isinstance(value, dict):
     message = f"the body must be a JSON object, found {type(value).__name__}"
     raise APIError(400, message, code="invalid_json")
-  fields, origin, warnings = (value, {}, []) if strict else _known(value)
+  fields, origin, warnings = (value, {}, []) if strict else _known(value, kind)
   try:
-    return ImageRequest(**fields), warnings
+    return kind(**fields), warnings
   except ValidationError as error:
     raise from_validation(error.errors()[0], origin) from error
 
 
-def _known(value: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+def _known(
+  value: dict[str, Any], kind: type[ImageRequest]
+) -> tuple[dict[str, Any], dict[str, str], list[str]]:
   """Returns fields of ours, the names that renamed ones had, and warnings."""
-  ours = {k: v for k, v in value.items() if k in ImageRequest.model_fields}
+  ours = {k: v for k, v in value.items() if k in kind.model_fields}
   fields = {k: v for k, v in ours.items() if not (k == "model" and v == "")}
   origin, warnings = {}, []
   rest = {k: v for k, v in value.items() if k not in ours and v is not None}

@@ -14,6 +14,7 @@ from llamagen_jax.serving.api_error import APIError
 from llamagen_jax.serving.image_model import encode_image
 from llamagen_jax.serving.schema import (
   Completed,
+  EditRequest,
   Image,
   ImagesResponse,
   PartialImage,
@@ -80,6 +81,7 @@ async def _events(
         sent[index] = reached
         yield _event(
           PartialImage(
+            type=_kind(active, "partial_image"),
             b64_json=data,
             partial_image_index=reached - 1,
             image_index=index,
@@ -114,6 +116,7 @@ def _partial_steps(count: int, codes: int) -> list[int]:
 
 def _completed(active: ActiveRequest, image: Image, index: int) -> Completed:
   return Completed(
+    type=_kind(active, "completed"),
     **image.model_dump(),
     image_index=index,
     usage=active.model.usage(1),
@@ -121,6 +124,11 @@ def _completed(active: ActiveRequest, image: Image, index: int) -> Completed:
     warnings=active.warnings,
     **active.style.model_dump(),
   )
+
+
+def _kind(active: ActiveRequest, event: str) -> str:
+  edits = isinstance(active.body, EditRequest)
+  return f"image_{'edit' if edits else 'generation'}.{event}"
 
 
 def _event(event: BaseModel) -> ServerSentEvent:

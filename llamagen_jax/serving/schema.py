@@ -5,16 +5,18 @@ are read and checked.
 """
 
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from llamagen_jax.gpt.sampling_config import GUIDANCE_SCHEDULES
+from llamagen_jax.sampling.edit import EditSettings
 
 LONGEST_PROMPT = 32_000  # characters, as OpenAI's
 LONGEST_CLASS = 200
 LARGEST_SEED = 2**64 - 1
 RANDOM_SEED = -1
+VARIATION = 0.5  # strength, where a request names none
 GREEDY_TEMPERATURE = 1e-3  # below it the most probable code is taken
 
 Seed = Annotated[int, Field(ge=RANDOM_SEED, le=LARGEST_SEED)]
@@ -30,6 +32,7 @@ class ImageRequest(BaseModel):
   """Body of POST /v1/images/generations."""
 
   model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+  needs_no_condition: ClassVar[bool] = False
 
   prompt: str | None = Field(
     None,
@@ -99,6 +102,42 @@ class ImageRequest(BaseModel):
     return (self.n or 1) * len(self.class_labels or [0])
 
 
+class EditRequest(ImageRequest):
+  """Fields of POST /v1/images/edits and variations, beside `image` and `mask`.
+
+  Fields of a form are text: numbers are read from it.
+  """
+
+  model_config = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
+
+  strength: float | None = Field(
+    None, ge=0, le=1, description="Share of the hidden codes that are drawn anew."
+  )
+  keep_rows: int | None = Field(
+    None, ge=0, le=2**31 - 1, description="First rows of codes that stay."
+  )
+  # Checked and without effect.
+  input_fidelity: Literal["high", "low"] | None = None
+
+  @property
+  def settings(self) -> EditSettings:
+    return EditSettings(
+      strength=1.0 if self.strength is None else self.strength,
+      keep_rows=self.keep_rows or 0,
+    )
+
+
+class VariationRequest(EditRequest):
+  """Fields of POST /v1/images/variations, beside `image`."""
+
+  needs_no_condition: ClassVar[bool] = True
+
+  @property
+  def settings(self) -> EditSettings:
+    strength = VARIATION if self.strength is None else self.strength
+    return EditSettings(strength=strength, keep_rows=self.keep_rows or 0)
+
+
 class InputDetails(BaseModel):
   text_tokens: int
   image_tokens: int = 0
@@ -157,7 +196,7 @@ class ImagesResponse(Style):
 class PartialImage(Style):
   """Event: the rows of an image that are generated, grey below them."""
 
-  type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+  type: Literal["image_generation.partial_image", "image_edit.partial_image"]
   b64_json: str
   created_at: int = Field(default_factory=now)
   partial_image_index: int
@@ -167,7 +206,7 @@ class PartialImage(Style):
 class Completed(Style):
   """Event: a finished image."""
 
-  type: Literal["image_generation.completed"] = "image_generation.completed"
+  type: Literal["image_generation.completed", "image_edit.completed"]
   b64_json: str | None = None
   url: str | None = None
   created_at: int = Field(default_factory=now)

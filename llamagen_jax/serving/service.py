@@ -17,6 +17,7 @@ from llamagen_jax.serving.image_model import ImageModel
 from llamagen_jax.serving.metrics import Metrics
 from llamagen_jax.serving.schema import RANDOM_SEED, ImageRequest, Style
 from llamagen_jax.serving.sizes import choose_size, text
+from llamagen_jax.serving.upload import Upload, open_canvas
 from llamagen_jax.serving.worker import (
   Finished,
   Progress,
@@ -37,6 +38,7 @@ class Limits:
   images: int = 10  # of one request
   seconds: float = 300.0  # until it is done
   body_bytes: int = 1_000_000
+  upload_bytes: int = 20_000_000  # of a body with images; 0 = there are no edits
   aliases: tuple[str, ...] = OPENAI_NAMES  # of the first model
   any_model: bool = False  # every unknown name means the first model
   strict: bool = False  # refuse unknown fields instead of ignoring them
@@ -109,8 +111,12 @@ class Service:
     """Images that one request may ask of a model."""
     return min(self.limits.images, self.workers[model].capacity)
 
-  async def admit(self, body: ImageRequest, warnings: list[str]) -> "ActiveRequest":
+  async def admit(
+    self, body: ImageRequest, warnings: list[str], upload: Upload | None = None
+  ) -> "ActiveRequest":
     """Queues every image of a request, or none.
+
+    An edit has an upload.
 
     Raises:
       APIError: 503 before the start and after the end, 429 when the queue is full,
@@ -131,7 +137,13 @@ class Service:
       self._refuse_full(worker, body.count)
     random_seed = body.seed is None or body.seed == RANDOM_SEED
     seed = secrets.randbelow(2**31) if random_seed else body.seed
-    requests = await to_thread.run_sync(model.requests, body, seed)
+    canvas = None
+    if upload is not None:
+      canvas, fitted = await to_thread.run_sync(
+        open_canvas, upload, model.size, body.settings.keeps_some
+      )
+      resized = [*resized, *fitted]
+    requests = await to_thread.run_sync(model.requests, body, seed, canvas)
     self._check_open()
     try:
       handles = worker.submit(requests)

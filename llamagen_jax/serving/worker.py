@@ -252,7 +252,8 @@ class Worker:
     try:
       if self._stopping:
         raise WorkerDied(STOPPING)
-      event = Finished(self._render(codes[None])[0], codes)
+      image = handle.request.finish(self._render(codes[None])[0])
+      event = Finished(image, codes)
     except WorkerDied as error:
       event = error
     except Exception as error:

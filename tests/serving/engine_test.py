@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from llamagen_jax import GPTConfig, SamplingConfig, generate
+from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.gpt.model import init_gpt
 from llamagen_jax.parallel.mesh import unbox
+from llamagen_jax.sampling.decode import DecodeInputs
+from llamagen_jax.sampling.known_codes import KnownCodes, complete_codes
 from llamagen_jax.serving.engine import Engine
 from llamagen_jax.serving.request import Request
 from llamagen_jax.weights import bundle
@@ -97,6 +100,42 @@ def test_a_negative_prompt(gpt):
     engine.advance()
   assert all(r.codes == generated_alone(gpt, r) for r in requests)
   assert requests[0].codes != plain
+
+
+def test_edits_beside_slots_have_the_codes_of_complete_codes(gpt):
+  """One after the other, with guidance and without; the slots' codes stay theirs."""
+  c = gpt.config
+  engine, known = Engine(gpt, slots=2, chunk=4, candidates=3), np.arange(c.image_tokens)
+  edits = [
+    dataclasses.replace(
+      request(gpt, number),
+      known=known,
+      is_known=np.arange(len(known)) % 3 == number % 3,
+    )
+    for number in (1, 4, 3)
+  ]
+  gone, plain = edits.pop(), request(gpt, 7)
+  assert engine.join(plain) and engine.join(gone) and not engine.join(edits[0])
+  engine.advance()
+  engine.leave(gone)
+  seen = []
+  for r in edits:
+    assert engine.join(r)
+    while r in (moved := engine.advance()):
+      seen.append((len(r.codes), len(moved)))
+  assert engine.idle and plain.codes == generated_alone(gpt, plain)
+  rows = [c.grid * (row + 1) for row in range(c.grid)]
+  assert [count for count, _ in seen] == rows * 2
+  for r in edits:
+    keys = jax.random.wrap_key_data(r.key[None])
+    mask = None if r.condition_mask is None else r.condition_mask[None]
+    params = decoding_params(c, gpt.params)
+    inputs = DecodeInputs(params, keys, mask, r.sampling.rows(1))
+    given = KnownCodes(known[None], r.is_known[None], candidates=3)
+    condition = np.asarray(r.condition)[None]
+    codes, _ = complete_codes(c, r.sampling, inputs, condition, given)
+    assert r.codes == codes[0].tolist()
+    assert (np.array(r.codes) == known)[r.is_known].all()
 
 
 def test_the_device_runs_one_chunk_ahead(gpt):

@@ -13,7 +13,10 @@ VOCABULARY = 16
 
 def codes_of(request: Request, count: int) -> np.ndarray:
   """Returns the codes that the fake generates for a request, int32 [count]."""
-  return np.random.default_rng(request.key).integers(0, VOCABULARY, count, np.int32)
+  codes = np.random.default_rng(request.key).integers(0, VOCABULARY, count, np.int32)
+  if request.known is None:
+    return codes
+  return np.where(request.is_known[:count], request.known[:count], codes)
 
 
 class FakeEngine:
