@@ -1,5 +1,7 @@
 """The engine of edits: one image with known codes at a time, a row of codes a turn."""
 
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -78,8 +80,8 @@ class EditEngine:
     """Returns the problem of a request, and the condition of its candidates."""
     condition, mask = np.asarray(request.condition), request.condition_mask
     if request.negative is not None:
-      condition = np.stack([condition, request.negative])
-      mask = np.stack([mask, request.negative_mask])
+      pairs: Any = [condition, request.negative], [mask, request.negative_mask]
+      condition, mask = map(np.stack, pairs)
     inputs = DecodeInputs(
       self._params, as_keys(request.key[None]), None if mask is None else mask[None],
       request.sampling.rows(1),
