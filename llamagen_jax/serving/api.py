@@ -51,6 +51,7 @@ from llamagen_jax.serving.upload import Upload, read_form
 
 BODY_SECONDS = 30.0
 EDITS, VARIATIONS = "/v1/images/edits", "/v1/images/variations"
+UPLOADS = (EDITS, VARIATIONS, "/demo/gradio_api/upload")  # bodies that hold images
 IMAGE_HEADERS = {"Cache-Control": "private, max-age=3600"}
 SHOWN_HEADERS = ("x-request-id", "retry-after")  # to pages of other origins
 
@@ -94,7 +95,7 @@ def make_app(
   # The last one added is the outermost.
   app.add_middleware(
     BodyLimits, largest=service.limits.body_bytes, seconds=body_seconds,
-    uploads=dict.fromkeys((EDITS, VARIATIONS), uploads) if uploads else {},
+    uploads=dict.fromkeys(UPLOADS, uploads) if uploads else {},
   )  # fmt: skip
   if cors_origins:
     app.add_middleware(

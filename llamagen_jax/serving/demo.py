@@ -10,15 +10,17 @@ from anyio import to_thread
 from fastapi import FastAPI, Request
 from fastapi.responses import RedirectResponse
 import gradio as gr
+import numpy as np
 
 from llamagen_jax.data.classes import shown_name
 from llamagen_jax.gpt.sampling_config import GUIDANCE_SCHEDULES, SamplingConfig
 from llamagen_jax.serving import demo_html
 from llamagen_jax.serving.api_error import APIError
 from llamagen_jax.serving.auth import KEY
+from llamagen_jax.serving.demo_editor import from_editor, make_editor, to_editor
 from llamagen_jax.serving.image_model import ImageModel
 from llamagen_jax.serving.request_body import read_request
-from llamagen_jax.serving.schema import RANDOM_SEED
+from llamagen_jax.serving.schema import RANDOM_SEED, EditRequest
 from llamagen_jax.serving.service import ActiveRequest, Service
 from llamagen_jax.serving.worker import Finished, Progress
 
@@ -73,16 +75,17 @@ def make_demo(service: Service, key: str = "") -> gr.Blocks:
     with gr.Row():
       with gr.Column(scale=2, min_width=280):
         subject = _subject(model)
-        with gr.Row():
-          generate = gr.Button(
-            "Generate", variant="primary", min_width=100, elem_id="generate"
-          )
-          stop = gr.Button("Stop", min_width=100, elem_id="stop")
-        with gr.Row(elem_id="examples"):
-          examples = [
-            (gr.Button(label, size="sm", variant="secondary"), value)
-            for label, value in _examples(model)
-          ]
+        with gr.Tabs():
+          with gr.Tab("Generate"):
+            generate, stop = _start_and_stop("Generate")
+            with gr.Row(elem_id="examples"):
+              examples = [
+                (gr.Button(label, size="sm", variant="secondary"), value)
+                for label, value in _examples(model)
+              ]
+          if service.limits.upload_bytes:
+            with gr.Tab("Edit"):
+              tab = _EditTab(model)
         settings, reuse = _settings(service)
         with gr.Accordion("Use it from code", open=False):
           code = [
@@ -106,6 +109,8 @@ def make_demo(service: Service, key: str = "") -> gr.Blocks:
       run.start(chosen.then)
     # Not by Gradio's `cancels`: frames on their way would come after what it shows.
     stop.click(_Shown.close, shown, api_visibility="private")
+    if service.limits.upload_bytes:
+      tab.bind(run, shown)
     reuse.click(lambda shown: shown.seed, shown, settings[-1], api_visibility="private")
 
     def as_code(request: gr.Request, *values) -> list[str]:
@@ -124,7 +129,7 @@ class _Shown:
 
   active: ActiveRequest | None = None
   figures: list[str] = dataclasses.field(default_factory=list)
-  finished: set[int] = dataclasses.field(default_factory=set)
+  finished: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
 
   @property
   def seed(self) -> int:
@@ -142,21 +147,23 @@ class _Run:
   def __init__(self, service: Service, inputs: Sequence[Any], outputs: Sequence[Any]):
     self.service, self.inputs, self._outputs = service, inputs, outputs
 
-  def start(self, event) -> None:
-    """Binds `generate` to an event of a component."""
+  def start(self, event, *edited) -> None:
+    """Binds `generate` to an event of a component; `edited` are an edit's inputs."""
     # The engine has a queue of its own, so that Gradio's may let everyone pass.
     event(
-      self._generate, [*self.inputs, self._outputs[-1]], self._outputs,
+      self._generate, [self._outputs[-1], *self.inputs, *edited], self._outputs,
       concurrency_limit=None, show_progress="hidden", api_visibility="private",
     )  # fmt: skip
 
-  async def _generate(self, *values) -> AsyncIterator[tuple[str, str, _Shown]]:
+  async def _generate(
+    self, before: _Shown, *values
+  ) -> AsyncIterator[tuple[str, str, _Shown]]:
     """Yields all images as far as they are, and a line that tells how far."""
-    *values, before = values
     await before.close()  # an example, clicked while another one is generated
+    values, edited = values[: len(self.inputs)], values[len(self.inputs) :]
     try:
-      body, _ = read_request(_body(self.service, values), strict=True)
-      active = await self.service.admit(body, [])
+      active = await self._admit(_body(self.service, values), *edited)
+      body = active.body
     except APIError as error:
       yield gr.skip(), demo_html.status(error.message, error=True), gr.skip()
       return
@@ -174,6 +181,56 @@ class _Run:
       yield _stopped(shown, model), line, gr.skip()
     finally:
       active.close()
+
+  async def _admit(
+    self, fields: dict[str, Any], editor=None, strength: float | None = None
+  ) -> ActiveRequest:
+    """Queues what the page's inputs ask for."""
+    if strength is None:
+      body, _ = read_request(fields, strict=True)
+      return await self.service.admit(body, [])
+    fields = {**fields, "strength": strength}
+    body, _ = read_request(fields, strict=True, kind=EditRequest)
+    upload = from_editor(editor, self.service.default_model.size)
+    if upload is None:
+      raise APIError(400, "Load an image, or take a result.")
+    if upload.mask is None and not body.settings.keeps_some:
+      raise APIError(400, "Paint over what to draw anew, or lower the strength.")
+    return await self.service.admit(body, [], upload)
+
+
+class _EditTab:
+  """Inputs of an edit, in the tab that is being made."""
+
+  def __init__(self, model: ImageModel):
+    gr.Markdown("Load an image or take a result, and paint over what to draw anew.")
+    self._editor = make_editor(model.size)
+    self._take = gr.Button("Take the first result", size="sm", elem_id="take")
+    self._strength = gr.Slider(
+      0, 1, 1, step=0.05, label="Strength", elem_id="strength",
+      info="share that is drawn anew of what is painted, or of all if nothing is",
+    )  # fmt: skip
+    self._draw, self._stop = _start_and_stop("Draw", "edit-")
+
+  def bind(self, run: _Run, shown: gr.State) -> None:
+    """Lets the tab's buttons do what they say."""
+    run.start(self._draw.click, self._editor, self._strength)
+    self._stop.click(_Shown.close, shown, api_visibility="private")
+
+    def last(shown: _Shown) -> Any:
+      if not shown.finished:
+        return gr.skip()
+      return to_editor(shown.finished[min(shown.finished)])
+
+    self._take.click(last, shown, self._editor, api_visibility="private")
+
+
+def _start_and_stop(verb: str, prefix: str = "") -> tuple[gr.Button, gr.Button]:
+  with gr.Row():
+    start = gr.Button(
+      verb, variant="primary", min_width=100, elem_id=f"{prefix}{verb.lower()}"
+    )
+    return start, gr.Button("Stop", min_width=100, elem_id=f"{prefix}stop")
 
 
 def _stopped(shown: _Shown, model: ImageModel) -> str:
@@ -200,7 +257,7 @@ async def _frames(
     done[index] = len(event.codes)
     if isinstance(event, Finished):
       unseen.pop(index, None)
-      shown.finished.add(index)
+      shown.finished[index] = event.image
       name = f"{title.replace(' ', '-')[:40]}-{active.seed}-{index}.png"
       shown.figures[index] = demo_html.finished(event.image, alt(index), name)
     else:

@@ -21,6 +21,7 @@ CSS = """
 #heading p { color: var(--body-text-color-subdued); margin: 0; }
 #examples { flex-wrap: wrap; gap: 0.4rem; }
 #examples button { flex: 0 1 auto; min-width: 0; }
+#editor { overflow: hidden; }
 #status .html-container, #images .html-container { padding: 0 !important; }
 #status { position: sticky; top: 0; z-index: 5; padding: 0.5rem 0;
   background: var(--body-background-fill); }

@@ -117,6 +117,35 @@ def test_the_last_seed_can_be_used_again(page, server):
   assert keys[0] == keys[1]
 
 
+@pytest.mark.parametrize("page", [1280, 390], indirect=True)
+def test_a_result_is_painted_over_and_drawn_anew(page, server):
+  page.click("#generate")
+  status(page).to_contain_text("Done in")
+  page.click("role=tab[name='Edit']")
+  page.click("#edit-draw")
+  status(page).to_contain_text("Load an image")
+  page.click("#take")
+  canvas = page.locator("#editor canvas").first
+  canvas.wait_for()
+  sync_api.expect(page.locator("#editor")).not_to_contain_text("Upload an image")
+  page.click("#edit-draw")
+  status(page).to_contain_text("Paint over what to draw anew")
+  canvas.scroll_into_view_if_needed()
+  box = canvas.bounding_box()
+  x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+  page.mouse.move(x, y)
+  page.mouse.down()
+  page.mouse.move(x + 3, y + 40, steps=5)
+  page.mouse.up()
+  page.click("#edit-draw")
+  status(page).to_contain_text("Done in")
+  known = server.engine.requests[-1].is_known
+  assert known.any() and not known.all()
+  assert page.locator(".sheet img").count() == 4
+  width = page.viewport_size["width"]
+  assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
 def test_stop_frees_the_slots_and_leaves_no_half_images(page, server):
   server.engine.last = 12
   page.click("#generate")
