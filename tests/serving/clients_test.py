@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+from PIL import Image
 import pytest
 
 pytest.importorskip("uvicorn")
@@ -69,6 +70,25 @@ if (types.length !== 3) throw new Error(types.join());
 const response = await client.images.generate({ model: "dall-e-3", prompt: "1" });
 if (!response.data[0].url || !response._request_id) throw new Error("no url or id");
 """
+NODE_EDITS = """
+import OpenAI, { toFile } from "openai";
+import { readFileSync } from "node:fs";
+const client = new OpenAI();
+const file = (name) => toFile(readFileSync(name), name, { type: "image/png" });
+const edited = await client.images.edit({
+  image: await file("image.png"), mask: await file("mask.png"), prompt: "1", n: 2,
+});
+if (edited.data.length !== 2) throw new Error("not two images");
+const stream = await client.images.edit({
+  model: "gpt-image-1", image: [await file("image.png")], mask: await file("mask.png"),
+  prompt: "1", stream: true, partial_images: 1,
+});
+const types = [];
+for await (const event of stream) types.push(event.type);
+if (types.at(-1) !== "image_edit.completed") throw new Error(types.join());
+const varied = await client.images.createVariation({ image: await file("image.png") });
+if (!varied.data[0].b64_json) throw new Error("no variation");
+"""
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +139,10 @@ def test_python(url, python, code):
   call([python, "-c", code], url)
 
 
-@pytest.mark.parametrize("code", [VERCEL, NODE_OPENAI], ids=["vercel", "openai"])
+@pytest.mark.parametrize("code", [VERCEL, NODE_OPENAI, NODE_EDITS],
+                         ids=["vercel", "openai", "openai-edits"])  # fmt: skip
 def test_node(url, node, code):
+  Image.new("RGB", (8, 8), "teal").save(node / "image.png")
+  Image.linear_gradient("L").resize((8, 8)).save(node / "mask.png")
   (node / "client.mjs").write_text(code)
   call(["node", "client.mjs"], url, cwd=node)
