@@ -85,6 +85,8 @@ EXTRAS = {
   "demo": DEMO,
   # Several of it, on several machines.
   "ray": RAY,
+  # Bundles on the Hugging Face hub.
+  "hub": ["huggingface_hub>=1.0", "safetensors>=0.8"],
   # Published PyTorch weights.
   "convert": ["torch>=2.13", "safetensors>=0.8", "huggingface_hub>=1.0"],
   "dev": DEV,

@@ -46,6 +46,7 @@ GROUPS = {
   "weights": {
     "import-weights": ("import_weights", "published weights to a bundle"),
     "export-weights": ("export_weights", "a bundle to published weights"),
+    "push": ("push", "upload a bundle to the Hugging Face hub"),
   },
 }
 VERBS = {verb: entry for group in GROUPS.values() for verb, entry in group.items()}

@@ -23,7 +23,7 @@ from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.options import option
 from llamagen_jax.parallel import hosts
 from llamagen_jax.tokenizer.config import TokenizerConfig
-from llamagen_jax.weights import bundle, inception
+from llamagen_jax.weights import bundle, hub, inception
 from llamagen_jax.weights.files import Stored, read_weights
 from llamagen_jax.weights.gpt import EMBEDDING, defer_gpt
 from llamagen_jax.weights.published import PUBLISHED, Published, identify, table
@@ -129,18 +129,11 @@ def download(name: str) -> epath.Path:
       f" and give it with --file, and --model={name}"
     )
   try:
-    import huggingface_hub
-  except ImportError as error:
+    return hub.download_file(repo, file)
+  except UserError as error:
     raise UserError(
-      "--hub needs huggingface_hub: pip install 'llamagen_jax[convert]'"
-    ) from error
-  try:
-    return epath.Path(huggingface_hub.hf_hub_download(repo, file))
-  except OSError as error:
-    reason = " ".join(str(error).split())[:300]
-    raise UserError(
-      f"--hub={name}: cannot get {file} of {repo}: {reason} -- download it where there"
-      " is a network, and give it with --file"
+      f"--hub={name}: cannot get {error} -- download it where there is a network, and"
+      " give it with --file"
     ) from error
 
 

@@ -28,7 +28,7 @@ from llamagen_jax.options import option
 from llamagen_jax.parallel.mesh import make_mesh
 from llamagen_jax.sampling.sample import restrict_to_codebook
 from llamagen_jax.storage import local_path
-from llamagen_jax.weights import bundle
+from llamagen_jax.weights import bundle, hub
 from llamagen_jax.weights.adapter import apply_adapter
 from llamagen_jax.weights.t5 import load_t5
 
@@ -255,6 +255,8 @@ def make_service(options: Options) -> Service:
 
 def _name(folder: str) -> str:
   """Of a model: its folder's, without the `bundle` that trainers write."""
+  if hub.is_spec(folder):
+    return hub.parse(folder)[0].partition("/")[2]
   path = pathlib.Path(folder).resolve()
   return path.parent.name if path.name == "bundle" else path.name
 

@@ -1,6 +1,7 @@
 """A model on disk or in a bucket, ready for inference: `config.json`, Orbax `params`.
 
-`config.json` is written last, so a folder without one is not a bundle.
+`config.json` is written last, so a folder without one is not a bundle. A path may also
+be a place on the hub; see `hub`.
 """
 
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from llamagen_jax.images import from_uint8
 from llamagen_jax.parallel.mesh import abstract_tree, shardings, unbox
 from llamagen_jax.tokenizer import model
 from llamagen_jax.tokenizer.config import TokenizerConfig
+from llamagen_jax.weights import hub
 from llamagen_jax.weights.deferred import Deferred, write_deferred
 
 FORMAT_VERSION = 1
@@ -117,7 +119,7 @@ def load_judge(
   Args:
     abstract: config.json -> shapes of the parameters.
   """
-  fields = _read_config(path, kind)
+  fields = read_config(path, kind)
   params = _load_params(path, abstract(fields), None)
   return fields, jax.tree.map(np.asarray, params)
 
@@ -142,7 +144,7 @@ def load_gpt(
     dtype: of activations, "float32" or "bfloat16", where it is not the bundle's.
       Parameters are read as they are stored, in float32.
   """
-  fields = _read_config(path, "gpt")
+  fields = read_config(path, "gpt")
   config = GPTConfig(**(fields["config"] | ({"dtype": dtype} if dtype else {})))
   return Transformer(
     config,
@@ -156,13 +158,13 @@ def load_gpt(
 
 def read_tokenizer_config(path: str | os.PathLike) -> tuple[TokenizerConfig, str]:
   """Returns the shape and the identity of a tokenizer, without its parameters."""
-  fields = _read_config(path, "tokenizer")
+  fields = read_config(path, "tokenizer")
   return TokenizerConfig(**fields["config"]), fields["identity"]
 
 
 def kind_of(path: str | os.PathLike) -> str:
   """Returns "gpt", "tokenizer" or a network that evaluates, such as "inception"."""
-  return _read_config(path)["kind"]
+  return read_config(path)["kind"]
 
 
 def abstract_gpt(config: GPTConfig) -> Any:
@@ -225,11 +227,14 @@ def _write(path: epath.Path, params: Any) -> None:
 
 def _folder(path: str | os.PathLike) -> epath.Path:
   """The absolute path of a bundle; Orbax takes no other, and gs:// is one."""
+  if hub.is_spec(path):
+    return hub.download(os.fspath(path))
   path = storage.user_path(path)
   return path if path.is_absolute() else path.absolute()
 
 
-def _read_config(path: str | os.PathLike, kind: str | None = None) -> dict[str, Any]:
+def read_config(path: str | os.PathLike, kind: str | None = None) -> dict[str, Any]:
+  """Returns the fields of a bundle's config.json, which must be of that kind."""
   config = _folder(path) / CONFIG
   if not config.exists():
     raise UserError(f"{path}: no {CONFIG}, so it is not a bundle, or not a whole one")
@@ -253,6 +258,8 @@ def _load_params(path: str | os.PathLike, boxed: Any, mesh: Mesh | None) -> Any:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   else:
     sharding = shardings(mesh, boxed)
-  abstract = abstract_tree(unbox(boxed), sharding)
+  abstract, folder = abstract_tree(unbox(boxed), sharding), _folder(path)
+  if hub.is_spec(path):
+    return hub.read_params(folder, abstract)
   with ocp.StandardCheckpointer() as checkpointer:
-    return checkpointer.restore(_folder(path) / PARAMS, abstract)
+    return checkpointer.restore(folder / PARAMS, abstract)
