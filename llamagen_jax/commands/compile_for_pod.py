@@ -76,6 +76,7 @@ def main(argv: Sequence[str]) -> None:
     Options, GPTRecipe, "compile-for-pod", argv, __doc__
   )
   recipe = build(GPTRecipe, config)
+  recipe = dataclasses.replace(recipe, model=recipe.model.for_backend("tpu"))
   encoder = _encoder(recipe, values.t5)
   chips = topology.parse(values.topology).devices
   if values.search:

@@ -241,8 +241,8 @@ def plans(devices: list[dict]) -> Iterator[Finding]:
   """Yields how the verbs compute on these devices."""
   kind = devices[0]["platform"] if devices else "cpu"
   attention = {
-    "tpu": "xla; --config.model.attention=splash, the TPU's kernel, moves fewer bytes",
-    "gpu": "xla",
+    "tpu": "xla; --config.model.attention=auto takes splash, which moves fewer bytes",
+    "gpu": "xla; --config.model.attention=auto takes cuDNN in bfloat16",
     "cpu": "xla",
   }
   yield Finding("attention in training", attention.get(kind, "xla"))

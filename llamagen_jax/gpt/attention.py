@@ -1,4 +1,4 @@
-"""Attention of whole sequences, as training runs it: by XLA, or by a TPU's kernel.
+"""Attention of whole sequences, as training runs it: by XLA, or by a kernel.
 
 Axes: B batch, T tokens, S keys, K kv heads, G query heads per kv head, H head dim,
 R = G T rows of a kv head.
@@ -6,6 +6,7 @@ R = G T rows of a kv head.
 
 import functools
 import math
+from typing import Literal
 
 import jax
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 
 from llamagen_jax.parallel.mesh import spec
 
+HEAD_MULTIPLE = 8  # of cuDNN
 LANES = 128  # the kernel cuts sequences into blocks of a multiple of this
 
 
@@ -75,6 +77,47 @@ def splash_attention(
   operands = (q_BNTH, heads_first(k_BTKH), heads_first(v_BTKH), segments_BT)
   mixed_BNTH = _on_mesh(_splash, operands)
   return mixed_BNTH[:, :, :T].swapaxes(1, 2).reshape(B, T, K, G, H)
+
+
+def cudnn_attention(
+  q_BTKGH: jax.Array,
+  k_BTKH: jax.Array,
+  v_BTKH: jax.Array,
+  visible_BT: jax.Array | None = None,
+  implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> jax.Array:
+  """Causal attention by cuDNN, which keeps no [T, T] array of scores; on GPUs alone.
+
+  cuDNN takes heads of a multiple of 8 and, with a mask, even lengths: heads are padded
+  with zeros, which change no product, and sequences at their end, where causality hides
+  the padding.
+
+  Args:
+    q_BTKGH: queries, bfloat16 or float16.
+    k_BTKH: keys of the same sequence.
+    v_BTKH: values.
+    visible_BT: as of `splash_attention`.
+    implementation: of `jax.nn.dot_product_attention`; tests compare it with XLA's.
+
+  Returns:
+    [B, T, K, G, H].
+  """
+  B, T, K, G, H = q_BTKGH.shape
+  length = (0, 0) if visible_BT is None else (0, T % 2)
+
+  def padded(x_BTNH):
+    return jnp.pad(x_BTNH, ((0, 0), length, (0, 0), (0, -H % HEAD_MULTIPLE)))
+
+  mask_B1TS = None
+  if visible_BT is not None:
+    visible_BT = jnp.pad(visible_BT.astype(bool), ((0, 0), length))
+    itself = jnp.eye(visible_BT.shape[1], dtype=bool)
+    mask_B1TS = (visible_BT[:, None, :] | itself)[:, None]
+  mixed_BTNH = jax.nn.dot_product_attention(
+    padded(q_BTKGH.reshape(B, T, K * G, H)), padded(k_BTKH), padded(v_BTKH),
+    mask=mask_B1TS, scale=H**-0.5, is_causal=True, implementation=implementation,
+  )  # fmt: skip
+  return mixed_BTNH[:, :T, :, :H].reshape(B, T, K, G, H)
 
 
 def _on_mesh(attend, operands) -> jax.Array:

@@ -15,6 +15,7 @@ PRESETS = {
   "3B": (24, 32, 3200),
   "7B": (32, 32, 4096),
 }
+KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # of attention, by backend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +55,22 @@ class GPTConfig:
   condition_dropout: float = 0.1  # share of samples trained without condition
   dtype: str = "float32"  # of activations and matmul inputs: float32 | bfloat16
   remat: str = "none"  # none | dots | full
-  attention: str = "xla"  # of training: xla | splash, the TPU's kernel
+  # Of training: xla | splash, the TPU's kernel | cudnn, the GPU's | auto, see
+  # `for_backend`.
+  attention: str = "xla"
 
   def __post_init__(self):
     _one_of("condition", self.condition, ("class", "caption"))
     _one_of("prefix_rope", self.prefix_rope, ("zero", "identity"))
     _one_of("dtype", self.dtype, ("float32", "bfloat16"))
     _one_of("remat", self.remat, ("none", "dots", "full"))
-    _one_of("attention", self.attention, ("xla", "splash"))
-    if self.attention == "splash" and self.attention_dropout:
-      raise UserError("model.attention='splash' has no model.attention_dropout")
+    _one_of("attention", self.attention, ("auto", "xla", *KERNELS.values()))
+    if self.attention in KERNELS.values() and self.attention_dropout:
+      raise UserError(
+        f"model.attention={self.attention!r} has no model.attention_dropout"
+      )
+    if self.attention == "cudnn" and self.dtype == "float32":
+      raise UserError("model.attention='cudnn' needs model.dtype='bfloat16'")
     if self.guidance_embedding and self.condition != "class":
       raise UserError("model.guidance_embedding: expected model.condition='class'")
     if self.dim % self.heads or self.head_dim % 4:
@@ -92,6 +99,29 @@ class GPTConfig:
       )
     layers, heads, dim = PRESETS[name]
     return cls(layers, heads, dim, grid=image_size // downsample, **changes)
+
+  def for_backend(self, backend: str) -> "GPTConfig":
+    """Returns the config with an attention that a backend runs.
+
+    "auto" is the kernel of a TPU or GPU where that has what the model needs, and xla
+    elsewhere.
+
+    Args:
+      backend: "cpu", "tpu" or "gpu", as JAX names them.
+
+    Raises:
+      UserError: the config names the kernel of another backend.
+    """
+    kernel = KERNELS.get(backend, "xla")
+    if self.attention == "auto":
+      unfit = self.attention_dropout or (kernel == "cudnn" and self.dtype == "float32")
+      return dataclasses.replace(self, attention="xla" if unfit else kernel)
+    if self.attention not in ("xla", kernel):
+      raise UserError(
+        f"model.attention={self.attention!r} does not run on {backend}: expected"
+        f" {' or '.join(dict.fromkeys(('auto', 'xla', kernel)))}"
+      )
+    return self
 
   @property
   def head_dim(self) -> int:

@@ -8,7 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llamagen_jax.gpt.attention import attention_weights, mix, splash_attention
+from llamagen_jax.gpt.attention import (
+  attention_weights,
+  cudnn_attention,
+  mix,
+  splash_attention,
+)
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.rope import apply_rope
 from llamagen_jax.parallel.mesh import constrain
@@ -59,6 +64,8 @@ class Attention(nn.Module):
     k_BTKH, v_BTKH = apply_rope(k_BTKH, *rope), qkv_BTKCH[..., G + 1, :]
     if c.attention == "splash":
       mixed_BTKGH = splash_attention(q_BTKGH, k_BTKH, v_BTKH, mask)
+    elif c.attention == "cudnn":
+      mixed_BTKGH = cudnn_attention(q_BTKGH, k_BTKH, v_BTKH, mask)
     else:
       weights_BKRS = attention_weights(q_BTKGH, k_BTKH, mask)
       drop = nn.Dropout(c.attention_dropout, deterministic=not self.training)

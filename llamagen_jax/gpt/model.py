@@ -18,7 +18,7 @@ from llamagen_jax.gpt.conditioning import (
   embed_condition,
   visible_tokens,
 )
-from llamagen_jax.gpt.config import GPTConfig
+from llamagen_jax.gpt.config import KERNELS, GPTConfig
 from llamagen_jax.gpt.layers import INIT, Block, rms_norm
 from llamagen_jax.gpt.rope import rope_in_order, rope_table
 from llamagen_jax.parallel.mesh import constrain
@@ -126,7 +126,7 @@ class GPT(nn.Module):
 
     rates_L = jnp.linspace(0.0, c.drop_path, c.layers)
     rope = rope_table(c) if order_BT is None else rope_in_order(c, order_BT)
-    if c.attention == "splash":
+    if c.attention in KERNELS.values():
       mask = visible_tokens(c, condition_mask, c.length)
     else:
       mask = attention_mask(c, condition_mask, jnp.arange(c.length))

@@ -32,6 +32,7 @@ UNREADABLE = "unreadable_"  # put before the name of a checkpoint that is not wh
 # Everything else decides the numbers of a run, and another value is refused.
 MAY_CHANGE_ON_RESUME = (
   "mesh",
+  "model.attention",  # another kernel rounds otherwise
   "guard",
   "images",
   "optimizer.lr",

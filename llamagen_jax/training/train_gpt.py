@@ -49,7 +49,8 @@ def train(
 
 def make_task(recipe: GPTRecipe) -> Task:
   """Returns the task of a config; opens its code shards and captions."""
-  r = recipe
+  model = recipe.model.for_backend(jax.default_backend())
+  r = dataclasses.replace(recipe, model=model)
   source, eval_source = CodeSource(r.data.codes), CodeSource(r.data.eval_codes)
   for codes in (source, eval_source):
     check_codes(codes, r.model)

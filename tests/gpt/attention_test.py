@@ -1,4 +1,4 @@
-"""The two kinds of attention agree, in values and gradients."""
+"""The kinds of attention agree, in values and gradients."""
 
 import dataclasses
 
@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from llamagen_jax import UserError
-from llamagen_jax.gpt.attention import attention_weights, mix, splash_attention
+from llamagen_jax.gpt.attention import (
+  attention_weights,
+  cudnn_attention,
+  mix,
+  splash_attention,
+)
 from llamagen_jax.gpt.conditioning import attention_mask, visible_tokens
 from llamagen_jax.gpt.model import GPT, init_gpt
 from llamagen_jax.parallel.mesh import make_mesh, unbox
@@ -90,6 +95,77 @@ def test_a_model_with_either():
   np.testing.assert_allclose(logits("xla"), on_mesh, atol=1e-5)
 
 
-def test_the_kernel_has_no_dropout():
-  with pytest.raises(UserError, match="'splash' has no model.attention_dropout"):
-    dataclasses.replace(tiny.GPT, attention="splash", attention_dropout=0.1)
+def cudnn_or_its_stand_in() -> str:
+  """Where there is no GPU, the same call by XLA shows the padding and the masks."""
+  return "cudnn" if jax.default_backend() == "gpu" else "xla"
+
+
+@pytest.mark.parametrize("head_dim", [16, 100])
+@pytest.mark.parametrize("length", [20, 21])
+@pytest.mark.parametrize("hidden", [0, 5])
+def test_cudnn_s_padding_changes_nothing(head_dim, length, hidden):
+  config = dataclasses.replace(tiny.GPT, condition="caption", caption_tokens=12)
+  keys = jax.random.split(jax.random.key(0), 3)
+  shapes = (
+    (B, length, K, G, head_dim), (B, length, K, head_dim), (B, length, K, head_dim),
+  )  # fmt: skip
+  q, k, v = (
+    jax.random.normal(*pair, jnp.bfloat16) for pair in zip(keys, shapes, strict=True)
+  )
+  caption_mask = jnp.array([[0] * hidden + [1] * (12 - hidden), [1] * 12])
+  mask = attention_mask(config, caption_mask, jnp.arange(length), length)
+  visible = visible_tokens(config, caption_mask, length) if hidden else None
+  rows = jnp.ones((B, length), bool) if visible is None else visible
+  target = jax.random.normal(jax.random.key(9), q.shape) * rows[..., None, None, None]
+
+  def loss(attend):
+    return lambda q, k, v: jnp.sum(target * attend(q, k, v))
+
+  def by_cudnn(q, k, v):
+    return cudnn_attention(q, k, v, visible, cudnn_or_its_stand_in())
+
+  def by_xla(q, k, v):
+    return plain(q, k, v, mask)
+
+  found, expected = (f(q, k, v).astype(np.float32) for f in (by_cudnn, by_xla))
+  assert found.shape == q.shape
+  np.testing.assert_allclose(found[rows], expected[rows], atol=2e-2)
+  gradients = (
+    jax.grad(loss(f), argnums=(0, 1, 2))(q, k, v) for f in (by_cudnn, by_xla)
+  )
+  for a, b in zip(*gradients, strict=True):
+    np.testing.assert_allclose(
+      a.astype(np.float32), b.astype(np.float32), atol=6e-2, rtol=2e-2
+    )
+
+
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+def test_kernels_have_no_dropout(kernel):
+  with pytest.raises(UserError, match=f"'{kernel}' has no model.attention_dropout"):
+    dataclasses.replace(
+      tiny.GPT, attention=kernel, attention_dropout=0.1, dtype="bfloat16"
+    )
+
+
+@pytest.mark.parametrize(
+  "backend, dtype, dropout, expected",
+  [
+    ("tpu", "float32", 0.0, "splash"), ("tpu", "bfloat16", 0.1, "xla"),
+    ("gpu", "bfloat16", 0.0, "cudnn"), ("gpu", "float32", 0.0, "xla"),
+    ("cpu", "bfloat16", 0.0, "xla"),
+  ],
+)  # fmt: skip
+def test_auto_is_the_backend_s_kernel_where_it_fits(backend, dtype, dropout, expected):
+  config = dataclasses.replace(
+    tiny.GPT, attention="auto", dtype=dtype, attention_dropout=dropout
+  )
+  assert config.for_backend(backend).attention == expected
+
+
+def test_the_kernel_of_another_backend_is_refused():
+  config = dataclasses.replace(tiny.GPT, attention="splash")
+  assert config.for_backend("tpu") is config
+  with pytest.raises(UserError, match="'splash' does not run on gpu: expected auto or"):
+    config.for_backend("gpu")
+  with pytest.raises(UserError, match=r"'cudnn' needs model.dtype='bfloat16'"):
+    dataclasses.replace(tiny.GPT, attention="cudnn")

@@ -194,3 +194,15 @@ def test_held_out_classes_have_the_labels_of_the_trained_ones(tmp_path):
   path.write_text(json.dumps(manifest | {"class_names": list("abce")}))
   with pytest.raises(UserError, match="data.eval_codes=.*'e', are not among .*codes="):
     train_gpt.make_task(r)
+
+
+def test_a_kernel_that_does_not_run_here_is_refused_and_auto_is_not(tmp_path):
+  config = tiny.gpt_config(tiny.write_codes(tmp_path / "codes"), steps=1)
+  config.model.attention = "splash"
+  with pytest.raises(UserError, match="'splash' does not run on cpu"):
+    train_gpt.train(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+  config.model.attention = "auto"
+  assert int(train_gpt.train(config, tmp_path / "run").step) == 1
+  saved = json.loads((tmp_path / "run" / "bundle" / "config.json").read_text())
+  assert saved["config"]["attention"] == "auto"  # elsewhere it is another one
