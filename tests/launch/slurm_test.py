@@ -7,7 +7,11 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+
+from tests import tiny
+from tests.parallel import runs
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "launch/slurm.sbatch"
 HANGS = 900
@@ -100,6 +104,36 @@ def test_tasks_of_a_launcher_join_by_themselves(launcher, count):
       task.kill()
   expected = f"ranks {list(range(1, count + 1))} {count}"
   assert outputs == [expected] * count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [slurm, open_mpi])
+def test_tasks_of_a_launcher_train_what_one_process_does(launcher, tmp_path):
+  """Told to stop, as before a time limit, all of them save and ask to be queued."""
+  tiny.write_codes(tmp_path / "train", records=160)
+  tiny.write_codes(tmp_path / "val", records=8)
+
+  def tasks(words, **spec):
+    job = random.randrange(4096)
+    return [
+      runs.start([words], environment=launcher(job, rank, 2), **spec)
+      for rank in range(2)
+    ]
+
+  runs.finish(runs.start([runs.command(tmp_path, "one")], devices=2))
+  for task in tasks(runs.command(tmp_path, "two")):
+    runs.finish(task)
+  one, two = (runs.losses(tmp_path / name) for name in ("one", "two"))
+  assert len(one) == 6
+  np.testing.assert_allclose(two, one, atol=1e-4)
+
+  long = runs.command(tmp_path, "long", steps=200)
+  stopped = tasks(long, delay=0.1)
+  runs.wait_for_rows(tmp_path / "long" / "metrics.jsonl", 2, stopped)
+  for task in stopped:
+    task.terminate()  # srun passes a signal on to every task
+  outputs = [runs.finish(task, 75) for task in stopped]
+  assert all("resume with the same command" in output for output in outputs)
 
 
 def test_the_script_of_a_batch_is_no_task(monkeypatch):
