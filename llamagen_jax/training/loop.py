@@ -34,6 +34,8 @@ from llamagen_jax.training.state import (
   shardings_of,
 )
 
+DETERMINISTIC = "--xla_gpu_deterministic_ops"
+
 Step = Callable[[Any, Batch], tuple[Any, Metrics]]
 
 
@@ -123,6 +125,12 @@ def _first_state(
     state, position = restored
     task.stream.check_position(position)
     logging.info("resumed from step %d of %d", position["next_step"], run.steps)
+    exact = DETERMINISTIC in os.environ.get("XLA_FLAGS", "")
+    if jax.default_backend() == "gpu" and not exact:
+      logging.warning(
+        "on a GPU a resumed run is the uninterrupted one up to rounding; bit for bit"
+        " with XLA_FLAGS=%s=true", DETERMINISTIC,
+      )  # fmt: skip
     return state, position["next_step"]
   logging.info("no checkpoint to resume from: starts at step 0 of %d", run.steps)
   state = init_state(task.init, jax.random.key(run.seed), abstract)

@@ -77,6 +77,18 @@ def test_lr_clip_guard_and_logs_may_change_and_are_said(codes, tmp_path, log):
   assert json.loads((workdir / "config.json").read_text())["run"]["steps"] == 4
 
 
+@pytest.mark.parametrize("flags", ["", "--xla_gpu_deterministic_ops=true"])
+def test_a_gpu_that_resumes_up_to_rounding_is_told_of(
+  codes, tmp_path, log, monkeypatch, flags
+):
+  workdir = tmp_path / "run"
+  train_gpt.train(tiny.gpt_config(codes, 1), workdir)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setenv("XLA_FLAGS", flags)
+  train_gpt.train(tiny.gpt_config(codes, 2), workdir)
+  assert ("bit for bit with XLA_FLAGS=" in log.text) == (not flags)
+
+
 def test_fewer_steps_than_are_saved_are_refused(codes, tmp_path):
   workdir = tmp_path / "run"
   train_gpt.train(tiny.gpt_config(codes, 3), workdir)
