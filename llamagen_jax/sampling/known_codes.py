@@ -118,12 +118,8 @@ def complete_codes(
   if not given.known.any():
     return generate_codes(config, sampling, inputs, condition)
   sampling.check_model(config.guidance_embedding)
-  filters, order_BT, known_BT = (
-    sampling.active_filters,
-    given.decoding_order(),
-    given.known,
-  )
-  codes_BT, candidates = given.codes, given.candidates
+  filters, order_BT = sampling.active_filters, given.decoding_order()
+  codes_BT, known_BT, candidates = given.codes, given.known, given.candidates
   if order_BT is not None:
     codes_BT = np.take_along_axis(codes_BT, order_BT, axis=1)
     known_BT = np.take_along_axis(known_BT, order_BT, axis=1)
@@ -261,14 +257,14 @@ def _take_code(
   code_M = sample_codes(logits_MV, keys_M, settings, filters)
   known_M, given_M = (repeat_rows(x[:, index], N) for x in (p.known, p.given))
   code_M = jnp.where(known_M, given_M, code_M)
-  # A filter that removes a known code would end all candidates: it does not count.
-  log_p_MV = jax.nn.log_softmax(logits_MV / settings.temperature[:, None])
-  log_p_M = jnp.take_along_axis(log_p_MV, code_M[:, None], axis=1)[:, 0]
-  return Candidates(
-    drawn.state._replace(code=code_M, index=index + 1),
-    drawn.codes.at[:, index].set(code_M),
-    drawn.log_weight + jnp.where(known_M, log_p_M, 0.0),
-  )
+  log_weight_M = drawn.log_weight
+  if N > 1:
+    # A filter that removes a known code would end all candidates: it does not count.
+    log_p_MV = jax.nn.log_softmax(logits_MV / settings.temperature[:, None])
+    log_p_M = jnp.take_along_axis(log_p_MV, code_M[:, None], axis=1)[:, 0]
+    log_weight_M += jnp.where(known_M, log_p_M, 0.0)
+  state = drawn.state._replace(code=code_M, index=index + 1)
+  return Candidates(state, drawn.codes.at[:, index].set(code_M), log_weight_M)
 
 
 def _extra_keys(config: GPTConfig, problem: Problem, number: Any) -> jax.Array:

@@ -149,7 +149,6 @@ def failed(verdicts):
 
 
 @pytest.mark.slow
-@pytest.mark.nightly
 def test_right_weights_pass_and_spoiled_ones_fail_in_their_row(digits):
   right = digits / "gpt" / "bundle"
   code, verdicts = check(digits, "right", gpt=right, seed=0)

@@ -86,9 +86,8 @@ def wait_for_steps(workdir, steps, processes) -> None:
 def check(folder, workdir, outputs, environment=None) -> None:
   """Finishes the run, and one that nobody disturbed; both are equal."""
   steps = saved_step(workdir) + 2
-  for path in (workdir, folder / "calm"):
-    for process in pair(folder, path, steps, environment):
-      outputs.append(finish(process))
+  outputs += finished(folder, workdir, steps, environment)
+  outputs += [finish(process) for process in pair(folder, folder / "calm", steps)]
   assert losses(workdir) == losses(folder / "calm")
   weights = [
     bundle.load_gpt(path / "bundle").params for path in (workdir, folder / "calm")
@@ -98,6 +97,23 @@ def check(folder, workdir, outputs, environment=None) -> None:
   files = gcs.names(workdir) if in_bucket(workdir) else map(str, workdir.rglob("*"))
   stray = [n for n in files if n.endswith(".part") or "orbax-checkpoint-tmp" in n]
   assert not stray
+
+
+def finished(folder, workdir, steps, environment) -> list[str]:
+  """Starts a run until it ends with 0; returns the outputs.
+
+  A save that a storage refuses for good ends the run with 1 and a line, and the same
+  command goes on: gcsfs sends the last part of an upload again when its answer was cut,
+  and the emulator, which has the whole file by then, answers 404.
+  """
+  outputs = []
+  while True:
+    processes = pair(folder, workdir, steps, environment)
+    outputs += [process.communicate(timeout=600)[0] for process in processes]
+    codes = {process.returncode for process in processes}
+    if codes == {0}:
+      return outputs
+    assert codes == {1} and environment and len(outputs) < 20, outputs[-1][-4000:]
 
 
 def test_a_folder_on_a_disk_that_is_full_at_times(folder):
