@@ -1,4 +1,4 @@
-"""`--fid-batch 64` writes the same file on one device and on eight."""
+"""Images are the same on one device and on eight."""
 
 import dataclasses
 import os
@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+from PIL import Image
 import pytest
 
 from llamagen_jax import SamplingConfig, TokenizerConfig
@@ -35,13 +36,10 @@ def saved(tmp_path_factory):
   return folder
 
 
-def sample(saved, out, devices):
-  """Runs the verb on a number of fake devices."""
+def written(saved, out, devices, command) -> bytes:
+  """Runs a verb on a number of fake devices; returns the file that it writes."""
   flags = f"--xla_force_host_platform_device_count={devices}"
-  command = (
-    f"sample --gpt {saved}/gpt --tokenizer {saved}/vq --fid-batch 64 --batch-size 8"
-    f" --seed 3 --out {out}"
-  )
+  command += f" --gpt {saved}/gpt --tokenizer {saved}/vq --seed 3 --out {out}"
   subprocess.run(
     [
       sys.executable,
@@ -56,6 +54,13 @@ def sample(saved, out, devices):
 
 
 @pytest.mark.slow
-def test_one_device_and_eight(saved, tmp_path):
-  one = sample(saved, tmp_path / "one.npz", 1)
-  assert sample(saved, tmp_path / "eight.npz", 8) == one
+@pytest.mark.parametrize("verb", ["sample", "edit"])
+def test_one_device_and_eight(saved, tmp_path, verb):
+  Image.linear_gradient("L").resize((32, 32)).save(tmp_path / "image.png")
+  command = {
+    "sample": "sample --fid-batch 64 --batch-size 8",
+    "edit": f"edit --image {tmp_path}/image.png --mask {tmp_path}/image.png"
+    " --classes 0-2 --count 3 --candidates 4 --strength 0.8",
+  }[verb]
+  one = written(saved, tmp_path / "one.npz", 1, command)
+  assert written(saved, tmp_path / "eight.npz", 8, command) == one
