@@ -87,7 +87,7 @@ def test_a_command_that_fails_ends_the_cell(name):
     capture_output=True, text=True, check=False,
   )  # fmt: skip
   assert done.returncode == 1
-  assert "--tokenizer, --out" in done.stdout  # what the verb says
+  assert "--out, --tokenizer" in done.stdout  # what the verb says
   assert "exit status 2" in done.stderr.splitlines()[-1]
   assert "on\n" not in done.stdout
 
