@@ -128,7 +128,11 @@ def test_a_result_is_painted_over_and_drawn_anew(page, server):
   canvas = page.locator("#editor canvas").first
   canvas.wait_for()
   sync_api.expect(page.locator("#editor")).not_to_contain_text("Upload an image")
-  page.click("#edit-draw")
+  for _ in range(60):  # the editor does not say when an image can be drawn from
+    page.click("#edit-draw")
+    page.wait_for_timeout(500)
+    if "Paint over" in page.locator("#status").inner_text():
+      break
   status(page).to_contain_text("Paint over what to draw anew")
   canvas.scroll_into_view_if_needed()
   box = canvas.bounding_box()

@@ -1,7 +1,9 @@
 """Whatever fits, or does not fit, the OpenAPI document is answered as it says."""
 
 import dataclasses
+import io
 
+from PIL import Image
 import pytest
 
 schemathesis = pytest.importorskip("schemathesis")
@@ -56,6 +58,13 @@ def test_the_document_is_valid_and_has_the_limits():
   assert "security" not in document["paths"]["/health"]["get"]
 
 
+def half_transparent() -> bytes:
+  file, image = io.BytesIO(), Image.new("RGBA", (8, 8), "teal")
+  image.paste((0, 0, 0, 0), (0, 0, 8, 4))
+  image.save(file, format="PNG")
+  return file.getvalue()
+
+
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode))
 @pytest.mark.parametrize("path, method", OPERATIONS)
 def test_every_answer_is_documented(schema, path, method, mode):
@@ -74,6 +83,9 @@ def test_every_answer_is_documented(schema, path, method, mode):
       # Random names are of nothing that is here.
       case.body = {k: v for k, v in case.body.items() if k not in NAMES}
       case.body["prompt"] = "1"
+      if path in FORMS:  # no schema can say what is an image, nor where to draw
+        case.body["image"] = half_transparent()
+        case.body.pop("mask", None)
     response = case.call(headers=headers)
     statuses.add(response.status_code)
     # No schema can say that `partial_images` needs `stream`, or `url` a store.
@@ -88,6 +100,8 @@ def test_every_answer_is_documented(schema, path, method, mode):
 
   if mode == schemathesis.GenerationMode.NEGATIVE and path in ("/ready", "/metrics"):
     pytest.skip("they read nothing that could be wrong")
+  if mode == schemathesis.GenerationMode.NEGATIVE and path in FORMS:
+    pytest.skip("schemathesis 4.32 fails on files that it mutates; see edits_test")
   check()
   if method == "POST":
     assert statuses >= ({200, 400} if mode.is_positive else {400})
