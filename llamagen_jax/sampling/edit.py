@@ -1,4 +1,4 @@
-"""Editing: parts of an image drawn anew, more of it on any side, variations of it.
+"""Editing: inpainting, outpainting to any side, and variations of an image.
 
 An image is put on a canvas, the canvas becomes codes, the codes of hidden cells are
 drawn around the known ones, and the image's own pixels are put back where nothing was
