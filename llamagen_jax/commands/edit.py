@@ -114,16 +114,14 @@ def read_image(name: str) -> Image.Image:
 def read_mask(args: Options) -> Image.Image | None:
   """Returns where to draw, white in an image of mode L; None = nothing says so."""
   flag, name = ("--mask", args.mask) if args.mask else ("--image", args.image)
-  decoder, key = ImageDecoder(), f"{flag}={name}"
+  file, key = _read(flag, name), f"{flag}={name}"
   try:
-    hidden = decoder.transparent(_read(flag, name), key)
-    if hidden is not None:
-      return Image.fromarray(np.where(hidden, 255, 0).astype(np.uint8))
-    if args.mask:
-      return decoder.decode(_read(flag, name), key).convert("L")
+    hidden = ImageDecoder().hidden(file, key, is_mask=bool(args.mask))
   except BadImage as error:
     raise UserError(str(error)) from error
-  return None
+  if hidden is None:
+    return None
+  return Image.fromarray(np.where(hidden, 255, 0).astype(np.uint8))
 
 
 def _read(flag: str, name: str) -> io.BytesIO:

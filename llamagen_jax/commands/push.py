@@ -10,6 +10,7 @@ llamagen push --bundle=quickstart/gpt/bundle --repo=me/digits --licence=mit \\
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import json
 import pathlib
 import tempfile
 from typing import Any
@@ -91,9 +92,13 @@ def make_card(
     lines += [f"Its identity is `{fields['identity']}`.", ""]
   tables |= {"Scores": scores} if scores else {}
   for title, values in tables.items():
-    rows = [f"| {name} | {hub.describe(value)} |" for name, value in values.items()]
+    rows = [f"| {name} | {_shown(value)} |" for name, value in values.items()]
     lines += [f"## {title}", "", "| | |", "|---|---|", *rows, ""]
   return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+  return value if isinstance(value, str) else json.dumps(value)
 
 
 def _usage(args: Options, is_gpt: bool) -> list[str]:

@@ -70,18 +70,21 @@ class ImageDecoder:
     with self._open(file, key) as image:
       return _to_rgb(_upright(image, self.ignore_exif), self.background)
 
-  def transparent(self, file: IO[bytes], key: str) -> np.ndarray | None:
-    """Returns where an upright image is transparent, bool [H, W]; None = nowhere ever.
+  def hidden(
+    self, file: IO[bytes], key: str, *, is_mask: bool = False
+  ) -> np.ndarray | None:
+    """Returns where an upright image is to be drawn, bool [H, W].
 
-    A pixel counts that lets more than half of its background through.
+    That is where it lets more than half of its background through; or, where a mask
+    has no transparency at all, where it is light. None = nothing says so.
     """
     with self._open(file, key) as image:
       image = _upright(image, self.ignore_exif)
       if image.mode.startswith("I"):
         image = _high_byte(image)
-      if not image.has_transparency_data:
-        return None
-      return np.asarray(image.convert("RGBA"))[..., 3] < 128
+      if image.has_transparency_data:
+        return np.asarray(image.convert("RGBA"))[..., 3] < 128
+      return np.asarray(image.convert("L")) >= 128 if is_mask else None
 
   def size(self, file: IO[bytes], key: str) -> tuple[int, int]:
     """Returns (width, height) of an upright image, from its header alone."""

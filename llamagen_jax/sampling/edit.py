@@ -9,7 +9,6 @@ Axes: N images that come out, H, W pixels of the canvas, h, w its cells (codes).
 
 from collections.abc import Iterator, Sequence
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -30,7 +29,6 @@ from llamagen_jax.sampling.sample import (
   sample_image_codes,
 )
 from llamagen_jax.text.encoder import TextEncoder
-from llamagen_jax.tokenizer import model
 from llamagen_jax.weights import bundle
 
 WINDOW_SEED = 2**32  # between the seeds of windows, beyond those that people take
@@ -218,8 +216,8 @@ def edit_canvas(
     codes_Nhw[at] = drawn_NT.reshape(count, side, side)
     redrawn_Nhw[at] = False
   with timings.clock("tokenizer"):
-    images = [_render(tokenizer.config, tokenizer.params, c[None]) for c in codes_Nhw]
-    images_NHWC = np.concatenate([jax.device_get(image) for image in images])
+    images = [to_uint8(tokenizer.decode(codes[None])) for codes in codes_Nhw]
+    images_NHWC = np.concatenate(jax.device_get(images))
   return canvas.put_back(images_NHWC, feather(scale))
 
 
@@ -278,8 +276,3 @@ def windows(unknown_hw: np.ndarray, side: int) -> Iterator[tuple[int, int]]:
     y, x = np.unravel_index(np.argmax(worth), worth.shape)
     yield int(y), int(x)
     unknown_hw[y : y + side, x : x + side] = False
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _render(config, params, codes_Nhw):
-  return to_uint8(model.decode(config, params, codes_Nhw))

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 
 from llamagen_jax.gpt.config import GPTConfig
-from llamagen_jax.gpt.sampling_config import ActiveFilters
 from llamagen_jax.sampling.decode import DecodeInputs
 from llamagen_jax.sampling.keys import as_keys
 from llamagen_jax.sampling.known_codes import (
@@ -18,16 +17,15 @@ from llamagen_jax.sampling.known_codes import (
   next_row,
   repeat_rows,
 )
+from llamagen_jax.sampling.slots import ACTIVE_FILTERS
 from llamagen_jax.serving.request import Request
-
-FILTERS = ActiveFilters(guidance=True, top_k=True, top_p=True, random=True)
 
 
 class EditEngine:
   """Draws the candidates of one request beside the slots. Not for several threads.
 
   All settings are arrays and the cache has its full length, so that no mixture of
-  requests compiles anything.
+  requests compiles anything; only the first negative prompt does.
   """
 
   def __init__(self, config: GPTConfig, params: dict, candidates: int):
@@ -63,9 +61,9 @@ class EditEngine:
       return []
     if self._drawn is None:
       self._problem, condition = self._start(request)
-      self._drawn = first_row(c, FILTERS, c.grid, self._problem, condition)
+      self._drawn = first_row(c, ACTIVE_FILTERS, c.grid, self._problem, condition)
     else:
-      self._drawn = next_row(c, FILTERS, self._problem, self._drawn)
+      self._drawn = next_row(c, ACTIVE_FILTERS, self._problem, self._drawn)
     count = int(self._drawn.state.index)
     if count == c.image_tokens:
       request.codes = np.asarray(choose(c, self._problem, self._drawn))[0].tolist()

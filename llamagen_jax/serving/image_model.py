@@ -199,10 +199,11 @@ class ImageModel:
     image[blank.repeat(pixels, 0).repeat(pixels, 1)] = GREY
     return image
 
-  def warm_up(self) -> None:
-    """Compiles the programs that the methods above run."""
+  def warm_up(self, edits: bool = False) -> None:
+    """Compiles the programs that the methods above run, those of edits if asked to."""
     self.render(np.zeros((1, self.gpt.config.image_tokens), np.int32))
-    self.tokenizer.encode(np.zeros((1, *self.size, 3), np.uint8))
+    if edits:
+      self.tokenizer.encode(np.zeros((1, *self.size, 3), np.uint8))
     if self.of_captions:
       self._features("warm up")
 

@@ -90,7 +90,7 @@ class Service:
   async def warm_up(self) -> None:
     """Compiles the programs beside the engines'; requests are refused until then."""
     for model in self.workers:
-      await to_thread.run_sync(model.warm_up)
+      await to_thread.run_sync(model.warm_up, bool(self.limits.upload_bytes))
     self._warm = True
 
   def model(self, name: str | None) -> ImageModel:

@@ -113,12 +113,9 @@ def _decode(name: str, file: bytes) -> Image.Image:
 def _hidden(name: str, file: bytes) -> np.ndarray | None:
   """Returns where to draw, bool [H, W]: transparent, or white in a mask without."""
   try:
-    hidden = ImageDecoder().transparent(io.BytesIO(file), name)
+    return ImageDecoder().hidden(io.BytesIO(file), name, is_mask=name == "mask")
   except BadImage as error:
     raise _invalid(name, str(error).removeprefix(f"{name}: ")) from error
-  if hidden is None and name == "mask":
-    return np.asarray(_decode(name, file).convert("L")) >= 128
-  return hidden
 
 
 def _invalid(name: str, message: str) -> APIError:

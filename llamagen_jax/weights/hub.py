@@ -7,8 +7,6 @@ weights; the weights as safetensors, in several files if they are large; and a c
 from collections.abc import Iterator, Mapping
 import contextlib
 import functools
-import hashlib
-import json
 import os
 import pathlib
 import re
@@ -73,10 +71,9 @@ def download_file(repo: str, file: str) -> epath.Path:
   hub = _library()
   with _errors(f"{file} of {repo}", hub):
     path = hub.hf_hub_download(repo, file)
-  stored = os.path.realpath(path)
+  stored = epath.Path(os.path.realpath(path))
   # The hub names a large file by its sha256, and so does the cache.
-  expected = os.path.basename(stored)
-  if SHA256.fullmatch(expected) and _sha256(stored) != expected:
+  if SHA256.fullmatch(stored.name) and storage.sha256(stored) != stored.name:
     raise UserError(
       f"{file} of {repo}: its sha256 is not the hub's; delete {stored} to download it"
       " again"
@@ -119,7 +116,7 @@ def write_folder(
     arrays = {key: np.ascontiguousarray(flat[key]) for key in keys}
     write_weights(folder / name, arrays)
   (folder / CARD).write_text(card)
-  sums = {name: _sha256(folder / name) for name in names}
+  sums = {name: storage.sha256(folder / name) for name in names}
   storage.write_json(folder / CONFIG, {**fields, FILES: sums})
 
 
@@ -182,16 +179,11 @@ def _verify(spec: str, folder: epath.Path) -> None:
     file = folder / os.path.basename(name)
     if not file.exists():
       raise UserError(f"{spec}: {name} is missing")
-    if _sha256(file) != expected:
+    if storage.sha256(file) != expected:
       raise UserError(
         f"{spec}: {name} is not the file that was pushed, its sha256 differs; delete"
         f" {os.path.realpath(file)} to download it again"
       )
-
-
-def _sha256(file: os.PathLike) -> str:
-  with open(file, "rb") as opened:
-    return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _library():
@@ -212,8 +204,3 @@ def _errors(spec: str, hub) -> Iterator[None]:
   except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
     reason = " ".join(str(error).split())[:300]
     raise UserError(f"{spec}: {reason}") from error
-
-
-def describe(value: Any) -> str:
-  """Returns a value as a card shows it."""
-  return value if isinstance(value, str) else json.dumps(value)
