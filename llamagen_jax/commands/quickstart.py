@@ -1,4 +1,4 @@
-"""Runs the whole pipeline on handwritten digits, or on one's own images, on a laptop.
+"""Runs the whole pipeline on digits, emoji or one's own images, on a laptop.
 
 Digits -> VQ tokenizer -> codes -> class-conditional transformer -> images, judged
 by a classifier that was fitted on real digits only. Every step is one of the other
@@ -6,6 +6,7 @@ verbs with a config from `configs/`; a rerun continues where the last one stoppe
 
 llamagen quickstart
 llamagen quickstart --text --workdir=quickstart_text
+llamagen quickstart --emoji --workdir=quickstart_emoji
 llamagen quickstart --folder=/data/images --minutes=60 --workdir=mine
 """
 
@@ -75,9 +76,10 @@ class Options:
     "own images in place of the digits; its folders are the classes", "", unit="FOLDER"
   )
   minutes: float = option(
-    "time for all of --folder, of which more gives better images", 20.0,
+    "time for all of --folder or --emoji, of which more gives better images", 20.0,
     unit="MINUTES", at_least=0.1,
   )  # fmt: skip
+  emoji: bool = option("emoji of their names, in colour", False)
   text: bool = option("coloured digits of captions in plain English", False)
   fast: bool = option("a smoke run of every step, under a minute", False)
 
@@ -86,13 +88,18 @@ def main(argv: Sequence[str]) -> None:
   args = arguments.parse(Options, "quickstart", argv, __doc__)
   workdir = local_path(args.workdir, "--workdir")
   if args.folder:
-    if args.text or args.fast:
-      raise UserError("--folder has neither --text nor --fast: give --minutes")
+    if args.text or args.emoji or args.fast:
+      raise UserError("--folder has no --text, --emoji or --fast: give --minutes")
     quickstart_folder.run(workdir, args.folder, args.minutes, _step)
     return
   if args.fast:  # nearly all of its time is compilation
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
+  if args.emoji:
+    if args.text:
+      raise UserError("expected either --text or --emoji")
+    _run_emoji(workdir, args.minutes, args.fast)
+    return
   run(workdir, FAST if args.fast else FULL, args.text)
 
 
@@ -204,6 +211,14 @@ def _run_text(workdir: pathlib.Path, size: Size, started: float) -> dict[str, fl
   metrics = read_json(path)
   quickstart_text.print_table(metrics, workdir, time.perf_counter() - started)
   return metrics
+
+
+def _run_emoji(workdir: pathlib.Path, minutes: float, fast: bool) -> None:
+  from llamagen_jax.commands import quickstart_emoji  # needs the extra `emoji`
+
+  started = time.perf_counter()
+  metrics = quickstart_emoji.run(workdir, minutes, fast, _step)
+  quickstart_emoji.print_table(metrics, workdir, time.perf_counter() - started)
 
 
 def _check_or_write_size(workdir: pathlib.Path, size: Size, text: bool) -> None:

@@ -6,8 +6,6 @@ fit. A rerun goes on with the first step that is not finished, with the same cho
 """
 
 import pathlib
-import statistics
-import time
 from typing import Any
 
 from absl import logging
@@ -16,6 +14,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
+from llamagen_jax.commands.budget import FEWEST_STEPS, Choices, steps_in_time
 from llamagen_jax.commands.extract_codes import Encoder, extract
 from llamagen_jax.configs import (  # pyright: ignore[reportMissingImports]
   c2i_folder,
@@ -31,14 +30,12 @@ from llamagen_jax.data.sources import NO_LABEL, FolderSource, open_source
 from llamagen_jax.data.survey import survey
 from llamagen_jax.errors import UserError
 from llamagen_jax.images import grid, save_png
-from llamagen_jax.parallel.mesh import make_mesh
 from llamagen_jax.sampling.sample import sample
-from llamagen_jax.storage import atomic_folder, read_json, write_json
+from llamagen_jax.storage import atomic_folder
 from llamagen_jax.training import train_gpt, train_tokenizer
 from llamagen_jax.training.gpt_step import GPTRecipe
 from llamagen_jax.training.loop import Task
 from llamagen_jax.training.recipe import build
-from llamagen_jax.training.state import abstract_state, init_state
 from llamagen_jax.training.tokenizer_step import TokenizerRecipe
 from llamagen_jax.weights import bundle
 
@@ -48,27 +45,24 @@ HELD_OUT_SHARE = 0.1
 MOST_HELD_OUT = 500
 FEWEST = 8  # images that a run needs
 SHARES = {"tokenizer": 0.35, "gpt": 0.45}  # of the minutes; the rest is for the others
-MARGIN = 0.85  # of its time that a training fills by plan
-TIMED_STEPS = 5
-FEWEST_STEPS = 20
 MOST_STEPS = {"tokenizer": 4000, "gpt": 20_000}
 MOST_EPOCHS = 200
 GRID_CLASSES, GRID_ROWS = 10, 8
-CHOICES = "choices.json"
 
 
 def run(workdir: pathlib.Path, folder: str, minutes: float, step: Any) -> None:
   """Runs what is not finished; `step` is the quickstart's own, and names each part."""
-  choices = Choices(workdir, folder, minutes)
+  choices = Choices(workdir, {"folder": str(folder), "minutes": minutes})
   with step("images", f"copies of the images of {folder}, as small as they are needed"):
-    size = write_images(workdir / "images", folder, choices)
+    most = max(FEWEST, int(IMAGES_A_MINUTE * minutes))
+    size = write_images(workdir / "images", folder, choices, most)
   with step("tokenizer", "train the VQ tokenizer"):
-    _train_tokenizer(workdir, size, choices)
+    _train_tokenizer(workdir, size, choices, minutes)
   with step("codes", "images to codes"):
     for split in _splits(workdir / "images"):
       _extract(workdir, split, size)
   with step("gpt", "train the transformer on the codes"):
-    _train_gpt(workdir, choices)
+    _train_gpt(workdir, choices, minutes)
   with step("samples", "generate images of each class"):
     write_samples(workdir)
   print(
@@ -79,33 +73,10 @@ def run(workdir: pathlib.Path, folder: str, minutes: float, step: Any) -> None:
   )
 
 
-class Choices:
-  """What was chosen so far, in choices.json: a rerun keeps to it."""
-
-  def __init__(self, workdir: pathlib.Path, folder: str, minutes: float):
-    self._path = workdir / CHOICES
-    self.minutes = minutes
-    asked = {"folder": str(folder), "minutes": minutes}
-    self._values = read_json(self._path) if self._path.exists() else asked
-    for name, value in asked.items():
-      if self._values.get(name) != value:
-        raise UserError(
-          f"--workdir={workdir} holds a run with --{name}={self._values.get(name)}, not"
-          f" {value}: choose another workdir, or the same {name}"
-        )
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(self._path, self._values)
-
-  def get(self, name: str, choose: Any) -> Any:
-    """Returns a choice, made by `choose` the first time."""
-    if name not in self._values:
-      self._values[name] = choose()
-      write_json(self._path, self._values)
-    return self._values[name]
-
-
-def write_images(folder: pathlib.Path, source_folder: str, choices: Choices) -> int:
-  """Writes small RGB copies as train/CLASS/*.png and val/CLASS/*.png.
+def write_images(
+  folder: pathlib.Path, source_folder: str, choices: Choices, most: int
+) -> int:
+  """Writes small RGB copies of `most` images as train/CLASS/*.png and val/CLASS/*.png.
 
   Returns:
     the side of the images that are trained on.
@@ -117,7 +88,6 @@ def write_images(folder: pathlib.Path, source_folder: str, choices: Choices) -> 
   if folder.exists():
     return size
   logging.info("%s: %s", name, found)
-  most = max(FEWEST, int(IMAGES_A_MINUTE * choices.minutes))
   splits = split(_labels(source), most)
   with atomic_folder(folder) as part:
     written = {
@@ -185,7 +155,9 @@ def _splits(folder: pathlib.Path) -> list[str]:
   return [split for split in ("train", "val") if (folder / split).is_dir()]
 
 
-def _train_tokenizer(workdir: pathlib.Path, size: int, choices: Choices) -> None:
+def _train_tokenizer(
+  workdir: pathlib.Path, size: int, choices: Choices, minutes: float
+) -> None:
   if (workdir / "tokenizer" / "bundle" / bundle.CONFIG).exists():
     return
 
@@ -196,13 +168,13 @@ def _train_tokenizer(workdir: pathlib.Path, size: int, choices: Choices) -> None
 
   def choose() -> int:
     recipe = build(TokenizerRecipe, _quiet(config))
-    return steps_in_time("tokenizer", train_tokenizer.make_task(recipe), choices)
+    return _steps("tokenizer", train_tokenizer.make_task(recipe), minutes)
 
   steps = choices.get("tokenizer_steps", choose)
   train_tokenizer.train(config(steps), workdir / "tokenizer")
 
 
-def _train_gpt(workdir: pathlib.Path, choices: Choices) -> None:
+def _train_gpt(workdir: pathlib.Path, choices: Choices, minutes: float) -> None:
   if (workdir / "gpt" / "bundle" / bundle.CONFIG).exists():
     return
 
@@ -211,9 +183,16 @@ def _train_gpt(workdir: pathlib.Path, choices: Choices) -> None:
 
   def choose() -> int:
     task = train_gpt.make_task(build(GPTRecipe, _quiet(config)))
-    return steps_in_time("gpt", task, choices)
+    return _steps("gpt", task, minutes)
 
   train_gpt.train(config(choices.get("gpt_steps", choose)), workdir / "gpt")
+
+
+def _steps(name: str, task: Task, minutes: float) -> int:
+  """Returns how many steps a training takes in its share of the minutes."""
+  epoch = len(task.stream.source) / task.stream.batch_size
+  most = min(MOST_STEPS[name], int(MOST_EPOCHS * epoch))
+  return steps_in_time(name, task, SHARES[name] * minutes * 60, most)
 
 
 def _quiet(config: Any) -> ml_collections.ConfigDict:
@@ -229,34 +208,6 @@ def _quiet(config: Any) -> ml_collections.ConfigDict:
 def _small() -> bool:
   """Returns whether only CPUs are here, for which the small models are."""
   return jax.default_backend() == "cpu"
-
-
-def steps_in_time(name: str, task: Task, choices: Choices) -> int:
-  """Returns how many steps a training takes in its share of the minutes."""
-  seconds = seconds_a_step(task)
-  budget = MARGIN * SHARES[name] * choices.minutes * 60
-  epoch = len(task.stream.source) / task.stream.batch_size
-  most = min(MOST_STEPS[name], int(MOST_EPOCHS * epoch))
-  steps = max(FEWEST_STEPS, min(int(budget / seconds), most))
-  logging.info("%s: %.2f s a step, so %d steps", name, seconds, steps)
-  return steps
-
-
-def seconds_a_step(task: Task) -> float:
-  """Returns the median time of a few steps, compiled before, on the first batch."""
-  mesh = make_mesh()
-  logging.info("timing a few steps; compiling them first")
-  with jax.set_mesh(mesh):
-    abstract = abstract_state(task.init, mesh)
-    state = init_state(task.init, jax.random.key(0), abstract)
-    batch = next(task.stream.batches(mesh, 0))
-    step, times = jax.jit(task.phase_at(0).step, donate_argnums=0), []
-    for _ in range(1 + TIMED_STEPS):
-      started = time.perf_counter()
-      state, metrics = step(state, batch)
-      jax.block_until_ready(metrics)
-      times.append(time.perf_counter() - started)
-  return statistics.median(times[1:])
 
 
 def _extract(workdir: pathlib.Path, split: str, size: int) -> None:

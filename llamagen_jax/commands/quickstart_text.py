@@ -54,8 +54,8 @@ PHRASINGS = (
   "{colour} {digit} on {ground} paper",
   "on a {ground} ground there is a {colour} {digit}",
 )
-VOCABULARY = 110  # pieces of words
-T5 = T5Config(VOCABULARY, dim=64, layers=2, heads=4, head_dim=16, ffn_dim=128)
+# 110 pieces of words.
+T5 = T5Config(110, dim=64, layers=2, heads=4, head_dim=16, ffn_dim=128)
 TOKENS = 12
 # Of the features. The transformer's embedder starts with small weights; from features
 # of scale 1 it learns what the words mean four times more slowly.
@@ -146,29 +146,29 @@ def write_images(folder: pathlib.Path, digits: pathlib.Path) -> None:
           stem.with_suffix(".txt").write_text(triple.caption)
 
 
-def write_t5(folder: pathlib.Path, captions: list[str]) -> None:
-  """A T5 folder: fixed random weights, a vocabulary of the captions' pieces."""
+def write_t5(folder: pathlib.Path, config: T5Config, captions: list[str]) -> None:
+  """Writes a T5 of fixed random weights, and a vocabulary of the captions' pieces."""
   import sentencepiece
 
   if folder.exists():
     return
-  params = jax.device_get(unbox(init_t5(T5, jax.random.key(0))))
+  params = jax.device_get(unbox(init_t5(config, jax.random.key(0))))
   layers = dict(params["layers"])
   # Small queries and keys, large position biases -> a word's vector depends most on the
   # word itself, and less on its neighbours, the less the farther they are.
   layers["qkv"] = layers["qkv"] * np.array([0.3, 0.3, 1.0]).reshape(1, 1, 3, 1, 1)
   layers["out"], layers["ffn_out"] = layers["out"] / 2, layers["ffn_out"] / 2
-  bias = params["position_bias"] * T5.dim**0.5
+  bias = params["position_bias"] * config.dim**0.5
   norm = params["norm"] * FEATURE_SCALE
   params |= {"layers": layers, "position_bias": bias, "norm": norm}
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(captions), model_writer=model, model_type="bpe",
-    vocab_size=VOCABULARY, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+    vocab_size=config.vocab_size, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
     hard_vocab_limit=False, minloglevel=2,
   )  # fmt: skip
   with atomic_folder(folder) as part:
-    save_t5(part, T5, params)
+    save_t5(part, config, params)
     (part / SENTENCEPIECE).write_bytes(model.getvalue())
 
 
@@ -188,9 +188,9 @@ def run(workdir: pathlib.Path, config: str, samples: int, step, train) -> dict:
     })  # fmt: skip
   with step("text", "captions to shards, codes and features"):
     texts = sorted((coloured / "train").glob("*.txt"))
-    write_t5(workdir / "t5", [path.read_text() for path in texts])
+    write_t5(workdir / "t5", T5, [path.read_text() for path in texts])
     for split in ("train", "val"):
-      _extract(workdir, split)
+      extract_pairs(workdir, coloured / split, SIDE, TOKENS)
   with step("gpt", "train the transformer on codes and features"):
     train(gpt_train, "t2i_digits", config, workdir / "gpt", {
         "codes": f"{workdir}/codes/train", "texts": f"{workdir}/features/train",
@@ -200,22 +200,25 @@ def run(workdir: pathlib.Path, config: str, samples: int, step, train) -> dict:
     return judge(workdir, samples)
 
 
-def _extract(workdir: pathlib.Path, split: str) -> None:
-  captions = workdir / "captions" / split
+def extract_pairs(
+  workdir: pathlib.Path, images: pathlib.Path, side: int, tokens: int
+) -> None:
+  """Writes caption shards, codes and features of a folder of images with captions."""
+  split = images.name
+  captions, codes = workdir / "captions" / split, workdir / "codes" / split
   prepare(
-    f"folder:{workdir}/coloured/{split}", captions, keys=FieldNames(), images="",
-    min_side=SIDE, shard_count=4, workers=1,
+    f"folder:{images}", captions, keys=FieldNames(), images="", min_side=side,
+    shard_count=4, workers=1,
   )  # fmt: skip
-  codes = workdir / "codes" / split
   if not (codes / "manifest.json").exists():
     spec = f"captions:{captions}"
     extract(
       Encoder(workdir / "tokenizer" / "bundle"), open_source(spec), spec, codes,
-      CropSet(SIDE, "center", (1.0,), mirror=False), shards=2, batch_size=200,
-      decoder=ImageDecoder(SIDE), max_bad_share=0.0, workers=0,
+      CropSet(side, "center", (1.0,), mirror=False), shards=2, batch_size=200,
+      decoder=ImageDecoder(side), max_bad_share=0.0, workers=0,
     )  # fmt: skip
   extract_text(
-    workdir / "t5", captions, workdir / "features" / split, tokens=TOKENS,
+    workdir / "t5", captions, workdir / "features" / split, tokens=tokens,
     batch_size=512, dtype="float32",
   )  # fmt: skip
 

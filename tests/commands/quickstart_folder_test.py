@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw
 import pytest
 
 from llamagen_jax import UserError
-from llamagen_jax.commands import cli, quickstart_folder
-from llamagen_jax.commands.quickstart_folder import Choices
+from llamagen_jax.commands import budget, cli, quickstart_folder
+from llamagen_jax.commands.budget import Choices
 from llamagen_jax.data.sources import NO_LABEL, open_source
 
 HIDDEN = (255, 200, 0, 0)  # the colour below what is transparent
@@ -35,8 +35,8 @@ def images(tmp_path_factory):
 
 
 def test_copies_are_opaque_split_and_of_every_class(images, tmp_path):
-  choices = Choices(tmp_path, str(images), 20.0)
-  size = quickstart_folder.write_images(tmp_path / "images", str(images), choices)
+  choices = Choices(tmp_path, {"folder": str(images), "minutes": 20.0})
+  size = quickstart_folder.write_images(tmp_path / "images", str(images), choices, 5000)
   assert size == 64
   keys = {}
   for split, count in (("train", 180), ("val", 20)):
@@ -55,9 +55,9 @@ def test_large_images_become_small_and_flat_folders_one_class(tmp_path):
     path = tmp_path / "flat" / f"{index}.jpg"
     path.parent.mkdir(exist_ok=True)
     Image.new("RGB", (600, 400), (0, 20 * index, 0)).save(path)
-  choices = Choices(tmp_path, "flat", 20.0)
+  choices = Choices(tmp_path, {"folder": "flat", "minutes": 20.0})
   folder = tmp_path / "images"
-  assert quickstart_folder.write_images(folder, f"{tmp_path}/flat", choices) == 64
+  assert quickstart_folder.write_images(folder, f"{tmp_path}/flat", choices, 5000) == 64
   source = open_source(f"folder:{folder}/train")
   assert (source.class_names, len(source)) == (("images",), 11)
   with Image.open(next((folder / "train/images").iterdir())) as image:
@@ -75,18 +75,22 @@ def test_every_class_gives_as_many_images_as_it_can():
 
 def test_too_few_images_are_refused(tmp_path):
   Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-  choices = Choices(tmp_path / "w", "x", 20.0)
+  choices = Choices(tmp_path / "w", {"folder": "x", "minutes": 20.0})
   with pytest.raises(UserError, match="1 usable images, expected at least 8"):
-    quickstart_folder.write_images(tmp_path / "w" / "i", str(tmp_path), choices)
+    quickstart_folder.write_images(tmp_path / "w" / "i", str(tmp_path), choices, 5000)
 
 
 def test_choices_are_made_once_and_for_one_folder(tmp_path):
-  assert Choices(tmp_path, "a", 20.0).get("steps", lambda: 7) == 7
-  assert Choices(tmp_path, "a", 20.0).get("steps", lambda: 8) == 7
+  assert (
+    Choices(tmp_path, {"folder": "a", "minutes": 20.0}).get("steps", lambda: 7) == 7
+  )
+  assert (
+    Choices(tmp_path, {"folder": "a", "minutes": 20.0}).get("steps", lambda: 8) == 7
+  )
   with pytest.raises(UserError, match="--folder=a, not b"):
-    Choices(tmp_path, "b", 20.0)
+    Choices(tmp_path, {"folder": "b", "minutes": 20.0})
   with pytest.raises(UserError, match=r"--minutes=20\.0, not 5\.0"):
-    Choices(tmp_path, "a", 5.0)
+    Choices(tmp_path, {"folder": "a", "minutes": 5.0})
 
 
 @pytest.mark.parametrize("seconds, steps", [
@@ -94,20 +98,18 @@ def test_choices_are_made_once_and_for_one_folder(tmp_path):
   (1000.0, quickstart_folder.FEWEST_STEPS),
   (1e-3, quickstart_folder.MOST_STEPS["tokenizer"]),
 ])  # fmt: skip
-def test_a_training_takes_its_share_of_the_time(tmp_path, monkeypatch, seconds, steps):
-  monkeypatch.setattr(quickstart_folder, "seconds_a_step", lambda _: seconds)
+def test_a_training_takes_its_share_of_the_time(monkeypatch, seconds, steps):
+  monkeypatch.setattr(budget, "seconds_a_step", lambda _: seconds)
   stream = types.SimpleNamespace(source=range(10**6), batch_size=32)
-  found = quickstart_folder.steps_in_time(
-    "tokenizer", types.SimpleNamespace(stream=stream), Choices(tmp_path, "a", 20.0)
-  )
-  assert found == steps
+  task = types.SimpleNamespace(stream=stream)
+  assert quickstart_folder._steps("tokenizer", task, 20.0) == steps
 
 
 def test_flags_that_do_not_go_together(tmp_path, capsys):
   for flag in ("--text", "--fast"):
     command = ["quickstart", "--folder=x", flag, f"--workdir={tmp_path}/w"]
     assert cli.run(command) == 2
-    assert "--folder has neither" in capsys.readouterr().err
+    assert "--folder has no" in capsys.readouterr().err
   assert cli.run(["quickstart", f"--folder={tmp_path}/x", f"--workdir={tmp_path}/w"])
   assert "no such folder" in capsys.readouterr().err
 
@@ -142,8 +144,8 @@ def test_codes_and_samples_go_where_the_next_step_looks(images, tmp_path, monkey
   called = mock.create_autospec(quickstart_folder.extract)
   monkeypatch.setattr(quickstart_folder, "extract", called)
   monkeypatch.setattr(quickstart_folder, "Encoder", lambda folder: folder)
-  choices = Choices(tmp_path, str(images), 20.0)
-  quickstart_folder.write_images(tmp_path / "images", str(images), choices)
+  choices = Choices(tmp_path, {"folder": str(images), "minutes": 20.0})
+  quickstart_folder.write_images(tmp_path / "images", str(images), choices, 5000)
   quickstart_folder._extract(tmp_path, "val", 64)
   (encoder, source, spec, out, crops), settings = called.call_args
   assert encoder == tmp_path / "tokenizer" / "bundle"

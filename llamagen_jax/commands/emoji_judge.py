@@ -1,0 +1,144 @@
+"""Which real emoji a drawn one is nearest to: the judge of `quickstart --emoji`.
+
+A small network learns to tell the training emoji apart, each a class of its own, while
+they are moved, scaled, blurred and noisy. Its features then compare drawn emoji with
+all real ones, those that nobody was trained on as well. It never sees a drawn emoji.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+SIDE = 32  # pixels that the network looks at
+FEATURES = 128
+BATCH = 128
+LEARNING_RATE = 3e-3
+SHARPNESS = 16.0  # of the softmax over cosines
+LARGEST_SHIFT = 1  # pixels
+LARGEST_SCALE = 0.05
+NOISE = 0.04  # standard deviation, of values in [0, 1]
+LARGEST_BLUR = 0.9  # standard deviation, pixels
+BLUR_REACH = 2  # pixels
+
+
+class EmojiNetwork(nn.Module):
+  """Images [B, 32, 32, 3] in [0, 1] -> unit features [B, 128]."""
+
+  @nn.compact
+  def __call__(self, images):
+    x = images - 0.5
+    for width in (32, 64, 128):
+      x = nn.Conv(width, (3, 3), use_bias=False)(x)
+      x = nn.relu(nn.GroupNorm(num_groups=8)(x))
+      x = nn.max_pool(x, (2, 2), (2, 2))
+    x = nn.Dense(FEATURES)(x.reshape(len(x), -1))
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def shrink(images: np.ndarray) -> np.ndarray:
+  """Returns uint8 images [B, S, S, 3] as float32 [B, 32, 32, 3] in [0, 1]."""
+  shape = (len(images), SIDE, SIDE, 3)
+  values = images.astype(np.float32) / 255
+  return np.asarray(jax.image.resize(values, shape, "linear", antialias=True))
+
+
+def disturb(images: jax.Array, key: jax.Array) -> jax.Array:
+  """Moves, scales, blurs and adds noise to images [B, 32, 32, 3], each in its way."""
+  shift_key, scale_key, blur_key, noise_key = jax.random.split(key, 4)
+  count = len(images)
+  scale = 1 + jax.random.uniform(scale_key, (count, 1), minval=-1) * LARGEST_SCALE
+  shift = jax.random.uniform(shift_key, (count, 2), minval=-1) * LARGEST_SHIFT
+  middle = SIDE / 2 * (1 - scale)
+
+  def move(image, scale, translation):
+    shape, axes = (SIDE, SIDE, 3), (0, 1)
+    inked = 1 - image  # what moves in from outside is white
+    scales = jnp.broadcast_to(scale, (2,))
+    moved = jax.image.scale_and_translate(
+      inked, shape, axes, scales, translation, "linear"
+    )
+    return 1 - moved
+
+  images = jax.vmap(move)(images, scale, shift + middle)
+  sigma = jax.random.uniform(blur_key, (count, 1), minval=0.05) * LARGEST_BLUR
+  offsets = jnp.arange(-BLUR_REACH, BLUR_REACH + 1)
+  kernel = jax.nn.softmax(-(offsets**2) / (2 * sigma**2), axis=-1)
+  for axis in (1, 2):
+    images = sum(
+      kernel[:, i, None, None, None] * jnp.roll(images, offset, axis)
+      for i, offset in enumerate(range(-BLUR_REACH, BLUR_REACH + 1))
+    )
+  return images + NOISE * jax.random.normal(noise_key, images.shape)
+
+
+def fit(images: np.ndarray, *, epochs: int, seed: int) -> Any:
+  """Fits the network on uint8 images [N, S, S, 3], each its own class."""
+  x, network = shrink(images), EmojiNetwork()
+  batch = min(BATCH, len(x))
+  steps = epochs * (len(x) // batch)
+  optimizer = optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, steps))
+  keys = jax.random.split(jax.random.key(seed), 3)
+  classes = jax.random.normal(keys[1], (len(x), FEATURES))
+  params = {"network": network.init(keys[0], x[:1])["params"], "classes": classes}
+
+  def loss_fn(params, x, rows, key):
+    features = network.apply({"params": params["network"]}, disturb(x, key))
+    classes = params["classes"]
+    classes /= jnp.linalg.norm(classes, axis=-1, keepdims=True)
+    logits = SHARPNESS * features @ classes.T
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, rows))
+
+  @jax.jit
+  def step(params, state, x, rows, key):
+    updates, state = optimizer.update(
+      jax.grad(loss_fn)(params, x, rows, key), state, params
+    )
+    return optax.apply_updates(params, updates), state
+
+  state, rng = optimizer.init(params), np.random.default_rng(seed)
+  for epoch in range(epochs):
+    order = rng.permutation(len(x))
+    for start in range(0, len(x) - batch + 1, batch):
+      rows = order[start : start + batch]
+      key = jax.random.fold_in(keys[2], epoch * len(x) + start)
+      params, state = step(params, state, x[rows], rows, key)
+  return params["network"]
+
+
+def features(params: Any, images: np.ndarray) -> np.ndarray:
+  """Returns unit features float32 [N, 128] of uint8 images [N, S, S, 3]."""
+  return _features(params, shrink(images))
+
+
+def _features(params: Any, x: np.ndarray) -> np.ndarray:
+  parts = (_apply(params, x[i : i + 500]) for i in range(0, len(x), 500))
+  return np.concatenate([np.asarray(part) for part in parts])
+
+
+@jax.jit
+def _apply(params, x):
+  return EmojiNetwork().apply({"params": params}, x)
+
+
+def ranks(drawn: np.ndarray, real: np.ndarray, right: np.ndarray) -> np.ndarray:
+  """Returns how many real emoji are nearer than the right one, 0 for none, [N].
+
+  Args:
+    drawn: features [N, F].
+    real: features [R, F]. Emoji that are drawn alike, as some flags, have equal ones.
+    right: rows of `real`, [N].
+  """
+  cosines = drawn @ real.T
+  own = cosines[np.arange(len(drawn)), right]
+  return np.sum(cosines > own[:, None] + 1e-6, axis=1)
+
+
+def jittered_accuracy(params: Any, images: np.ndarray, seed: int) -> float:
+  """Returns the share of disturbed real emoji that are nearest to themselves."""
+  x = np.asarray(jax.jit(disturb)(shrink(images), jax.random.key(seed)))
+  found = ranks(_features(params, x), features(params, images), np.arange(len(x)))
+  return float(np.mean(found == 0))
