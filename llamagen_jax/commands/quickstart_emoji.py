@@ -16,6 +16,7 @@ from PIL import Image
 
 from llamagen_jax.commands import emoji_judge
 from llamagen_jax.commands.budget import FEWEST_STEPS, Choices, steps_in_time
+from llamagen_jax.commands.generation import EXAMPLES
 from llamagen_jax.commands.quickstart_text import extract_pairs, write_t5
 from llamagen_jax.configs import (  # pyright: ignore[reportMissingImports]
   t2i_emoji,
@@ -25,7 +26,7 @@ from llamagen_jax.data.emoji import SPLITS, Emoji, attribution, read_emoji, writ
 from llamagen_jax.evaluation.reconstruction import Reconstruction, reconstruct
 from llamagen_jax.images import grid, save_png
 from llamagen_jax.sampling.sample import sample
-from llamagen_jax.storage import read_json, write_json
+from llamagen_jax.storage import read_json, write_json, write_text
 from llamagen_jax.text.t5 import T5Config
 from llamagen_jax.training import train_gpt, train_tokenizer
 from llamagen_jax.training.gpt_step import GPTRecipe
@@ -44,6 +45,7 @@ JUDGE_EPOCHS = 12
 SAMPLES = 300  # names of training, drawn once each
 COLOUR_SAMPLES = 8  # of every shape in a colour that it never had
 BATCH = 100
+DEMO_PROMPTS = ("a red heart", "a flag of Japan", "a woman firefighter with dark skin")
 COPY = 10.0  # grey levels, root mean square
 COLUMNS, SHOWN = 10, {"seen": 50, "tones": 10, "colours": 10}
 
@@ -69,6 +71,7 @@ def run(
     tokens = t2i_emoji.get_config().model.caption_tokens
     for split in ("train", "val"):
       extract_pairs(workdir, images / split, side, tokens)
+  write_text(workdir / EXAMPLES, "\n".join(DEMO_PROMPTS))
   with step("gpt", "train the transformer on codes and features"):
     _train_gpt(workdir, choices, minutes, fast)
   path = workdir / "metrics.json"

@@ -22,7 +22,7 @@ from absl import logging
 import jax
 
 from llamagen_jax.commands import arguments
-from llamagen_jax.commands.generation import for_decoding
+from llamagen_jax.commands.generation import EXAMPLES, for_decoding
 from llamagen_jax.errors import UserError
 from llamagen_jax.options import option
 from llamagen_jax.parallel.mesh import make_mesh
@@ -141,6 +141,10 @@ class ServeOptions(Options):
   demo: bool | None = option(
     "serve the web page at /demo; default: if gradio is installed", None
   )
+  example: tuple[str, ...] = option(
+    "prompts that the web page offers; default: those of --workdir, or of landscapes",
+    (), unit="PROMPT",
+  )  # fmt: skip
   store: str | None = option(
     "keeps images that have a URL; default: memory, for an hour", None, unit="FOLDER"
   )
@@ -203,9 +207,9 @@ def main(argv: Sequence[str]) -> None:
     where = f"http://{args.address}:{listening.getsockname()[1]}"
     print(f"{', '.join(service.models)} at {where}/v1/images/generations", flush=True)
     if args.demo:
-      from llamagen_jax.serving.demo import PATH, mount_demo
+      from llamagen_jax.serving.demo import PATH, PROMPTS, mount_demo
 
-      mount_demo(app, service, key)
+      mount_demo(app, service, key, args.example or PROMPTS)
       print(f"demo at {where}{PATH}", flush=True)
     elif args.demo is None:
       print("no demo: it needs pip install 'llamagen_jax[demo]'", flush=True)
@@ -268,12 +272,14 @@ def _complete(args: ServeOptions) -> ServeOptions:
     if args.gpt or args.tokenizer or args.t5:
       raise UserError("--workdir stands for --gpt, --tokenizer and --t5: give one kind")
     workdir = pathlib.Path(args.workdir).expanduser()
-    encoder = workdir / "t5"
+    encoder, examples = workdir / "t5", workdir / EXAMPLES
     found = {part: (str(workdir / part / "bundle"),) for part in ("gpt", "tokenizer")}
     found |= {
       "t5": str(encoder) if encoder.exists() else "",
       "name": args.name or (workdir.resolve().name,),
     }
+    if examples.exists() and not args.example:
+      found["example"] = tuple(examples.read_text().splitlines())
   elif not args.gpt or not args.tokenizer:
     raise UserError("expected --gpt and --tokenizer, or --workdir of a quickstart")
   installed = importlib.util.find_spec("gradio") is not None

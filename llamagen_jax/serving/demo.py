@@ -38,8 +38,14 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def mount_demo(app: FastAPI, service: Service, api_key: str = "") -> None:
-  """Adds the demo to a server; with a key it asks for it as a password."""
+def mount_demo(
+  app: FastAPI, service: Service, api_key: str = "", prompts: Sequence[str] = PROMPTS
+) -> None:
+  """Adds the demo to a server; with a key it asks for it as a password.
+
+  Args:
+    prompts: examples, where the default model takes captions.
+  """
 
   def knows(user: str, password: str) -> bool:
     return hmac.compare_digest(password.encode(), api_key.encode())
@@ -50,7 +56,7 @@ def mount_demo(app: FastAPI, service: Service, api_key: str = "") -> None:
 
   gr.mount_gradio_app(
     app,
-    make_demo(service, KEY if api_key else ""),
+    make_demo(service, KEY if api_key else "", prompts),
     PATH,
     auth=knows if api_key else None,
     auth_message=f"User {USER}, and the API key as password.",
@@ -64,7 +70,9 @@ def mount_demo(app: FastAPI, service: Service, api_key: str = "") -> None:
   )
 
 
-def make_demo(service: Service, key: str = "") -> gr.Blocks:
+def make_demo(
+  service: Service, key: str = "", prompts: Sequence[str] = PROMPTS
+) -> gr.Blocks:
   """Returns the page of the default model.
 
   Gradio runs its functions in the server's own event loop.
@@ -74,14 +82,14 @@ def make_demo(service: Service, key: str = "") -> gr.Blocks:
     gr.Markdown(_heading(model), elem_id="heading")
     with gr.Row():
       with gr.Column(scale=2, min_width=280):
-        subject = _subject(model)
+        subject = _subject(model, prompts)
         with gr.Tabs():
           with gr.Tab("Generate"):
             generate, stop = _start_and_stop("Generate")
             with gr.Row(elem_id="examples"):
               examples = [
                 (gr.Button(label, size="sm", variant="secondary"), value)
-                for label, value in _examples(model)
+                for label, value in _examples(model, prompts)
               ]
           if service.limits.upload_bytes:
             with gr.Tab("Edit"):
@@ -284,10 +292,10 @@ def _heading(model: ImageModel) -> str:
   return f"# LlamaGen\n{model.name}: {width} x {height} pixels, from {kind}."
 
 
-def _subject(model: ImageModel) -> gr.components.Component:
+def _subject(model: ImageModel, prompts: Sequence[str]) -> gr.components.Component:
   """Returns the input for the text, or for one of the classes."""
   if model.of_captions:
-    return gr.Textbox(PROMPTS[0], label="Prompt", lines=2, elem_id="subject")
+    return gr.Textbox(prompts[0], label="Prompt", lines=2, elem_id="subject")
   choices = [(_choice(model, label), label) for label in range(model.classes)]
   return gr.Dropdown(
     choices, value=0, label="Class", filterable=True, elem_id="subject"
@@ -334,10 +342,10 @@ def _title(model: ImageModel, subject: Any) -> str:
   return shown_name(model.gpt.class_names, subject) or f"class {subject}"
 
 
-def _examples(model: ImageModel) -> list[tuple[str, Any]]:
+def _examples(model: ImageModel, prompts: Sequence[str]) -> list[tuple[str, Any]]:
   """Returns labels of buttons, and the subject that each generates."""
   if model.of_captions:
-    return [(prompt, prompt) for prompt in PROMPTS]
+    return [(prompt, prompt) for prompt in prompts]
   labels = dict.fromkeys(int(model.classes * share) for share in (0.1, 0.3, 0.5, 0.8))
   return [(_choice(model, label), label) for label in labels]
 

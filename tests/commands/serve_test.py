@@ -3,6 +3,7 @@
 import base64
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import os
@@ -21,7 +22,7 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 
 import llamagen_jax as lg  # noqa: E402
-from llamagen_jax.commands import cli  # noqa: E402
+from llamagen_jax.commands import cli, serve  # noqa: E402
 from llamagen_jax.serving import http_server  # noqa: E402
 from tests.sampling import fid_batch_test  # noqa: E402
 
@@ -155,6 +156,14 @@ def test_bad_flags(flags, words, capsys, tmp_path, monkeypatch):
   assert cli.run(["serve", "--port=0", *flags.split()]) == 2
   error = capsys.readouterr().err
   assert words in error and error.count("\n") == 1
+
+
+def test_the_examples_of_a_workdir_are_offered_unless_others_are_given(tmp_path):
+  (tmp_path / "examples.txt").write_text("a red heart\na cat\n")
+  options = serve.ServeOptions(workdir=str(tmp_path))
+  assert serve._complete(options).example == ("a red heart", "a cat")
+  options = dataclasses.replace(options, example=("a dog",))
+  assert serve._complete(options).example == ("a dog",)
 
 
 def test_two_models_that_share_a_tokenizer(saved):
