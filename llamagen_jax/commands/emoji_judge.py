@@ -68,10 +68,10 @@ def disturb(images: jax.Array, key: jax.Array) -> jax.Array:
   offsets = jnp.arange(-BLUR_REACH, BLUR_REACH + 1)
   kernel = jax.nn.softmax(-(offsets**2) / (2 * sigma**2), axis=-1)
   for axis in (1, 2):
-    images = sum(
-      kernel[:, i, None, None, None] * jnp.roll(images, offset, axis)
-      for i, offset in enumerate(range(-BLUR_REACH, BLUR_REACH + 1))
+    shifted = jnp.stack(
+      [jnp.roll(images, -o, axis) for o in range(-BLUR_REACH, BLUR_REACH + 1)]
     )
+    images = jnp.einsum("bo,obhwc->bhwc", kernel, shifted)
   return images + NOISE * jax.random.normal(noise_key, images.shape)
 
 
