@@ -19,14 +19,14 @@ from llamagen_jax.training.recipe import parse_arg
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """`steps=`, `fast`."""
-  arg = parse_arg(arg, steps=3000, fast=False)
+  arg = parse_arg(arg, steps=2000, fast=False)
   steps = 5 if arg.fast else arg.steps
   config = ml_collections.ConfigDict()
   model = GPTConfig(
     layers=4,
-    heads=4,
+    heads=8,  # a word each for some of them
     dim=128,
-    grid=12,
+    grid=8,
     vocab_size=1024,
     ffn_multiple=32,
     condition="caption",
@@ -54,7 +54,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "weight_decay": 0.05,
     "clip": 1.0,
   }
-  config.sampling = {"guidance_scale": 2.5, "top_p": 0.7}
+  # A model that knows most of its images by heart is best without guidance: of 300 seen
+  # names 11 % are drawn right, and 1 % at guidance 2 and top-p 0.7.
+  config.sampling = {"guidance_scale": 1.0, "top_p": 0.2}
   config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "slices": -1}
   config.run = {
     "steps": steps,

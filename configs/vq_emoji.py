@@ -1,4 +1,4 @@
-"""VQ tokenizer for 48x48 emoji, of `quickstart --emoji`.
+"""VQ tokenizer for 32x32 emoji, of `quickstart --emoji`.
 
 llamagen train-tokenizer --config=configs/vq_emoji.py \\
     --config.data.source=folder:quickstart_emoji/emoji/train \\
@@ -17,11 +17,11 @@ from llamagen_jax.training.recipe import parse_arg
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """`steps=`, `fast`."""
-  arg = parse_arg(arg, steps=1100, fast=False)
+  arg = parse_arg(arg, steps=2000, fast=False)
   steps = 5 if arg.fast else arg.steps
   config = ml_collections.ConfigDict()
   model = TokenizerConfig(
-    channel_multipliers=(1, 1, 2),  # downsample 4: 144 codes an emoji
+    channel_multipliers=(1, 1, 2),  # downsample 4: 64 codes an emoji
     width=16,
     res_blocks=1,
     latent_width=32,
@@ -36,7 +36,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.data = {
     "source": "folder:quickstart_emoji/emoji/train",
     "eval_source": "folder:quickstart_emoji/emoji/val",
-    "image_size": 48,
+    "image_size": 32,
     "batch_size": 32,
     "max_resize": 1.1,
     "random_flip": False,

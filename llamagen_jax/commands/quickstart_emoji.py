@@ -38,14 +38,14 @@ from llamagen_jax.weights.t5 import load_t5
 # 1500 pieces of words: most names are made of whole ones.
 T5 = T5Config(1500, dim=128, layers=2, heads=4, head_dim=32, ffn_dim=256)
 FAST_T5 = dataclasses.replace(T5, vocab_size=200)
-SHARES = {"tokenizer": 0.35, "gpt": 0.45}  # of the minutes; the rest is for the others
+SHARES = {"tokenizer": 0.35, "gpt": 0.5}  # of the minutes; the rest is for the others
 MOST_STEPS = 100_000
 FAST_EMOJI = 40  # of every split, in a smoke run
 JUDGE_EPOCHS = 12
 SAMPLES = 300  # names of training, drawn once each
 COLOUR_SAMPLES = 8  # of every shape in a colour that it never had
 BATCH = 100
-DEMO_PROMPTS = ("a red heart", "a flag of Japan", "a woman firefighter with dark skin")
+DEMO_PROMPTS = ("red heart", "flag of Japan", "woman firefighter with dark skin")
 COPY = 10.0  # grey levels, root mean square
 COLUMNS, SHOWN = 10, {"seen": 50, "tones": 10, "colours": 10}
 
@@ -168,7 +168,7 @@ class Judge:
 
   def draw(self, rows: np.ndarray, **sampling: float) -> np.ndarray:
     """Samples emoji of the names of rows, uint8 [N, S, S, 3]."""
-    prompts = [self.emoji[row].captions()[1] for row in rows]
+    prompts = [self.emoji[row].phrase for row in rows]
     return sample(
       self._gpt, self._tokenizer, prompts=prompts, text_encoder=self._encoder,
       batch_size=BATCH, **sampling,
@@ -200,7 +200,7 @@ class Judge:
       images += [*drawn[kind][chosen]]
       names = [self.emoji[row].phrase for row in self.asked[kind][chosen]]
       labels += names if kind == "seen" else [f"unseen: {name}" for name in names]
-    sheet = grid(np.stack(images), columns=COLUMNS, labels=labels, zoom=3)
+    sheet = grid(np.stack(images), columns=COLUMNS, labels=labels, zoom=4)
     save_png(self._workdir / "samples.png", sheet)
 
 
@@ -249,6 +249,6 @@ def print_table(m: dict[str, float], workdir: pathlib.Path, seconds: float) -> N
   print(
     f"\nLook at {workdir}/samples.png\nMore: llamagen sample --workdir={workdir}/gpt"
     f" --tokenizer={workdir}/tokenizer/bundle --t5={workdir}/t5"
-    ' --prompts="a red heart" --out=x.png\n'
+    ' --prompts="red heart" --out=x.png\n'
     f"A server: llamagen serve --workdir={workdir} --demo"
   )

@@ -29,12 +29,6 @@ FEATURES = ("skin tone", "hair", "beard", "bald")  # what a person has, in names
 # The middle of the drawings, whose 72 units end in a margin that 5 % of them reach.
 MIDDLE = 'viewBox="4 4 64 64"'
 LINE = re.compile(r"([0-9A-F ]+?) +; fully-qualified +# \S+ E[\d.]+ (.+)")
-PHRASINGS = (
-  "{name}",
-  "{article} {name}",
-  "{name} emoji",
-  "an emoji of {article} {name}",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +69,6 @@ class Emoji:
     features = [_feature(part) for part in parts if part.endswith(FEATURES)]
     phrase = f"{head} of {_joined(people)}" if people else head
     return f"{phrase} with {_joined(features)}" if features else phrase
-
-  def captions(self) -> list[str]:
-    """Returns the phrase in each of the PHRASINGS."""
-    name = self.phrase
-    article = "an" if name[0].lower() in "aeiou" else "a"
-    return [phrasing.format(name=name, article=article) for phrasing in PHRASINGS]
 
 
 def _hash(text: str) -> int:
@@ -179,7 +167,7 @@ def draw(path: pathlib.Path, side: int) -> Image.Image:
 
 
 def write_emoji(folder: pathlib.Path, side: int, per_split: int | None = None) -> None:
-  """Writes SPLIT/GROUP/CODE.png with CODE.txt, a caption, and the attribution.
+  """Writes SPLIT/GROUP/CODE.png with CODE.txt, its phrase, and the attribution.
 
   Args:
     per_split: so many emoji of every split, spread over all; default: each of them.
@@ -197,8 +185,7 @@ def write_emoji(folder: pathlib.Path, side: int, per_split: int | None = None) -
         path = part / split / group_folder(e.group) / f"{e.code}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         draw(drawing(drawings, e), side).save(path)
-        caption = e.captions()[_hash(e.code) % len(PHRASINGS)]
-        path.with_suffix(".txt").write_text(caption)
+        path.with_suffix(".txt").write_text(e.phrase)
 
 
 def group_folder(group: str) -> str:

@@ -36,11 +36,6 @@ def test_names_become_phrases(name, phrase):
   assert Emoji("0", name, "").phrase == phrase
 
 
-def test_captions_have_the_right_article():
-  assert Emoji("0", "ant", "").captions()[1] == "an ant"
-  assert Emoji("0", "red heart", "").captions()[1] == "a red heart"
-
-
 def test_one_tone_of_every_person_is_held_out(all_emoji):
   toned = [e for e in all_emoji if e.tone]
   held_out = [e for e in toned if e.split == "tones"]
