@@ -71,7 +71,8 @@ def run(
     tokens = t2i_emoji.get_config().model.caption_tokens
     for split in ("train", "val"):
       extract_pairs(workdir, images / split, side, tokens)
-  write_text(workdir / EXAMPLES, "\n".join(DEMO_PROMPTS))
+    if not (workdir / EXAMPLES).exists():
+      write_text(workdir / EXAMPLES, "\n".join(DEMO_PROMPTS))
   with step("gpt", "train the transformer on codes and features"):
     _train_gpt(workdir, choices, minutes, fast)
   path = workdir / "metrics.json"
