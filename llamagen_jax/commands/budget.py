@@ -8,12 +8,15 @@ from typing import Any
 
 from absl import logging
 import jax
+import ml_collections
 
 from llamagen_jax.errors import UserError
 from llamagen_jax.parallel.mesh import make_mesh
 from llamagen_jax.storage import read_json, write_json
 from llamagen_jax.training.loop import Task
+from llamagen_jax.training.recipe import build
 from llamagen_jax.training.state import abstract_state, init_state
+from llamagen_jax.weights import bundle
 
 CHOICES = "choices.json"
 MARGIN = 0.85  # of its time that a training fills by plan
@@ -42,6 +45,42 @@ class Choices:
       self._values[name] = choose()
       write_json(self._path, self._values)
     return self._values[name]
+
+
+def train(
+  folder: pathlib.Path,
+  trainer: Any,
+  recipe: type,
+  config: Callable[[int], ml_collections.ConfigDict],
+  choices: Choices,
+  steps: Callable[[Task], int],
+) -> None:
+  """Trains into a folder, where that is not done yet.
+
+  Args:
+    trainer: `training.train_gpt` or `training.train_tokenizer`.
+    recipe: what that trainer's configs are built into.
+    config: makes the config for a number of steps.
+    steps: how many steps to train a task; asked once, and kept among the choices.
+  """
+  if (folder / "bundle" / bundle.CONFIG).exists():
+    return
+
+  def choose() -> int:
+    return steps(trainer.make_task(build(recipe, _quiet(config))))
+
+  trainer.train(config(choices.get(f"{folder.name}_steps", choose)), folder)
+
+
+def _quiet(config: Callable[[int], Any]) -> ml_collections.ConfigDict:
+  """Returns a config for timing steps, without a word about its choices."""
+  logger = logging.get_absl_logger()
+  level = logger.level  # not absl's verbosity, which is the root's where none was set
+  logger.setLevel("WARNING")
+  try:
+    return config(FEWEST_STEPS)
+  finally:
+    logger.setLevel(level)
 
 
 def steps_in_time(name: str, task: Task, seconds: float, most: int) -> int:

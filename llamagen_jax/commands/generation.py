@@ -32,10 +32,10 @@ from llamagen_jax.weights.adapter import apply_adapter
 from llamagen_jax.weights.t5 import load_t5
 
 FILES = (".png", ".npz")  # any other name is a folder's
-EXAMPLES = "examples.txt"  # of a quickstart's folder: prompts for the demo, one a line
 OTHER_FILES = (
   ".bmp", ".gif", ".jpeg", ".jpg", ".npy", ".pdf", ".tiff", ".webp", ".zip",
 )  # fmt: skip
+EXAMPLES = "examples.txt"  # of a quickstart's folder: prompts for the demo, one a line
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

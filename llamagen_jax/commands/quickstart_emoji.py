@@ -8,14 +8,15 @@ knows real emoji only says which one a drawn one is nearest to.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import pathlib
 
 import ml_collections
 import numpy as np
 from PIL import Image
 
-from llamagen_jax.commands import emoji_judge
-from llamagen_jax.commands.budget import FEWEST_STEPS, Choices, steps_in_time
+from llamagen_jax.commands import budget, emoji_judge
+from llamagen_jax.commands.budget import Choices
 from llamagen_jax.commands.generation import EXAMPLES
 from llamagen_jax.commands.quickstart_text import extract_pairs, write_t5
 from llamagen_jax.configs import (  # pyright: ignore[reportMissingImports]
@@ -30,7 +31,7 @@ from llamagen_jax.storage import read_json, write_json, write_text
 from llamagen_jax.text.t5 import T5Config
 from llamagen_jax.training import train_gpt, train_tokenizer
 from llamagen_jax.training.gpt_step import GPTRecipe
-from llamagen_jax.training.recipe import build
+from llamagen_jax.training.loop import Task
 from llamagen_jax.training.tokenizer_step import TokenizerRecipe
 from llamagen_jax.weights import bundle
 from llamagen_jax.weights.t5 import load_t5
@@ -40,6 +41,7 @@ T5 = T5Config(1500, dim=128, layers=2, heads=4, head_dim=32, ffn_dim=256)
 FAST_T5 = dataclasses.replace(T5, vocab_size=200)
 SHARES = {"tokenizer": 0.35, "gpt": 0.5}  # of the minutes; the rest is for the others
 MOST_STEPS = 100_000
+FAST_STEPS = 5  # as the configs have it
 FAST_EMOJI = 40  # of every split, in a smoke run
 JUDGE_EPOCHS = 12
 SAMPLES = 300  # names of training, drawn once each
@@ -59,12 +61,22 @@ def run(
     step: the quickstart's own, names each part.
   """
   choices = Choices(workdir, {"emoji": True, "minutes": minutes, "fast": fast})
+
+  def steps(name: str) -> Callable[[Task], int]:
+    if fast:
+      return lambda task: FAST_STEPS
+    seconds = SHARES[name] * minutes * 60
+    return lambda task: budget.steps_in_time(name, task, seconds, MOST_STEPS)
+
   images, side = workdir / "emoji", vq_emoji.get_config().data.image_size
   with step("images", "draw emoji at the size that is learned"):
     write_emoji(images, side, FAST_EMOJI if fast else None)
     print(f"   {attribution()}")
   with step("tokenizer", "train the VQ tokenizer"):
-    _train_tokenizer(workdir, choices, minutes, fast)
+    budget.train(
+      workdir / "tokenizer", train_tokenizer, TokenizerRecipe,
+      functools.partial(_tokenizer_config, workdir, fast), choices, steps("tokenizer"),
+    )  # fmt: skip
   with step("text", "names to shards, codes and features"):
     names = [path.read_text() for path in sorted((images / "train").glob("*/*.txt"))]
     write_t5(workdir / "t5", FAST_T5 if fast else T5, names)
@@ -74,7 +86,10 @@ def run(
     if not (workdir / EXAMPLES).exists():
       write_text(workdir / EXAMPLES, "\n".join(DEMO_PROMPTS))
   with step("gpt", "train the transformer on codes and features"):
-    _train_gpt(workdir, choices, minutes, fast)
+    budget.train(
+      workdir / "gpt", train_gpt, GPTRecipe,
+      functools.partial(_gpt_config, workdir, fast), choices, steps("gpt"),
+    )  # fmt: skip
   path = workdir / "metrics.json"
   if not path.exists():
     with step("judge", "draw emoji of names, seen and unseen, and look for them"):
@@ -83,48 +98,23 @@ def run(
   return read_json(path)
 
 
-def _train_tokenizer(
-  workdir: pathlib.Path, choices: Choices, minutes: float, fast: bool
-) -> None:
-  if (workdir / "tokenizer" / "bundle" / bundle.CONFIG).exists():
-    return
-
-  def config(steps: int) -> ml_collections.ConfigDict:
-    config = vq_emoji.get_config("fast" if fast else f"steps={steps}")
-    config.data.source = f"folder:{workdir}/emoji/train"
-    config.data.eval_source = f"folder:{workdir}/emoji/val"
-    return config
-
-  def choose() -> int:
-    task = train_tokenizer.make_task(build(TokenizerRecipe, config(FEWEST_STEPS)))
-    return steps_in_time(
-      "tokenizer", task, SHARES["tokenizer"] * minutes * 60, MOST_STEPS
-    )
-
-  steps = 0 if fast else choices.get("tokenizer_steps", choose)
-  train_tokenizer.train(config(steps), workdir / "tokenizer")
+def _tokenizer_config(
+  workdir: pathlib.Path, fast: bool, steps: int
+) -> ml_collections.ConfigDict:
+  config = vq_emoji.get_config("fast" if fast else f"steps={steps}")
+  config.data.source = f"folder:{workdir}/emoji/train"
+  config.data.eval_source = f"folder:{workdir}/emoji/val"
+  return config
 
 
-def _train_gpt(
-  workdir: pathlib.Path, choices: Choices, minutes: float, fast: bool
-) -> None:
-  if (workdir / "gpt" / "bundle" / bundle.CONFIG).exists():
-    return
-
-  def config(steps: int) -> ml_collections.ConfigDict:
-    config = t2i_emoji.get_config("fast" if fast else f"steps={steps}")
-    for split, prefix in (("train", ""), ("val", "eval_")):
-      config.data[f"{prefix}codes"] = f"{workdir}/codes/{split}"
-      config.data[f"{prefix}texts"] = f"{workdir}/features/{split}"
-    return config
-
-  def choose() -> int:
-    task = train_gpt.make_task(build(GPTRecipe, config(FEWEST_STEPS)))
-    seconds = SHARES["gpt"] * minutes * 60
-    return steps_in_time("gpt", task, seconds, MOST_STEPS)
-
-  steps = 0 if fast else choices.get("gpt_steps", choose)
-  train_gpt.train(config(steps), workdir / "gpt")
+def _gpt_config(
+  workdir: pathlib.Path, fast: bool, steps: int
+) -> ml_collections.ConfigDict:
+  config = t2i_emoji.get_config("fast" if fast else f"steps={steps}")
+  for split, prefix in (("train", ""), ("val", "eval_")):
+    config.data[f"{prefix}codes"] = f"{workdir}/codes/{split}"
+    config.data[f"{prefix}texts"] = f"{workdir}/features/{split}"
+  return config
 
 
 class Judge:

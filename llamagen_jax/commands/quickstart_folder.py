@@ -10,11 +10,11 @@ from typing import Any
 
 from absl import logging
 import jax
-import ml_collections
 import numpy as np
 import tqdm
 
-from llamagen_jax.commands.budget import FEWEST_STEPS, Choices, steps_in_time
+from llamagen_jax.commands import budget
+from llamagen_jax.commands.budget import Choices
 from llamagen_jax.commands.extract_codes import Encoder, extract
 from llamagen_jax.configs import (  # pyright: ignore[reportMissingImports]
   c2i_folder,
@@ -35,7 +35,6 @@ from llamagen_jax.storage import atomic_folder
 from llamagen_jax.training import train_gpt, train_tokenizer
 from llamagen_jax.training.gpt_step import GPTRecipe
 from llamagen_jax.training.loop import Task
-from llamagen_jax.training.recipe import build
 from llamagen_jax.training.tokenizer_step import TokenizerRecipe
 from llamagen_jax.weights import bundle
 
@@ -57,12 +56,24 @@ def run(workdir: pathlib.Path, folder: str, minutes: float, step: Any) -> None:
     most = max(FEWEST, int(IMAGES_A_MINUTE * minutes))
     size = write_images(workdir / "images", folder, choices, most)
   with step("tokenizer", "train the VQ tokenizer"):
-    _train_tokenizer(workdir, size, choices, minutes)
+    budget.train(
+      workdir / "tokenizer", train_tokenizer, TokenizerRecipe,
+      lambda steps: vq_folder.make_config(
+        f"{workdir}/images/train", image_size=size, steps=steps, small=_small()
+      ),
+      choices, lambda task: _steps("tokenizer", task, minutes),
+    )  # fmt: skip
   with step("codes", "images to codes"):
     for split in _splits(workdir / "images"):
       _extract(workdir, split, size)
   with step("gpt", "train the transformer on the codes"):
-    _train_gpt(workdir, choices, minutes)
+    budget.train(
+      workdir / "gpt", train_gpt, GPTRecipe,
+      lambda steps: c2i_folder.make_config(
+        f"{workdir}/codes/train", steps=steps, small=_small()
+      ),
+      choices, lambda task: _steps("gpt", task, minutes),
+    )  # fmt: skip
   with step("samples", "generate images of each class"):
     write_samples(workdir)
   print(
@@ -155,54 +166,11 @@ def _splits(folder: pathlib.Path) -> list[str]:
   return [split for split in ("train", "val") if (folder / split).is_dir()]
 
 
-def _train_tokenizer(
-  workdir: pathlib.Path, size: int, choices: Choices, minutes: float
-) -> None:
-  if (workdir / "tokenizer" / "bundle" / bundle.CONFIG).exists():
-    return
-
-  def config(steps: int) -> ml_collections.ConfigDict:
-    return vq_folder.make_config(
-      f"{workdir}/images/train", image_size=size, steps=steps, small=_small()
-    )
-
-  def choose() -> int:
-    recipe = build(TokenizerRecipe, _quiet(config))
-    return _steps("tokenizer", train_tokenizer.make_task(recipe), minutes)
-
-  steps = choices.get("tokenizer_steps", choose)
-  train_tokenizer.train(config(steps), workdir / "tokenizer")
-
-
-def _train_gpt(workdir: pathlib.Path, choices: Choices, minutes: float) -> None:
-  if (workdir / "gpt" / "bundle" / bundle.CONFIG).exists():
-    return
-
-  def config(steps: int) -> ml_collections.ConfigDict:
-    return c2i_folder.make_config(f"{workdir}/codes/train", steps=steps, small=_small())
-
-  def choose() -> int:
-    task = train_gpt.make_task(build(GPTRecipe, _quiet(config)))
-    return _steps("gpt", task, minutes)
-
-  train_gpt.train(config(choices.get("gpt_steps", choose)), workdir / "gpt")
-
-
 def _steps(name: str, task: Task, minutes: float) -> int:
   """Returns how many steps a training takes in its share of the minutes."""
   epoch = len(task.stream.source) / task.stream.batch_size
   most = min(MOST_STEPS[name], int(MOST_EPOCHS * epoch))
-  return steps_in_time(name, task, SHARES[name] * minutes * 60, most)
-
-
-def _quiet(config: Any) -> ml_collections.ConfigDict:
-  """Returns a config for timing steps, without a word about its choices."""
-  level = logging.get_verbosity()
-  logging.set_verbosity(logging.WARNING)
-  try:
-    return config(FEWEST_STEPS)
-  finally:
-    logging.set_verbosity(level)
+  return budget.steps_in_time(name, task, SHARES[name] * minutes * 60, most)
 
 
 def _small() -> bool:

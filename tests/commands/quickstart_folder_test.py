@@ -1,5 +1,6 @@
 """`quickstart --folder` on images with transparency, of ten classes."""
 
+import functools
 import types
 from unittest import mock
 
@@ -95,7 +96,7 @@ def test_choices_are_made_once_and_for_one_folder(tmp_path):
 
 @pytest.mark.parametrize("seconds, steps", [
   (2.0, 178),  # 0.85 of 35 % of 20 minutes
-  (1000.0, quickstart_folder.FEWEST_STEPS),
+  (1000.0, budget.FEWEST_STEPS),
   (1e-3, quickstart_folder.MOST_STEPS["tokenizer"]),
 ])  # fmt: skip
 def test_a_training_takes_its_share_of_the_time(monkeypatch, seconds, steps):
@@ -119,8 +120,8 @@ def test_from_a_folder_to_samples_and_a_rerun_does_nothing(
   images, tmp_path, caplog, request
 ):
   caplog.set_level("INFO")
-  before = logging.get_verbosity()
-  request.addfinalizer(lambda: logging.set_verbosity(before))
+  logger = logging.get_absl_logger()
+  request.addfinalizer(functools.partial(logger.setLevel, logger.level))
   logging.set_verbosity(logging.INFO)  # as the command line does
   workdir = tmp_path / "mine"
   flags = [f"--folder={images}", "--minutes=0.1", f"--workdir={workdir}"]
