@@ -1,6 +1,6 @@
 """The web demo at /demo: images that appear while their codes are generated."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 import dataclasses
 import hmac
 import time
@@ -17,10 +17,15 @@ from llamagen_jax.gpt.sampling_config import GUIDANCE_SCHEDULES, SamplingConfig
 from llamagen_jax.serving import demo_html
 from llamagen_jax.serving.api_error import APIError
 from llamagen_jax.serving.auth import KEY
-from llamagen_jax.serving.demo_editor import from_editor, make_editor, to_editor
+from llamagen_jax.serving.demo_editor import (
+  from_editor,
+  make_editor,
+  to_editor,
+  to_upload,
+)
 from llamagen_jax.serving.image_model import ImageModel
 from llamagen_jax.serving.request_body import read_request
-from llamagen_jax.serving.schema import RANDOM_SEED, EditRequest
+from llamagen_jax.serving.schema import RANDOM_SEED, EditRequest, VariationRequest
 from llamagen_jax.serving.service import ActiveRequest, Service
 from llamagen_jax.serving.worker import Finished, Progress
 
@@ -103,8 +108,9 @@ def make_demo(
       with gr.Column(scale=3, min_width=280):
         status = gr.HTML(demo_html.status("Ready."), elem_id="status", padding=False)
         sheet = gr.HTML(
-          _blank_sheet(model, settings[0].value), elem_id="images", padding=False
-        )
+          _blank_sheet(model, settings[0].value), elem_id="images", padding=False,
+          js_on_load=demo_html.TELL_WHICH_TO_VARY,
+        )  # fmt: skip
     shown = gr.State(_Shown())
     run = _Run(service, [subject, *settings], [sheet, status, shown])
     run.start(generate.click)
@@ -119,6 +125,7 @@ def make_demo(
     stop.click(_Shown.close, shown, api_visibility="private")
     if service.limits.upload_bytes:
       tab.bind(run, shown)
+      run.start_variations(sheet.click)
     reuse.click(lambda shown: shown.seed, shown, settings[-1], api_visibility="private")
 
     def as_code(request: gr.Request, *values) -> list[str]:
@@ -157,32 +164,53 @@ class _Run:
 
   def start(self, event, *edited) -> None:
     """Binds `generate` to an event of a component; `edited` are an edit's inputs."""
+    self._bind(event, self._generate, edited)
+
+  def start_variations(self, event) -> None:
+    """Binds `vary` to the event that says which of the last images to vary."""
+    self._bind(event, self._vary, ())
+
+  def _bind(self, event, function, edited) -> None:
     # The engine has a queue of its own, so that Gradio's may let everyone pass.
     event(
-      self._generate, [self._outputs[-1], *self.inputs, *edited], self._outputs,
+      function, [self._outputs[-1], *self.inputs, *edited], self._outputs,
       concurrency_limit=None, show_progress="hidden", api_visibility="private",
     )  # fmt: skip
 
   async def _generate(
     self, before: _Shown, *values
   ) -> AsyncIterator[tuple[str, str, _Shown]]:
+    values, edited = values[: len(self.inputs)], values[len(self.inputs) :]
+    admitted = self._admit(_body(self.service, values), *edited)
+    async for outputs in self._follow(before, admitted, values[0]):
+      yield outputs
+
+  async def _vary(
+    self, event: gr.EventData, before: _Shown, *values
+  ) -> AsyncIterator[tuple[str, str, _Shown]]:
+    admitted = self._admit_variation(_body(self.service, values), before, event.image)
+    async for outputs in self._follow(before, admitted, values[0]):
+      yield outputs
+
+  async def _follow(
+    self, before: _Shown, admitted: Awaitable[ActiveRequest], subject: Any
+  ) -> AsyncIterator[tuple[str, str, _Shown]]:
     """Yields all images as far as they are, and a line that tells how far."""
     await before.close()  # an example, clicked while another one is generated
-    values, edited = values[: len(self.inputs)], values[len(self.inputs) :]
     try:
-      active = await self._admit(_body(self.service, values), *edited)
-      body = active.body
+      active = await admitted
     except APIError as error:
       yield gr.skip(), demo_html.status(error.message, error=True), gr.skip()
       return
-    model, shown = active.model, _Shown(active)
-    shown.figures = [demo_html.blank(model.size, "waits")] * body.count
+    model, count, shown = active.model, active.body.count, _Shown(active)
+    shown.figures = [demo_html.blank(model.size, "waits")] * count
     yield demo_html.sheet(shown.figures), demo_html.status("Waiting ...", 0), shown
     try:
-      async for line in _frames(active, shown, _title(model, values[0])):
+      varied = bool(self.service.limits.upload_bytes)
+      async for line in _frames(active, shown, _title(model, subject), varied):
         yield demo_html.sheet(shown.figures), line, gr.skip()
-      if (finished := len(shown.finished)) < body.count:
-        line = f"Stopped: {finished} of {body.count} images are finished."
+      if (finished := len(shown.finished)) < count:
+        line = f"Stopped: {finished} of {count} images are finished."
         yield _stopped(shown, model), demo_html.status(line), gr.skip()
     except APIError as error:
       line = demo_html.status(error.message, error=True)
@@ -205,6 +233,13 @@ class _Run:
     if upload.mask is None and not body.settings.keeps_some:
       raise APIError(400, "Paint over what to draw anew, or lower the strength.")
     return await self.service.admit(body, [], upload)
+
+  async def _admit_variation(
+    self, fields: dict[str, Any], before: _Shown, number: int
+  ) -> ActiveRequest:
+    """Queues variations of one of the images before."""
+    body, _ = read_request(fields, strict=True, kind=VariationRequest)
+    return await self.service.admit(body, [], to_upload(before.finished[number]))
 
 
 class _EditTab:
@@ -250,9 +285,13 @@ def _stopped(shown: _Shown, model: ImageModel) -> str:
 
 
 async def _frames(
-  active: ActiveRequest, shown: _Shown, title: str
+  active: ActiveRequest, shown: _Shown, title: str, varied: bool
 ) -> AsyncIterator[str]:
-  """Updates the figures as codes come, and yields the line of status."""
+  """Updates the figures as codes come, and yields the line of status.
+
+  Args:
+    varied: whether finished images have a button for variations.
+  """
 
   def alt(index: int) -> str:
     return f"{title}, image {index + 1} of {count}"
@@ -267,7 +306,9 @@ async def _frames(
       unseen.pop(index, None)
       shown.finished[index] = event.image
       name = f"{title.replace(' ', '-')[:40]}-{active.seed}-{index}.png"
-      shown.figures[index] = demo_html.finished(event.image, alt(index), name)
+      shown.figures[index] = demo_html.finished(
+        event.image, alt(index), name, index if varied else None
+      )
     else:
       unseen[index] = event
       if time.monotonic() - looked < FRAME_SECONDS:

@@ -59,6 +59,11 @@ def from_editor(value: dict[str, Any] | None, size: Size) -> Upload | None:
   return Upload(files[0], files[1] if hidden.any() else None)
 
 
+def to_upload(image: np.ndarray) -> Upload:
+  """Returns an image, uint8 [H, W, 3], as if it had been loaded, without a mask."""
+  return Upload(_png(Image.fromarray(image)))
+
+
 def _png(image: Image.Image) -> bytes:
   file = io.BytesIO()
   image.save(file, format="PNG")

@@ -44,11 +44,21 @@ CSS = """
 .sheet figcaption { display: flex; justify-content: space-between; gap: 0.5rem;
   height: 1.8rem; align-items: center; font-size: 0.8rem; white-space: nowrap;
   color: var(--body-text-color-subdued); }
-.sheet figcaption a { color: var(--color-accent); font-weight: 600; }
+#images figcaption :is(a, button) { color: var(--color-accent);
+  font: 600 0.8rem system-ui; padding: 0.3rem; text-decoration: none; }
+#images figcaption button { background: none; border: 0; margin: 0; box-shadow: none; }
+#images figcaption :is(a, button):hover { text-decoration: underline; }
 @media (max-width: 640px) {
   .gradio-container .main { padding: 0.75rem !important; }
   .sheet.many { grid-template-columns: 1fr 1fr; }
 }
+"""
+# A click on a figure's button -> an event with the number of its image.
+TELL_WHICH_TO_VARY = """
+element.addEventListener("click", event => {
+  const button = event.target.closest("button[data-image]");
+  if (button) trigger("click", {image: Number(button.dataset.image)});
+});
 """
 SMALL = 128  # pixels, below which an upscaled image shows its pixels
 
@@ -71,8 +81,10 @@ def unfinished(image: np.ndarray, alt: str, percent: int) -> str:
   return _figure(size, _img(image, alt, UNFINISHED), f"<span>{percent} %</span>")
 
 
-def finished(image: np.ndarray, alt: str, name: str) -> str:
+def finished(image: np.ndarray, alt: str, name: str, number: int | None) -> str:
   """Returns an image, uint8 [H, W, 3], that a click downloads under its name.
+
+  With a number there is a button that asks for variations of the image.
 
   The pixels are in the page itself: a file behind it would be written while the browser
   reads it, because an image changes many times a second.
@@ -80,8 +92,14 @@ def finished(image: np.ndarray, alt: str, name: str) -> str:
   name = html.escape(name)
   url = _data_url(image, FINISHED)
   link = f'<a download="{name}" href="{url}" aria-label="Download {name}">Download</a>'
+  vary = "<span>Done</span>"
+  if number is not None:
+    vary = (
+      f'<button type="button" data-image="{number}" aria-label="Vary image'
+      f' {number + 1}">Vary</button>'
+    )
   size = image.shape[1], image.shape[0]
-  return _figure(size, _img(image, alt, FINISHED), f"<span>Done</span>{link}")
+  return _figure(size, _img(image, alt, FINISHED), vary + link)
 
 
 def status(text: str, share: float | None = None, error: bool = False) -> str:

@@ -150,6 +150,21 @@ def test_a_result_is_painted_over_and_drawn_anew(page, server):
   assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.parametrize("page", [1280, 390], indirect=True)
+def test_a_result_is_varied(page, server):
+  page.click("#generate")
+  status(page).to_contain_text("Done in")
+  source = page.locator(".sheet img").nth(2).get_attribute("src")
+  before, count = boxes(page), len(server.engine.requests)
+  page.click("role=button[name='Vary image 3']")
+  live.wait_until(lambda: len(server.engine.requests) == count + 4)
+  status(page).to_contain_text("Done in")
+  for request in server.engine.requests[count:]:
+    assert request.is_known.any() and not request.is_known.all()
+  assert boxes(page) == before
+  assert page.locator(".sheet img").nth(2).get_attribute("src") != source
+
+
 def test_stop_frees_the_slots_and_leaves_no_half_images(page, server):
   server.engine.last = 12
   page.click("#generate")
