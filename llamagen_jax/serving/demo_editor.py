@@ -11,7 +11,7 @@ from PIL import Image
 from llamagen_jax.serving.sizes import Size
 from llamagen_jax.serving.upload import Upload
 
-SMALLEST = 256  # pixels of the longer side, so that a finger can paint on a small image
+SMALLEST = 256  # pixels of the canvas, so that a finger can paint on a small image
 BRUSH = "#7c3aed"
 
 
@@ -30,7 +30,7 @@ def make_editor(size: Size) -> gr.ImageEditor:
 
 def scale(size: Size) -> int:
   """Returns how many pixels of the canvas a pixel of an image takes, each way."""
-  return max(1, math.ceil(SMALLEST / max(size)))
+  return max(1, math.ceil(SMALLEST / min(size)))
 
 
 def to_editor(image: np.ndarray) -> dict[str, Any]:
