@@ -108,7 +108,7 @@ def edit_all(
     0, BATCH, images.shape[1], KnownCodes(codes, known, settings.candidates),
   )  # fmt: skip
   codes = sample_image_codes(gpt, tokenizer, job, Timings())
-  drawn = tokenizer.decode(codes.reshape(-1, gpt.config.grid, gpt.config.grid))
+  drawn = tokenizer.decode(codes.reshape(-1, *gpt.config.grid_hw))
   put_back = [
     canvas.put_back(image[None], feather(scale))[0]
     for canvas, image in zip(canvases, np.asarray(to_uint8(drawn)), strict=True)

@@ -18,6 +18,7 @@ from llamagen_jax.data.codes import CodeSource
 from llamagen_jax.data.survey import held_out_beside
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.config import GPTConfig
+from llamagen_jax.sides import height_width
 from llamagen_jax.training.recipe import parse_arg
 
 EPOCHS = 60
@@ -43,7 +44,8 @@ def make_config(
   codes: str, held_out: str = "", *, steps: int = 0, small: bool = False
 ) -> ml_collections.ConfigDict:
   """Returns the config for a folder of codes; 0 stands for a choice by the data."""
-  manifest = CodeSource(codes).manifest
+  source = CodeSource(codes)
+  manifest, grid = source.manifest, source.grid
   labels = [int(label) for label in manifest["label_counts"]]
   if not labels or min(labels) < 0:
     raise UserError(
@@ -51,7 +53,7 @@ def make_config(
       " a folder of its own, or all images into one, such as images/all"
     )
   classes = max(len(manifest["class_names"]), max(labels) + 1)
-  records, grid = manifest["records"], manifest["grid"]
+  records = manifest["records"]
   layers, heads, dim = max((n, shape) for n, shape in SHAPES.items() if n <= records)[1]
   if small:
     layers, heads, dim = SMALL
@@ -63,7 +65,7 @@ def make_config(
   eval_codes = held_out or held_out_beside(codes)
   logging.info(
     "c2i_folder: %d images of %d classes, %dx%d codes of a codebook of %d",
-    records, classes, grid, grid, manifest["codebook_size"],
+    records, classes, *height_width(grid), manifest["codebook_size"],
   )  # fmt: skip
   logging.info(
     "c2i_folder chose: %d layers of width %d, %d steps of %d images; evaluated on %s",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from llamagen_jax.sides import Sides, height_width
 from llamagen_jax.storage import atomic_write
 
 LABEL_HEIGHT = 14  # pixels above a labelled image
@@ -27,15 +28,18 @@ def from_uint8(images: jax.Array) -> jax.Array:
   return images.astype(jnp.float32) / 127.5 - 1.0
 
 
-def resize_bicubic(images: jax.Array, side: int) -> jax.Array:
-  """Square images [B, H, H, C] -> [B, side, side, C], as the original resizes.
+def resize_bicubic(images: jax.Array, size: Sides) -> jax.Array:
+  """Images [B, H, W, C] -> [B, *size, C], as the original resizes.
 
   Cubic convolution with half-pixel centres, borders repeated, and no
   antialiasing: PyTorch's default, which published scores at 384 depend on.
   """
-  weights_oi = jnp.asarray(_bicubic_weights(images.shape[1], side))
+  weights_oi, weights_pj = (
+    jnp.asarray(_bicubic_weights(length, side))
+    for length, side in zip(images.shape[1:3], height_width(size), strict=True)
+  )
   return jnp.einsum(
-    "BijC,oi,pj->BopC", images, weights_oi, weights_oi, precision="highest"
+    "BijC,oi,pj->BopC", images, weights_oi, weights_pj, precision="highest"
   )
 
 

@@ -1,5 +1,6 @@
 """Every config builds its recipe, in every variant it names."""
 
+import dataclasses
 import importlib
 
 from PIL import Image
@@ -116,15 +117,20 @@ def test_sizes_of_a_tokenizer_come_from_the_images(folder, small, caplog):
   assert "none are held out" in caplog.text
 
 
-@pytest.mark.parametrize("small", ["", ",small"])
-def test_sizes_of_a_transformer_come_from_the_codes(tmp_path, small, caplog):
+@pytest.mark.parametrize(
+  "small, grid, shown", [("", 3, "3x3"), (",small", (2, 4), "2x4")]
+)
+def test_sizes_of_a_transformer_come_from_the_codes(
+  tmp_path, small, grid, shown, caplog
+):
   caplog.set_level("INFO")
-  codes = tiny.write_codes(tmp_path / "codes")
+  config = dataclasses.replace(tiny.GPT, grid=grid)
+  codes = tiny.write_codes(tmp_path / "codes", config=config)
   recipe = build(GPTRecipe, get_config("c2i_folder", f"{codes},steps=50{small}"))
   model = recipe.model
-  assert (model.grid, model.vocab_size, model.num_classes) == (3, 50, 4)
+  assert (model.grid, model.vocab_size, model.num_classes) == (grid, 50, 4)
   assert recipe.data.eval_codes == recipe.data.codes == str(codes)
-  assert "20 images of 4 classes, 3x3 codes of a codebook of 50" in caplog.text
+  assert f"20 images of 4 classes, {shown} codes of a codebook of 50" in caplog.text
   assert "none are held out" in caplog.text
   check_run(recipe)
 

@@ -16,6 +16,16 @@ def test_resizing_to_the_same_side_changes_nothing():
   np.testing.assert_array_equal(resize_bicubic(images, 24), images)
 
 
+def test_the_sides_are_resized_each_by_itself():
+  images = parity.golden()["bicubic_in"]
+  wide, square = resize_bicubic(images, (16, 24)), resize_bicubic(images, 16)
+  assert wide.shape[1:3] == (16, 24)
+  np.testing.assert_allclose(resize_bicubic(wide, 16), square, atol=0.2)
+  np.testing.assert_array_equal(resize_bicubic(wide, (16, 24)), wide)
+  turned = resize_bicubic(images.swapaxes(1, 2), (24, 16)).swapaxes(1, 2)
+  np.testing.assert_allclose(turned, wide, atol=2e-6)
+
+
 def test_uint8_conversion_equals_the_original():
   golden = parity.golden()
   found = to_uint8(golden["uint8_in"])

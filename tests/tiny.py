@@ -14,6 +14,7 @@ import sentencepiece
 
 from llamagen_jax import GPTConfig, TokenizerConfig
 from llamagen_jax.data.codes import CodeRecord, CodeShardSpec, CodeWriter
+from llamagen_jax.sides import image_size_of
 from llamagen_jax.text.t5 import T5Config
 from llamagen_jax.weights.t5 import save_t5
 
@@ -30,7 +31,7 @@ SIDE = 16
 def write_codes(folder: pathlib.Path, records: int = 20, config: GPTConfig = GPT):
   """Code shards of random codes."""
   plan = CodeShardSpec(
-    tokenizer="tiny", tokenizer_config={}, image_size=config.grid * 2,
+    tokenizer="tiny", tokenizer_config={}, image_size=image_size_of(config.grid, 2),
     grid=config.grid, codebook_size=config.vocab_size, crops=("a", "b"),
     class_names=tuple("abcd"), source="random", samples=records, shards=2,
   )  # fmt: skip

@@ -16,6 +16,7 @@ import typing
 from typing import Any, NoReturn, TypeVar
 
 from llamagen_jax.errors import UserError
+from llamagen_jax.sides import PIXELS, Sides, read_pixels
 
 T = TypeVar("T")
 
@@ -119,27 +120,29 @@ def _add(group: Any, field: dataclasses.Field, hint: Any) -> None:
   )
 
 
-def _value_type(hint: Any) -> tuple[type, bool]:
-  """`X | None` -> (X, False); `tuple[X, ...]` -> (X, True)."""
+def _value_type(hint: Any) -> tuple[Callable[[str], Any], bool]:
+  """`X | None` -> (X, False); `tuple[X, ...]` -> (X, True); `Sides` -> its reader."""
   if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-    (hint,) = (a for a in typing.get_args(hint) if a is not type(None))
+    hint = typing.Union[*(a for a in typing.get_args(hint) if a is not type(None))]
+    if hint == Sides:
+      return read_pixels, False
   if typing.get_origin(hint) is tuple:
     return typing.get_args(hint)[0], True
   return hint, False
 
 
-def _placeholder(kind: type) -> str:
+def _placeholder(kind: Callable[[str], Any]) -> str:
   return {int: "N", float: "X"}.get(kind, "TEXT")
 
 
-def _reader(kind: type, at_least: float | None) -> Callable[[str], Any]:
+def _reader(kind: Callable[[str], Any], at_least: float | None) -> Callable[[str], Any]:
   """Returns the function that turns a word into a value, for argparse."""
 
   def read(text: str) -> Any:
     try:
       value = kind(text)
     except ValueError as error:
-      names = {int: "a whole number", float: "a number"}
+      names = {int: "a whole number", float: "a number", read_pixels: PIXELS}
       expected = names.get(kind, kind.__name__)
       raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}") from error
     if at_least is not None and not value >= at_least:

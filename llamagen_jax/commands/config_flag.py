@@ -12,6 +12,7 @@ import importlib.resources
 import importlib.util
 import pathlib
 import re
+import types
 import typing
 from typing import TypeVar
 
@@ -134,6 +135,9 @@ def complete(config: ml_collections.ConfigDict, recipe: type) -> None:
         complete(config[field.name], kind)
     elif field.name not in config and has_default:
       config[field.name] = field.default
+    elif field.name in config and isinstance(kind, types.UnionType):
+      # Else a flag could only give a value of the type that the recipe's value has.
+      config[field.name] = ml_collections.FieldReference(config[field.name], object)
 
 
 def _split(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:

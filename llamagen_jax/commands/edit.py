@@ -23,6 +23,7 @@ from llamagen_jax.options import option
 from llamagen_jax.parallel import hosts
 from llamagen_jax.sampling.edit import Borders, Canvas, EditSettings, edit_canvas
 from llamagen_jax.sampling.sample import Timings
+from llamagen_jax.sides import Sides, height_width, image_size_of
 from llamagen_jax.storage import user_path
 
 FITS = ("refuse", "crop", "resize")
@@ -72,8 +73,8 @@ def run(args: Options) -> None:
   image, mask = read_image(args.image), read_mask(args)
   models = generation.load_models(args)
   if args.fit != "refuse":
-    side = models.gpt.config.grid * models.tokenizer.config.downsample
-    image, mask = (_fit(part, side, args.fit) for part in (image, mask))
+    size = image_size_of(models.gpt.config.grid, models.tokenizer.config.downsample)
+    image, mask = (_fit(part, size, args.fit) for part in (image, mask))
   canvas = _canvas(image, mask, borders)
   conditions, timings = generation.conditions(args, models), Timings()
   images = edit_canvas(
@@ -131,13 +132,14 @@ def _read(flag: str, name: str) -> io.BytesIO:
   return io.BytesIO(path.read_bytes())
 
 
-def _fit(image: Image.Image | None, side: int, how: str) -> Image.Image | None:
-  """Returns the image as a square of `side` pixels, its mode kept."""
+def _fit(image: Image.Image | None, size: Sides, how: str) -> Image.Image | None:
+  """Returns the image in the size of the model's, its mode kept."""
   if image is None:
     return None
   if how == "resize":
-    return image.resize((side, side), Image.Resampling.BICUBIC)
-  return Image.fromarray(center_crop(image.convert("RGB"), side)).convert(image.mode)
+    height, width = height_width(size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+  return Image.fromarray(center_crop(image.convert("RGB"), size)).convert(image.mode)
 
 
 def _canvas(image: Image.Image, mask: Image.Image | None, borders: Borders) -> Canvas:

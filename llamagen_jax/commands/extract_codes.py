@@ -11,6 +11,7 @@ llamagen extract-codes --tokenizer=vq16/bundle --source=folder:/data/images \\
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import functools
+import math
 import pathlib
 import time
 from typing import Any
@@ -42,6 +43,7 @@ from llamagen_jax.images import from_uint8, grid, save_png, to_uint8
 from llamagen_jax.options import option
 from llamagen_jax.parallel import hosts as cluster
 from llamagen_jax.parallel.mesh import make_mesh
+from llamagen_jax.sides import Sides, grid_of, height_width
 from llamagen_jax.storage import user_path
 from llamagen_jax.tokenizer import model
 from llamagen_jax.tokenizer.config import TokenizerConfig
@@ -85,22 +87,21 @@ class Encoder:
     )
 
   def encode(self, crops: np.ndarray) -> jax.Array:
-    """uint8 [B, crops, S, S, 3] -> int32 [B, crops, T]; B a multiple of `chips`."""
+    """uint8 [B, crops, H, W, 3] -> int32 [B, crops, T]; B a multiple of `chips`."""
     return _encode(self.config, self._params, jax.device_put(crops, self._rows))
 
   def decode(self, codes: np.ndarray) -> np.ndarray:
-    """Codes [B, T] -> uint8 images [B, S, S, 3]."""
-    side = int(codes.shape[1] ** 0.5)
-    return np.asarray(_decode(self.config, self._params, codes.reshape(-1, side, side)))
+    """Codes [B, h, w] -> uint8 images [B, H, W, 3]."""
+    return np.asarray(_decode(self.config, self._params, codes))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(config, params, crops_BNSSC):
+def _encode(config, params, crops_BNHWC):
   def encode(images):
     return model.encode(config, params, from_uint8(images))
 
   # One crop of every image at a time: the activations are large.
-  codes_NBhw = jax.lax.map(encode, crops_BNSSC.swapaxes(0, 1))
+  codes_NBhw = jax.lax.map(encode, crops_BNHWC.swapaxes(0, 1))
   return codes_NBhw.reshape(*codes_NBhw.shape[:2], -1).swapaxes(0, 1)
 
 
@@ -118,7 +119,7 @@ class Options(cluster.HostOptions):
     "images: folder:, jsonl:, arrayrecord:, captions: or tfds:", unit="KIND:PATH"
   )
   out: str = option("code shards to write", unit="FOLDER")
-  image_size: int = option("side of the crops", unit="PIXELS", at_least=1)
+  image_size: Sides = option("size of the crops: SIDE or WIDTHxHEIGHT", unit="PIXELS")
   crops: str = option("crops of an image", "five", choices=("center", "five"))
   ranges: str = option(
     "crop ranges: shorter sides that crops are cut from, in image sizes", "1.1,1.05"
@@ -198,16 +199,11 @@ def extract(
     this host went through now.
   """
   config = encoder.config
-  if crop_set.side % config.downsample:
-    raise UserError(
-      f"image size {crop_set.side} is not a multiple of the tokenizer's"
-      f" downsampling {config.downsample}"
-    )
   spec = CodeShardSpec(
     tokenizer=encoder.identity,
     tokenizer_config=dataclasses.asdict(config),
-    image_size=crop_set.side,
-    grid=crop_set.side // config.downsample,
+    image_size=crop_set.sides,
+    grid=grid_of(crop_set.sides, config.downsample),
     codebook_size=config.codebook_size,
     crops=crop_set.names,
     class_names=source.class_names,
@@ -309,7 +305,7 @@ def report(manifest: Mapping[str, Any], out: str, speed: float) -> str:
   """What a finished folder holds, in lines for the user."""
   skipped = [why for shard in manifest["shards"] for why in shard["skipped"].values()]
   size = sum(shard["files"][KIND]["bytes"] for shard in manifest["shards"])
-  codes = len(manifest["crops"]) * manifest["grid"] ** 2
+  codes = len(manifest["crops"]) * math.prod(height_width(manifest["grid"]))
   codes *= code_dtype(manifest["codebook_size"]).itemsize
   lines = [
     f"{manifest['records']} images x {len(manifest['crops'])} crops in {out},"
@@ -371,7 +367,8 @@ def check(
   missing = -count % encoder.chips
   padded = np.pad(crops[:, None], ((0, missing), *((0, 0),) * 4))
   again = np.asarray(encoder.encode(padded))[:count, 0]
-  images = np.concatenate([crops, encoder.decode(rows)])
+  decoded = encoder.decode(rows.reshape(count, *height_width(codes.grid)))
+  images = np.concatenate([crops, decoded])
   sheet = grid(images, columns=count, labels=labels + [""] * count)
   path = user_path(out) / "check.png"
   save_png(path, sheet)

@@ -22,6 +22,7 @@ from llamagen_jax.gpt.config import PRESETS, GPTConfig
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.options import option
 from llamagen_jax.parallel import hosts
+from llamagen_jax.sides import Sides, grid_of, image_size_of, show_pixels
 from llamagen_jax.tokenizer.config import TokenizerConfig
 from llamagen_jax.weights import bundle, hub, inception
 from llamagen_jax.weights.files import Stored, read_weights
@@ -53,9 +54,9 @@ class Options(sampling_flags.SamplingOverrides):
   model: str | None = option(
     "the published checkpoint it is, where its file name is another", None, unit="NAME"
   )
-  image_size: int | None = option(
-    "side of the images of a transformer that is not a published one", None,
-    unit="PIXELS",
+  image_size: Sides | None = option(
+    "SIDE or WIDTHxHEIGHT of the images of a transformer that is not a published one",
+    None, unit="PIXELS",
   )  # fmt: skip
   num_heads: int | None = option(
     "attention heads of a transformer of an unpublished size", None, unit="HEADS"
@@ -176,12 +177,8 @@ def _import_gpt(
   tokenizer_config, identity = _read_tokenizer(args)
   known = PUBLISHED.get(name)
   fields = _own_fields(extra, GPTConfig)
-  image_size = _image_size(args, known, fields, tokenizer_config.downsample)
-  tokens = (image_size // tokenizer_config.downsample) ** 2
-  fields.pop("grid", None)
-  config, params = defer_gpt(
-    weights, num_heads=args.num_heads, image_tokens=tokens, **fields
-  )
+  fields["grid"] = _grid(args, known, fields, tokenizer_config.downsample)
+  config, params = defer_gpt(weights, num_heads=args.num_heads, **fields)
   shape = (config.layers, config.heads, config.dim)
   if known and shape != PRESETS.get(known.model):
     raise UserError(
@@ -202,9 +199,10 @@ def _import_gpt(
     config, params, sampling, identity, class_names, extra.get("text_encoder", "")
   )
   bundle.save_gpt(out, gpt)
+  image_size = image_size_of(config.grid, tokenizer_config.downsample)
   return (
     f"transformer, {config.layers} layers of width {config.dim}, {config.condition}"
-    f" conditions, {image_size}x{image_size} images, guidance"
+    f" conditions, {show_pixels(image_size)} images, guidance"
     f" {sampling.guidance_scale:g}, top-k {sampling.top_k}"
   )
 
@@ -220,23 +218,19 @@ def _own_fields(extra: Mapping[str, Any], config: type) -> dict[str, Any]:
   return fields
 
 
-def _image_size(
+def _grid(
   args: Options,
   known: Published | None,
   fields: Mapping[str, Any],
   downsample: int,
-) -> int:
-  """The side of the images, from a flag, the published model or our own export."""
-  own = fields["grid"] * downsample if "grid" in fields else None
-  image_size = args.image_size or own or (known.image_size if known else None)
+) -> Sides:
+  """Returns rows and columns: of a flag, our own export or the published model."""
+  if args.image_size is None and "grid" in fields:
+    return fields["grid"]
+  image_size = args.image_size or (known.image_size if known else None)
   if image_size is None:
     raise UserError(
       f"the name of {args.file} tells nothing about it: give --image-size,"
       " or --model with one of --list"
     )
-  if image_size % downsample:
-    raise UserError(
-      f"--image-size={image_size} is not a multiple of the tokenizer's downsampling"
-      f" {downsample}"
-    )
-  return image_size
+  return grid_of(image_size, downsample)

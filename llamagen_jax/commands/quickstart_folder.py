@@ -24,7 +24,7 @@ from llamagen_jax.data.images import (
   BadImage,
   CropSet,
   ImageDecoder,
-  resize_shorter_side,
+  resize_to_cover,
 )
 from llamagen_jax.data.sources import NO_LABEL, FolderSource, open_source
 from llamagen_jax.data.survey import survey
@@ -154,7 +154,7 @@ def _copy(
       logging.warning("left out %s", problem)
       continue
     if min(image.size) > 1.25 * size:
-      image = resize_shorter_side(image, round(1.25 * size))
+      image = resize_to_cover(image, round(1.25 * size))
     path = folder / names[max(record.label, 0)] / f"{row:06d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)

@@ -31,13 +31,14 @@ from llamagen_jax.sampling.sample import (
   num_data_shards,
   sample_images,
 )
+from llamagen_jax.sides import Sides, height_width, image_size_of
 from llamagen_jax.storage import user_path, write_json
 from llamagen_jax.weights import bundle
 
 BATCH_SIZE = 16
 EVALUATED_SIDE = 256  # published scores are of images of this side
 LABELS = fid_batch.LABELS  # a field of the options hides the module's name
-LABELLED_SIDE = 64  # smaller images are too narrow for a name
+LABELLED_WIDTH = 64  # smaller images are too narrow for a name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,10 +59,10 @@ class Options(generation.GenerationOptions):
   png_folder: str | None = option(
     "--fid-batch writes its images here, too", None, unit="FOLDER", group="output"
   )
-  image_size: int | None = option(
-    "side of the images written; default: as generated, and at most"
-    f" {EVALUATED_SIDE} for --fid-batch", None, unit="PIXELS", at_least=1,
-    group="output",
+  image_size: Sides | None = option(
+    "SIDE or WIDTHxHEIGHT of the images written, in the shape of the model's; default:"
+    f" as generated, and squares of --fid-batch at most {EVALUATED_SIDE}", None,
+    unit="PIXELS", group="output",
   )  # fmt: skip
   batch_size: int = option(
     "images at a time on every device", BATCH_SIZE, unit="IMAGES", at_least=1,
@@ -81,7 +82,9 @@ def run(args: Options) -> None:
   models = generation.load_models(args)
   gpt, tokenizer, sampling, mesh, _ = models
 
-  sampled_side = side = gpt.config.grid * tokenizer.config.downsample
+  sampled_size = image_size_of(gpt.config.grid, tokenizer.config.downsample)
+  image_size = args.image_size or sampled_size
+  _check_shape(image_size, sampled_size)
   batch_size = args.batch_size
   if args.fid_batch:
     generation.check_condition(args, gpt, "class")
@@ -89,13 +92,13 @@ def run(args: Options) -> None:
       args.labels, args.fid_batch, gpt.config.num_classes, args.seed
     )
     conditions = Labels(labels, gpt.class_names)
-    side = min(sampled_side, EVALUATED_SIDE)
+    if args.image_size is None and isinstance(image_size, int):
+      image_size = min(image_size, EVALUATED_SIDE)
   else:
     conditions = generation.conditions(args, models)
     batch_size = min(batch_size, math.ceil(len(conditions) / num_data_shards(mesh)))
-  image_size = args.image_size or side
   job = SamplingJob(conditions, sampling, args.seed, batch_size, image_size)
-  settings = _settings(args, gpt, tokenizer, job, sampled_side)
+  settings = _settings(args, gpt, tokenizer, job, sampled_size)
   gpt = generation.for_decoding(gpt, args.weights)
 
   if args.fid_batch:
@@ -124,18 +127,30 @@ def _check(args: Options) -> None:
     raise UserError("--png-folder goes with --fid-batch: give a folder as --out")
 
 
+def _check_shape(image_size: Sides, sampled_size: Sides) -> None:
+  """Refuses a size that would distort the images."""
+  (height, width), (own_height, own_width) = map(
+    height_width, (image_size, sampled_size)
+  )
+  if height * own_width != width * own_height:
+    raise UserError(
+      f"--image-size={width}x{height}: expected the shape of the model's images,"
+      f" {own_width}x{own_height}"
+    )
+
+
 def _settings(
   args: Options,
   gpt: bundle.Transformer,
   tokenizer: bundle.Tokenizer,
   job: SamplingJob,
-  sampled_side: int,
+  sampled_size: Sides,
 ) -> dict[str, Any]:
   """Returns everything that decides the images, for the JSON file next to an npz."""
   return {
     "count": len(job.conditions),
     "image_size": job.image_size,
-    "sampled_size": sampled_side,
+    "sampled_size": sampled_size,
     "labels": args.labels if args.fid_batch else "given",
     "seed": job.seed,
     "sampling": dataclasses.asdict(job.sampling),
@@ -176,6 +191,6 @@ def _write(
     save_npz(out, [images], len(images), getattr(job.conditions, "labels", None))
     return
   columns = count if count > 1 else min(len(images), 8)
-  labelled = images.shape[1] >= LABELLED_SIDE
+  labelled = images.shape[2] >= LABELLED_WIDTH
   sheet = grid(images, columns, names if labelled else ())
   save_png(out, sheet)

@@ -1,7 +1,7 @@
 """Code shards: images as the tokenizer's codes, packed for training.
 
 A record is one image: label int32, key length uint16, key (UTF-8), codes
-[crops, grid * grid] as uint16, or uint32 for codebooks of more than 65 536 rows, all
+[crops, tokens] as uint16, or uint32 for codebooks of more than 65 536 rows, all
 little-endian.
 """
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from llamagen_jax.data import shards
 from llamagen_jax.errors import UserError
+from llamagen_jax.sides import Sides, as_sides
 from llamagen_jax.storage import user_path
 
 KIND = "codes"
@@ -29,8 +30,8 @@ class CodeShardSpec:
 
   tokenizer: str  # content hash of the tokenizer's bundle
   tokenizer_config: dict[str, Any]
-  image_size: int
-  grid: int
+  image_size: Sides  # in pixels
+  grid: Sides  # in codes
   codebook_size: int
   crops: tuple[str, ...]  # names, in the order of a record's rows
   class_names: tuple[str, ...]
@@ -172,6 +173,7 @@ class CodeSource:
     self.manifest = shards.read_manifest(self.folder, KIND)
     with shards.refuse_damage(self.folder / shards.MANIFEST):
       self.crops = len(self.manifest["crops"])
+      self.grid = as_sides(self.manifest["grid"], f"{self.folder}: grid")
       codebook_size = int(self.manifest["codebook_size"])
       skipped = [int(i) for x in self.manifest["shards"] for i in x["skipped"]]
     unpack = functools.partial(

@@ -13,6 +13,7 @@ from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from llamagen_jax.data.sources import ImageRecord, Source
 from llamagen_jax.errors import UserError, first_line
+from llamagen_jax.sides import Sides, as_sides, height_width
 
 MOST_REPLACEMENTS = 20  # bad images in a row that end a run
 MAX_PIXELS = 2**27  # 0.4 GB as RGB, in every thread that decodes
@@ -170,21 +171,26 @@ def _high_byte(image: Image.Image) -> Image.Image:
   return grey
 
 
-def resize_shorter_side(image: Image.Image, side: int) -> Image.Image:
-  """Resizes as ADM does: box-halved while at least twice too large, then bicubic."""
-  while min(image.size) >= 2 * side:
+def resize_to_cover(image: Image.Image, sides: Sides) -> Image.Image:
+  """Resizes to as little as covers a rectangle; for a square, by the shorter side.
+
+  As ADM does it: box-halved while at least twice too large, then bicubic.
+  """
+  height, width = height_width(sides)
+  while image.width >= 2 * width and image.height >= 2 * height:
     half = tuple(s // 2 for s in image.size)
     image = image.resize(half, Image.Resampling.BOX)
-  scale = side / min(image.size)
+  scale = max(width / image.width, height / image.height)
   size = tuple(round(s * scale) for s in image.size)
   return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def center_crop(image: Image.Image, side: int) -> np.ndarray:
-  """Crops the centre as ADM does: uint8 [side, side, 3]."""
-  pixels = np.asarray(resize_shorter_side(image, side))
-  y, x = ((size - side) // 2 for size in pixels.shape[:2])
-  return pixels[y : y + side, x : x + side]
+def center_crop(image: Image.Image, sides: Sides) -> np.ndarray:
+  """Crops the centre as ADM does: uint8 [H, W, 3], of those sides."""
+  pixels = np.asarray(resize_to_cover(image, sides))
+  height, width = height_width(sides)
+  y, x = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+  return pixels[y : y + height, x : x + width]
 
 
 def random_crop(
@@ -196,7 +202,7 @@ def random_crop(
   [side, ceil(side * max_resize)]; the published recipe has max_resize = 1 / 0.8.
   """
   resized = int(rng.integers(side, math.ceil(side * max_resize) + 1))
-  pixels = np.asarray(resize_shorter_side(image, resized))
+  pixels = np.asarray(resize_to_cover(image, resized))
   y, x = (int(rng.integers(0, size - side + 1)) for size in pixels.shape[:2])
   return pixels[y : y + side, x : x + side]
 
@@ -205,17 +211,18 @@ def random_crop(
 class CropSet:
   """The crops that code extraction takes of every image, in order.
 
-  For every range r the image is centre-cropped to int(side * r). Of that square `kind`
-  takes crops: "center" the centre; "five" top-left, top-right, bottom-left,
-  bottom-right and centre. With `mirror` the same follow of the mirrored square.
+  For every range r the image is centre-cropped to int(side * r), both ways. Of that
+  area `kind` takes crops: "center" the centre; "five" top-left, top-right, bottom-left,
+  bottom-right and centre. With `mirror` the same follow of the mirrored area.
   """
 
-  side: int
+  sides: Sides  # in pixels
   kind: str  # center | five
   ranges: tuple[float, ...]
   mirror: bool
 
   def __post_init__(self):
+    object.__setattr__(self, "sides", as_sides(self.sides, "image size"))
     if self.kind not in ("center", "five"):
       raise UserError(f"crops {self.kind!r}: expected center or five")
     if not self.ranges or min(self.ranges) < 1:
@@ -235,18 +242,18 @@ class CropSet:
     )
 
   def __call__(self, image: Image.Image) -> np.ndarray:
-    """Crops an image: uint8 [crops, side, side, 3], in the order of `names`."""
-    crops = []
+    """Crops an image: uint8 [crops, H, W, 3], in the order of `names`."""
+    (height, width), crops = height_width(self.sides), []
     for r in self.ranges:
-      square = center_crop(image, int(self.side * r))
-      for pixels in (square, square[:, ::-1]) if self.mirror else (square,):
-        end = len(pixels) - self.side
-        middle = round(end / 2)  # halves to even, as the original's
-        corners = [(0, 0), (0, end), (end, 0), (end, end)]
-        if self.kind == "center":
-          corners = []
-        for y, x in (*corners, (middle, middle)):
-          crops.append(pixels[y : y + self.side, x : x + self.side])
+      area = center_crop(image, (int(height * r), int(width * r)))
+      bottom, right = area.shape[0] - height, area.shape[1] - width
+      corners = [(0, 0), (0, right), (bottom, 0), (bottom, right)]
+      if self.kind == "center":
+        corners = []
+      middle = round(bottom / 2), round(right / 2)  # halves to even, as the original's
+      for pixels in (area, area[:, ::-1]) if self.mirror else (area,):
+        for y, x in (*corners, middle):
+          crops.append(pixels[y : y + height, x : x + width])
     return np.stack(crops)
 
 

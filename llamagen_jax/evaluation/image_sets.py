@@ -66,10 +66,10 @@ class ImageSet:
     settings = read_json(path)
     kinds = {
       "transformer_config": dict, "tokenizer_config": dict, "sampling": dict,
-      "image_size": int, "sampled_size": int,
+      "image_size": int | list, "sampled_size": int | list,
     }  # fmt: skip
     if not isinstance(settings, dict) or not all(
-      isinstance(settings.get(name, kind()), kind) for name, kind in kinds.items()
+      isinstance(settings[name], kinds[name]) for name in kinds.keys() & settings
     ):
       raise UserError(
         f"{path}: not the settings that `llamagen sample` writes; move the file away"

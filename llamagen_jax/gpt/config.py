@@ -1,8 +1,10 @@
 """Shape of the transformer: one frozen dataclass and the published presets."""
 
 import dataclasses
+import math
 
 from llamagen_jax.errors import UserError
+from llamagen_jax.sides import Sides, as_sides, grid_of, height_width
 
 # name: (layers, heads, dim), LlamaGen (arXiv 2406.06525), tables 1 and 5.
 PRESETS = {
@@ -22,7 +24,7 @@ KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # of attention, by backend
 class GPTConfig:
   """Everything that decides the function a `GPT` computes.
 
-  The sequence is [condition tokens, code_0 .. code_{T-1}] with T = grid**2
+  The sequence is [condition tokens, code_0 .. code_{T-1}] with T = rows * columns
   codes in raster order. The last code is never an input, so the model sees
   `length` = prefix + T - 1 positions.
   """
@@ -30,7 +32,7 @@ class GPTConfig:
   layers: int
   heads: int
   dim: int
-  grid: int  # codes along one side of the image
+  grid: Sides  # codes along a side of a square image, or (rows, columns)
   kv_heads: int = 0  # 0 = one per query head
   vocab_size: int = 16384
   ffn_multiple: int = 256  # the hidden width is rounded up to this
@@ -60,6 +62,7 @@ class GPTConfig:
   attention: str = "xla"
 
   def __post_init__(self):
+    object.__setattr__(self, "grid", as_sides(self.grid, "model.grid"))
     _one_of("condition", self.condition, ("class", "caption"))
     _one_of("prefix_rope", self.prefix_rope, ("zero", "identity"))
     _one_of("dtype", self.dtype, ("float32", "bfloat16"))
@@ -85,20 +88,15 @@ class GPTConfig:
 
   @classmethod
   def preset(
-    cls, name: str, *, image_size: int, downsample: int = 16, **changes
+    cls, name: str, *, image_size: Sides, downsample: int = 16, **changes
   ) -> "GPTConfig":
-    """A published size for images of `image_size` pixels a side."""
+    """A published size for images of a side in pixels, or of (height, width)."""
     if name not in PRESETS:
       raise UserError(
         f"unknown GPT preset {name!r}: expected one of {', '.join(PRESETS)}"
       )
-    if image_size % downsample:
-      raise UserError(
-        f"image_size={image_size} is not a multiple of the tokenizer's"
-        f" downsampling {downsample}"
-      )
     layers, heads, dim = PRESETS[name]
-    return cls(layers, heads, dim, grid=image_size // downsample, **changes)
+    return cls(layers, heads, dim, grid=grid_of(image_size, downsample), **changes)
 
   def for_backend(self, backend: str) -> "GPTConfig":
     """Returns the config with an attention that a backend runs.
@@ -138,8 +136,13 @@ class GPTConfig:
     return -(-hidden // self.ffn_multiple) * self.ffn_multiple
 
   @property
+  def grid_hw(self) -> tuple[int, int]:
+    """Rows and columns of codes."""
+    return height_width(self.grid)
+
+  @property
   def image_tokens(self) -> int:
-    return self.grid**2
+    return math.prod(self.grid_hw)
 
   @property
   def prefix_tokens(self) -> int:

@@ -22,6 +22,7 @@ from llamagen_jax.gpt.config import KERNELS, GPTConfig
 from llamagen_jax.gpt.layers import INIT, Block, rms_norm
 from llamagen_jax.gpt.rope import rope_in_order, rope_table
 from llamagen_jax.parallel.mesh import constrain
+from llamagen_jax.sides import Sides, height_width
 
 REMAT_POLICIES = {
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -148,19 +149,21 @@ def patch_config(config: GPTConfig, patch: int) -> GPTConfig:
   """
   if patch == 1:
     return config
-  if patch < 1 or config.grid % patch:
+  rows, columns = config.grid_hw
+  if patch < 1 or rows % patch or columns % patch:
     raise UserError(
       f"objective.patch_phases: patches of side {patch} do not divide the grid of"
-      f" {config.grid}x{config.grid} codes"
+      f" {rows}x{columns} codes"
     )
-  return dataclasses.replace(config, grid=config.grid // patch)
+  return dataclasses.replace(config, grid=(rows // patch, columns // patch))
 
 
-def patches(x_BT: jax.Array, grid: int, patch: int) -> jax.Array:
+def patches(x_BT: jax.Array, grid: Sides, patch: int) -> jax.Array:
   """Returns [B, T, ...] as [B, patches, codes of a patch, ...], in raster order."""
-  rest, side = x_BT.shape[2:], grid // patch
-  x = x_BT.reshape(-1, side, patch, side, patch, *rest).swapaxes(2, 3)
-  return x.reshape(-1, side * side, patch * patch, *rest)
+  rest, (rows, columns) = x_BT.shape[2:], height_width(grid)
+  split = (rows // patch, patch, columns // patch, patch)
+  x = x_BT.reshape(-1, *split, *rest).swapaxes(2, 3)
+  return x.reshape(len(x), -1, patch * patch, *rest)
 
 
 def _scanned(block, config: GPTConfig):

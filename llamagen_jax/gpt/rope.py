@@ -22,10 +22,8 @@ def rope_grid(config: GPTConfig) -> tuple[np.ndarray, np.ndarray]:
   half = config.head_dim // 2
   exponents = np.arange(0, half, 2, dtype=np.float32) / half
   frequencies = (1.0 / config.rope_base**exponents).astype(np.float32)
-  angles = np.outer(np.arange(config.grid, dtype=np.float32), frequencies)
-  rows = np.repeat(angles, config.grid, axis=0)
-  columns = np.tile(angles, (config.grid, 1))
-  image = np.concatenate([rows, columns], axis=1)
+  at_2T = np.indices(config.grid_hw, dtype=np.float32).reshape(2, -1)
+  image = np.concatenate([np.outer(at_T, frequencies) for at_T in at_2T], axis=1)
   return np.cos(image), np.sin(image)
 
 

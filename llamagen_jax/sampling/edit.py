@@ -28,6 +28,7 @@ from llamagen_jax.sampling.sample import (
   conditions_of,
   sample_image_codes,
 )
+from llamagen_jax.sides import Sides, height_width, image_size_of, show_pixels
 from llamagen_jax.text.encoder import TextEncoder
 from llamagen_jax.weights import bundle
 
@@ -195,25 +196,26 @@ def edit_canvas(
   timings: Timings,
 ) -> np.ndarray:
   """Draws the hidden part of a canvas, one result a condition: uint8 [N, H, W, 3]."""
-  side, scale = gpt.config.grid, tokenizer.config.downsample
-  check_size(canvas, side * scale, scale)
+  (rows, columns), scale = gpt.config.grid_hw, tokenizer.config.downsample
+  image_size = image_size_of(gpt.config.grid, scale)
+  check_size(canvas, image_size, scale)
   unknown_hw = canvas.hidden_cells(scale)
   codes_hw = np.asarray(tokenizer.encode(canvas.seen(settings)[None])[0])
   count = len(conditions)
   codes_Nhw = np.repeat(codes_hw[None], count, axis=0)
   redrawn_Nhw = redrawn_cells(unknown_hw, settings, seed, count)
-  for number, (y, x) in enumerate(windows(unknown_hw, side)):
-    at = np.s_[:, y : y + side, x : x + side]
+  for number, (y, x) in enumerate(windows(unknown_hw, gpt.config.grid)):
+    at = np.s_[:, y : y + rows, x : x + columns]
     given = KnownCodes(
       codes_Nhw[at].reshape(count, -1), ~redrawn_Nhw[at].reshape(count, -1),
       settings.candidates, settings.order,
     )  # fmt: skip
     job = SamplingJob(
       conditions, sampling, (seed + number * WINDOW_SEED) % SEEDS, batch_size,
-      side * scale, given,
+      image_size, given,
     )  # fmt: skip
     drawn_NT = sample_image_codes(gpt, tokenizer, job, timings)
-    codes_Nhw[at] = drawn_NT.reshape(count, side, side)
+    codes_Nhw[at] = drawn_NT.reshape(count, rows, columns)
     redrawn_Nhw[at] = False
   with timings.clock("tokenizer"):
     images = [to_uint8(tokenizer.decode(codes[None])) for codes in codes_Nhw]
@@ -226,22 +228,20 @@ def feather(downsample: int) -> int:
   return max(1, downsample // 2)
 
 
-def check_size(canvas: Canvas, side: int, scale: int) -> None:
-  """Refuses a canvas that a model of images of `side` pixels cannot draw.
+def check_size(canvas: Canvas, image_size: Sides, scale: int) -> None:
+  """Refuses a canvas that a model of images of that size cannot draw.
 
   Raises:
     UserError: names the size found and the sizes expected.
   """
-  height, width = canvas.hidden.shape
-  if canvas.hidden.all() and (height, width) != (side, side):
+  found, drawn = canvas.hidden.shape, height_width(image_size)
+  sizes = f"the image is {canvas.size}, the model draws {show_pixels(image_size)}"
+  if canvas.hidden.all() and found != drawn:
+    raise UserError(f"{sizes}: a variation has that size")
+  if any(f < d or f % scale for f, d in zip(found, drawn, strict=True)):
     raise UserError(
-      f"the image is {canvas.size}, the model draws {side}x{side}: a variation has that"
-      " size"
-    )
-  if min(height, width) < side or height % scale or width % scale:
-    raise UserError(
-      f"the image is {canvas.size}, the model draws {side}x{side}: expected that size,"
-      f" or a larger one whose sides are multiples of {scale}"
+      f"{sizes}: expected that size, or a larger one whose sides are multiples of"
+      f" {scale}"
     )
   if not canvas.hidden.any():
     raise UserError("nothing is to be drawn: the mask hides no pixel")
@@ -261,18 +261,19 @@ def redrawn_cells(
   return unknown_hw & below_h1 & (noise_Nhw < settings.strength)
 
 
-def windows(unknown_hw: np.ndarray, side: int) -> Iterator[tuple[int, int]]:
-  """Yields corners (y, x) of windows [side, side] that together cover unknown cells.
+def windows(unknown_hw: np.ndarray, grid: Sides) -> Iterator[tuple[int, int]]:
+  """Yields corners (y, x) of windows of a grid that together cover unknown cells.
 
   Each is the one with the most unknown cells of those that are half known at least,
   after the windows before it; or, where there is none, the one that knows most.
   """
-  unknown_hw, half = unknown_hw.copy(), side * side // 2
+  unknown_hw, (rows, columns) = unknown_hw.copy(), height_width(grid)
+  half = rows * columns // 2
   while unknown_hw.any():
-    view = np.lib.stride_tricks.sliding_window_view(unknown_hw, (side, side))
+    view = np.lib.stride_tricks.sliding_window_view(unknown_hw, (rows, columns))
     count = view.sum(axis=(2, 3))
     worth = np.where(count <= half, count, half - count)
-    worth[count == 0] = -side * side
+    worth[count == 0] = -rows * columns
     y, x = np.unravel_index(np.argmax(worth), worth.shape)
     yield int(y), int(x)
-    unknown_hw[y : y + side, x : x + side] = False
+    unknown_hw[y : y + rows, x : x + columns] = False

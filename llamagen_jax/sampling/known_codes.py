@@ -130,7 +130,7 @@ def complete_codes(
   ends = _row_ends(config)
   longer = dict(itertools.pairwise(ends))
   drawn = first_row(config, filters, ends[0], problem, condition)
-  for row in range(1, config.grid):
+  for row in range(1, config.grid_hw[0]):
     if row in longer:
       drawn = with_room(config, longer[row], drawn)
     drawn = next_row(config, filters, problem, drawn)
@@ -179,14 +179,16 @@ def first_row(
 
   `condition` is that of M candidates.
   """
-  p, M, codes = problem, len(problem.inputs.keys), rows * config.grid
+  p, M, columns = problem, len(problem.inputs.keys), config.grid_hw[1]
   order_RT = expand_for_guidance(p.order, filters.guidance)
-  logits_RV, cache = prefill(config, filters, p.inputs, condition, codes, order_RT)
+  logits_RV, cache = prefill(
+    config, filters, p.inputs, condition, rows * columns, order_RT
+  )
   start = DecodeState(jnp.zeros(M, jnp.int32), jnp.int32(0), cache)
   codes_MT = jnp.zeros((M, config.image_tokens), jnp.int32)
   drawn = Candidates(start, codes_MT, jnp.zeros(M))
   drawn = _take_code(config, filters, p, drawn, logits_RV)
-  return _draw(config, filters, p, drawn, config.grid - 1)
+  return _draw(config, filters, p, drawn, columns - 1)
 
 
 @functools.partial(
@@ -196,13 +198,13 @@ def next_row(
   config: GPTConfig, filters: ActiveFilters, problem: Problem, drawn: Candidates
 ) -> Candidates:
   """Draws another row of codes, which the cache must have room for."""
-  return _draw(config, filters, problem, drawn, config.grid)
+  return _draw(config, filters, problem, drawn, config.grid_hw[1])
 
 
 @functools.partial(jax.jit, static_argnames=("config", "rows"))
 def with_room(config: GPTConfig, rows: int, drawn: Candidates) -> Candidates:
   """Returns the candidates with a cache for so many rows of codes."""
-  length = config.prefix_tokens + rows * config.grid - 1
+  length = config.prefix_tokens + rows * config.grid_hw[1] - 1
   cache = grow_cache(drawn.state.cache, length)
   return drawn._replace(state=drawn.state._replace(cache=cache))
 
@@ -275,8 +277,9 @@ def _extra_keys(config: GPTConfig, problem: Problem, number: Any) -> jax.Array:
 
 def _row_ends(config: GPTConfig) -> list[int]:
   """Returns `cache_segment_ends`, in whole rows of codes."""
-  count = len(cache_segment_ends(config))
-  return [config.grid * (i + 1) // count for i in range(count)]
+  rows = config.grid_hw[0]
+  count = min(rows, len(cache_segment_ends(config)))
+  return [rows * (i + 1) // count for i in range(count)]
 
 
 def repeat_rows(x: Any, count: int) -> Any:

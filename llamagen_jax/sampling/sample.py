@@ -31,6 +31,7 @@ from llamagen_jax.sampling.decode import DecodeInputs, generate_codes
 from llamagen_jax.sampling.keys import as_keys, check_seed, image_keys
 from llamagen_jax.sampling.known_codes import KnownCodes, complete_codes
 from llamagen_jax.sampling.prompts import Prompts
+from llamagen_jax.sides import Sides, height_width, image_size_of
 from llamagen_jax.text.encoder import TextEncoder
 from llamagen_jax.tokenizer import model
 from llamagen_jax.tokenizer.config import TokenizerConfig
@@ -121,7 +122,7 @@ class SamplingJob:
   sampling: SamplingConfig
   seed: int  # 0 .. 2^64 - 1
   batch_size: int  # images of a batch, sampled at once by a device or group of them
-  image_size: int  # side of the images that come out
+  image_size: Sides  # of the images that come out, in pixels
   given: KnownCodes | None = None  # of all images, where some codes are known
 
   def __post_init__(self):
@@ -175,7 +176,7 @@ def sample(
     dataclasses.replace(gpt.sampling, **sampling),
     seed,
     min(batch_size, math.ceil(len(conditions) / num_data_shards(mesh_of(gpt)))),
-    gpt.config.grid * tokenizer.config.downsample,
+    image_size_of(gpt.config.grid, tokenizer.config.downsample),
   )
   return sample_images(gpt, tokenizer, job, Timings())
 
@@ -370,14 +371,19 @@ def _padded(rows: range, size: int) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def render(
-  config: TokenizerConfig, grid: int, side: int, mesh: Mesh | None, params, codes_BT
+  config: TokenizerConfig,
+  grid: Sides,
+  image_size: Sides,
+  mesh: Mesh | None,
+  params,
+  codes_BT,
 ):
-  """Decodes codes [B, T] to uint8 images [B, side, side, 3]."""
+  """Decodes codes [B, T] to uint8 images [B, *image_size, 3]."""
 
   def local_render(params, codes_BT):
-    images = model.decode(config, params, codes_BT.reshape(-1, grid, grid))
-    if side != images.shape[1]:
-      images = resize_bicubic(images, side)
+    images = model.decode(config, params, codes_BT.reshape(-1, *height_width(grid)))
+    if height_width(image_size) != images.shape[1:3]:
+      images = resize_bicubic(images, image_size)
     return to_uint8(images)
 
   if mesh is None:

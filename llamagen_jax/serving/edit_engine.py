@@ -61,7 +61,7 @@ class EditEngine:
       return []
     if self._drawn is None:
       self._problem, condition = self._start(request)
-      self._drawn = first_row(c, ACTIVE_FILTERS, c.grid, self._problem, condition)
+      self._drawn = first_row(c, ACTIVE_FILTERS, c.grid_hw[0], self._problem, condition)
     else:
       self._drawn = next_row(c, ACTIVE_FILTERS, self._problem, self._drawn)
     count = int(self._drawn.state.index)

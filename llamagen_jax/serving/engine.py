@@ -160,7 +160,7 @@ class Engine:
       return []
     with self._on_mesh():
       edited = self._edits.advance()
-    self.codes_sampled += self.config.grid * len(edited)
+    self.codes_sampled += self.config.grid_hw[1] * len(edited)
     return edited
 
   def _advance_slots(self) -> list[Request]:

@@ -26,6 +26,7 @@ from llamagen_jax.serving.schema import (
   Usage,
 )
 from llamagen_jax.serving.sizes import Size
+from llamagen_jax.sides import Sides, height_width, image_size_of
 from llamagen_jax.text.encoder import TextEncoder
 from llamagen_jax.weights import bundle
 
@@ -70,8 +71,12 @@ class ImageModel:
   @property
   def size(self) -> Size:
     """Width and height of the images that it generates."""
-    side = self.gpt.config.grid * self.tokenizer.config.downsample
-    return side, side
+    height, width = height_width(self._sides)
+    return width, height
+
+  @property
+  def _sides(self) -> Sides:
+    return image_size_of(self.gpt.config.grid, self.tokenizer.config.downsample)
 
   def requests(
     self, body: ImageRequest, seed: int, canvas: Canvas | None = None
@@ -179,7 +184,7 @@ class ImageModel:
 
   def render(self, codes_BT: np.ndarray) -> np.ndarray:
     """int32 codes [B, T] -> uint8 images [B, H, W, 3], one at a time."""
-    shape = (self.gpt.config.grid, self.size[0], None)
+    shape = (self.gpt.config.grid, self._sides, None)
     config, params = self.tokenizer.config, self.tokenizer.params
     return np.concatenate(
       [render(config, *shape, params, codes[None]) for codes in codes_BT]
@@ -188,14 +193,15 @@ class ImageModel:
   def render_partly(self, codes: np.ndarray) -> np.ndarray:
     """The first codes, int32 [t], -> uint8 [H, W, 3], grey where none is."""
     c, count = self.gpt.config, len(codes)
+    rows, columns = c.grid_hw
     padded = np.zeros(c.image_tokens, np.int32)
     padded[:count] = codes
     # Convolutions see codes below the last one: give them a plausible continuation.
     for i in range(count, c.image_tokens):
-      padded[i] = padded[i - c.grid] if i >= c.grid else padded[count - 1]
+      padded[i] = padded[i - columns] if i >= columns else padded[count - 1]
     image = self.render(padded[None])[0].copy()
-    blank = (np.arange(c.image_tokens) >= count).reshape(c.grid, -1)
-    pixels = len(image) // c.grid
+    blank = (np.arange(c.image_tokens) >= count).reshape(rows, columns)
+    pixels = self.tokenizer.config.downsample
     image[blank.repeat(pixels, 0).repeat(pixels, 1)] = GREY
     return image
 
@@ -203,7 +209,7 @@ class ImageModel:
     """Compiles the programs that the methods above run, those of edits if asked to."""
     self.render(np.zeros((1, self.gpt.config.image_tokens), np.int32))
     if edits:
-      self.tokenizer.encode(np.zeros((1, *self.size, 3), np.uint8))
+      self.tokenizer.encode(np.zeros((1, *height_width(self._sides), 3), np.uint8))
     if self.of_captions:
       self._features("warm up")
 

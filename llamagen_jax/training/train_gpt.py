@@ -18,6 +18,7 @@ from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.model import GPT
 from llamagen_jax.gpt.objective import cross_entropy
+from llamagen_jax.sides import height_width
 from llamagen_jax.storage import user_path
 from llamagen_jax.training.captions import Captions, FeatureStream, PairSource
 from llamagen_jax.training.export import describe_gpt
@@ -97,11 +98,13 @@ def check_codes(source: CodeSource, config: GPTConfig) -> None:
     UserError: with all that does not fit, and the flags that mend it.
   """
   manifest, found = source.manifest, []
-  grid, rows = manifest["grid"], manifest["codebook_size"]
+  grid, rows = source.grid, manifest["codebook_size"]
   if grid != config.grid:
+    flag = grid if isinstance(grid, int) else "{},{}".format(*grid)
     found.append(
-      f"{grid}x{grid} codes an image, the model expects {config.grid}x{config.grid}:"
-      f" --config.model.grid={grid}"
+      "{}x{} codes an image, the model expects {}x{}: --config.model.grid={}".format(
+        *height_width(grid), *config.grid_hw, flag
+      )
     )
   if rows > config.vocab_size:
     found.append(

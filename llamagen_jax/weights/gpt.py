@@ -83,7 +83,7 @@ def _gpt_config(state_dict, num_heads, image_tokens, changes) -> GPTConfig:
   kv_heads = (qkv[0] * heads // dim - heads) // 2
   grid = round(image_tokens**0.5)
   if grid**2 != image_tokens:
-    raise UserError(f"image_tokens={image_tokens} is not a square")
+    raise UserError(f"image_tokens={image_tokens} is not a square: give grid instead")
   fields = {
     "guidance_embedding": f"{GUIDANCE}.0.weight" in state_dict,
     "layers": layers,

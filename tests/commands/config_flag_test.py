@@ -8,6 +8,8 @@ import pytest
 from llamagen_jax import UserError
 from llamagen_jax.commands import cli, config_flag
 from llamagen_jax.commands.train_gpt import Options
+from llamagen_jax.training.gpt_step import GPTRecipe
+from llamagen_jax.training.recipe import build
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +121,21 @@ def test_help_lists_the_recipes_and_their_arguments(capsys):
   assert "`VQ-16` or `VQ-8`, `image_size=`" in text
 
 
+def test_a_flag_may_turn_a_square_grid_into_rows_and_columns():
+  argv = ["--config=configs/c2i_digits.py:fast", "--workdir=w"]
+  for text, grid in (("4,8", (4, 8)), ("6", 6), ("5,5", 5)):
+    flag = f"--config.model.grid={text}"
+    _, found = config_flag.parse(
+      Options, GPTRecipe, "train-gpt", [*argv, flag], "Trains."
+    )
+    assert build(GPTRecipe, found).model.grid == grid
+  _, found = config_flag.parse(
+    Options, GPTRecipe, "train-gpt", [*argv, "--config.model.grid=4x8"], "Trains."
+  )
+  with pytest.raises(UserError, match="^model.grid='4x8': expected a side or"):
+    build(GPTRecipe, found)
+
+
 def test_every_field_with_value_type_and_meaning(capsys):
   argv = ["train-gpt", "--config=configs/c2i_imagenet.py:L", "--help-config"]
   with pytest.raises(SystemExit) as end:
@@ -127,6 +144,9 @@ def test_every_field_with_value_type_and_meaning(capsys):
   lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
   rows = {words[0]: words[1:] for words in lines if words[:1]}
   assert rows["--config.run.steps=7"] == ["int"]
-  assert rows["--config.model.grid=16"][1] == "codes along one side of the image"
+  about = (
+    "int | tuple[int, int] codes along a side of a square image, or (rows, columns)"
+  )
+  assert " ".join(rows["--config.model.grid=16"]) == about
   assert rows["--config.guard.skip_nonfinite=False"][0] == "bool"
   assert "guidance" in rows["--config.sampling.guidance_scale=1.75"][1]

@@ -11,6 +11,7 @@ import time
 
 import jax
 import numpy as np
+from PIL import Image
 import pytest
 
 from llamagen_jax.commands import cli
@@ -18,6 +19,7 @@ from llamagen_jax.commands.extract_codes import Encoder
 from llamagen_jax.data.codes import CodeRecord, CodeSource, CodeWriter
 from llamagen_jax.data.images import CropSet, ImageDecoder
 from llamagen_jax.data.sources import open_source
+from llamagen_jax.images import GAP, LABEL_HEIGHT
 from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.tokenizer.model import init_tokenizer
 from llamagen_jax.weights import bundle
@@ -110,6 +112,27 @@ def test_images_without_labels(tmp_path, tokenizer, capsys):
   assert cli.run([*arguments, "--check=2"]) == 0
   printed = capsys.readouterr().out
   assert "no labels" in printed and "2 of 2 labels are confirmed" in printed
+
+
+def test_images_twice_as_wide_as_high(tmp_path, tokenizer, capsys):
+  images, out = tiny.write_images(tmp_path / "images"), tmp_path / "codes"
+  extra = "--image-size=16x8 --crops=center --ranges=1 --check=4"
+  assert cli.run(command(tokenizer, f"folder:{images}", out, 2, extra)) == 0
+  printed = capsys.readouterr().out
+  assert "128 bytes of codes an image" in printed
+  assert "100.0% of the codes and 4 of 4 labels are confirmed" in printed
+  codes = CodeSource(out)
+  assert (codes.manifest["image_size"], codes.grid) == ([8, 16], (4, 8))
+  assert codes[0].codes.shape == (2, 32)
+  width, height = 4 * (16 + GAP) - GAP, 2 * (8 + LABEL_HEIGHT + GAP) - GAP
+  assert Image.open(out / "check.png").size == (width, height)
+  assert (
+    cli.run(command(tokenizer, f"folder:{images}", out, 2, "--image-size=8x16")) == 2
+  )
+  assert "image_size is [8, 16] there, [16, 8] here" in capsys.readouterr().err
+  assert cli.run(command(tokenizer, f"folder:{images}", out, 2, "--image-size=8x")) == 2
+  words = "--image-size: '8x': expected SIDE or WIDTHxHEIGHT"
+  assert words in capsys.readouterr().err
 
 
 def test_imagenet_fits_where_it_must(tmp_path):

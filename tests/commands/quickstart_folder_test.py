@@ -152,7 +152,7 @@ def test_codes_and_samples_go_where_the_next_step_looks(images, tmp_path, monkey
   assert encoder == tmp_path / "tokenizer" / "bundle"
   assert (len(source), spec) == (20, f"folder:{tmp_path}/images/val")
   assert out == tmp_path / "codes" / "val"
-  assert (crops.side, len(crops.names), settings["max_bad_share"]) == (64, 5, 0.05)
+  assert (crops.sides, len(crops.names), settings["max_bad_share"]) == (64, 5, 0.05)
 
   config = types.SimpleNamespace(num_classes=20)
   gpt = types.SimpleNamespace(config=config, class_names=("a", "b"))

@@ -39,6 +39,13 @@ def test_mistakes_are_told_before_the_work(flags, words, tmp_path, capsys):
   assert words in error and error.count("\n") == 1
 
 
+def test_images_are_never_distorted(saved, capsys):
+  argv = ["sample", f"--gpt={saved / 'gpt'}", f"--tokenizer={saved / 'vq'}"]
+  assert cli.run([*argv, "--classes=1", "--out=x.png", "--image-size=8x6"]) == 2
+  expected = "--image-size=8x6: expected the shape of the model's images, 6x6\n"
+  assert capsys.readouterr().err.endswith(expected)
+
+
 def test_a_folder_may_have_a_dot_and_windows_and_int8_are_flags(
   saved, tmp_path, capsys
 ):

@@ -63,6 +63,18 @@ def test_records_come_back_in_the_order_of_the_source(tmp_path):
   verify(tmp_path, "codes")
 
 
+def test_a_manifest_says_rows_and_columns(tmp_path):
+  for grid, written in ((4, 4), ((2, 8), [2, 8])):
+    folder = tmp_path / str(grid)
+    manifest = write(folder, dataclasses.replace(PLAN, grid=grid)).finish()
+    assert manifest["grid"] == written
+    source = CodeSource(folder)
+    check_codes(source, dataclasses.replace(MODEL, grid=grid))
+    assert (source.grid, source[3].codes.shape) == (grid, (2, 16))
+  with pytest.raises(UserError, match="2x8 .* 8x2: --config.model.grid=2,8$"):
+    check_codes(source, dataclasses.replace(MODEL, grid=(8, 2)))
+
+
 @pytest.mark.parametrize("size, bytes_a_code", [(2**16, 2), (2**16 + 1, 4)])
 def test_large_codebooks_have_wider_codes(tmp_path, size, bytes_a_code):
   plan = dataclasses.replace(PLAN, codebook_size=size, samples=1, shards=1)
@@ -128,7 +140,8 @@ def test_damage_is_named(tmp_path):
 @pytest.mark.parametrize(
   "changes, words",
   [
-    ({"grid": 5}, ["4x4", "5x5"]),
+    ({"grid": 5}, ["4x4", "5x5", "--config.model.grid=4"]),
+    ({"grid": (2, 8)}, ["4x4", "2x8"]),
     ({"vocab_size": 200}, ["300", "200"]),
     ({"num_classes": 2}, ["label 2", "0 .. 1"]),
   ],

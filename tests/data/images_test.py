@@ -138,6 +138,26 @@ def test_center_crops():
   np.testing.assert_array_equal(crops[1], pixels[:, 5:25][:, ::-1])
 
 
+@pytest.mark.parametrize(
+  "size, seen", [((30, 20), np.s_[:, 5:25]), ((10, 30), np.s_[10:20])]
+)
+def test_crops_that_are_not_square(size, seen):
+  pixels = noise(3, 30, 30)
+  crops = CropSet(size, "center", (1.0,), mirror=True)(Image.fromarray(pixels))
+  np.testing.assert_array_equal(crops, [pixels[seen], pixels[seen][:, ::-1]])
+  whole = Image.fromarray(pixels.repeat(2, 0).repeat(2, 1))  # is halved once
+  np.testing.assert_array_equal(center_crop(whole, size), pixels[seen])
+
+
+def test_five_crops_of_a_wide_image_lie_where_their_names_say():
+  pixels = noise(3, 55, 110)
+  crops = CropSet((50, 100), "five", (1.1,), mirror=False)(Image.fromarray(pixels))
+  for crop, (y, x) in zip(
+    crops, ((0, 0), (0, 10), (5, 0), (5, 10), (2, 5)), strict=True
+  ):
+    np.testing.assert_array_equal(crop, pixels[y : y + 50, x : x + 100])
+
+
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
   file = io.BytesIO()
   image.save(file, format=kind, **options)

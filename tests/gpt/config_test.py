@@ -39,6 +39,8 @@ def test_every_caption_preset_takes_shape(name, image_size):
   [
     (lambda: GPTConfig.preset("Q", image_size=256), ["'Q'", "XXL"]),
     (lambda: GPTConfig.preset("B", image_size=250), ["250", "16"]),
+    (lambda: GPTConfig.preset("B", image_size=(256, 250)), ["250x256", "16"]),
+    (lambda: GPTConfig(2, 4, 64, "2x4"), ["model.grid='2x4'", "(height, width)"]),
     (lambda: GPTConfig(2, 3, 64, 4), ["model.dim=64", "model.heads=3"]),
     (lambda: GPTConfig(2, 4, 64, 4, kv_heads=3), ["model.kv_heads=3"]),
     (lambda: GPTConfig(2, 4, 64, 4, remat="some"), ["model.remat='some'", "dots"]),

@@ -73,6 +73,8 @@ def test_patches_are_squares_in_raster_order():
   codes = jnp.arange(16)[None]
   expected = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
   np.testing.assert_array_equal(patches(codes, 4, 2)[0], expected)
+  expected = [[0, 1, 8, 9], [2, 3, 10, 11], [4, 5, 12, 13], [6, 7, 14, 15]]
+  np.testing.assert_array_equal(patches(codes, (2, 8), 2)[0], expected)
 
 
 def test_contrastive_alignment():
@@ -233,6 +235,7 @@ def test_phases_of_a_run():
   "fields, model_fields, words",
   [
     ({"patch_phases": ((2, 5),)}, {}, "patches of side 2 do not divide .* 3x3"),
+    ({"patch_phases": ((2, 5),)}, {"grid": (4, 3)}, "side 2 do not divide .* 4x3"),
     ({"patch_phases": ((2,),)}, {}, "expected pairs"),
     ({"random_order": (5, 9)}, {}, "expected model.target_embedding=True"),
     ({"random_order": (9, 5)}, {}, "random_order=.9, 5.: expected"),

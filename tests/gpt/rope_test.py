@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from llamagen_jax import GPTConfig
-from llamagen_jax.gpt.rope import apply_rope, rope_table
+from llamagen_jax.gpt.rope import apply_rope, rope_grid, rope_table
 from tests import parity
 
 CONFIG = GPTConfig(1, 2, 200, grid=5, prefix_rope="identity")  # head_dim 100, as 3B
@@ -34,3 +34,12 @@ def test_prefix_is_zeroed_or_left_alone():
     cos, sin = rope_table(config)
     assert cos.shape == (config.length, 50)
     np.testing.assert_array_equal(apply_rope(x, cos[:1], sin[:1]), expected)
+
+
+def test_a_code_turns_by_its_row_and_column_whatever_the_grid():
+  square = [table.reshape(5, 5, -1) for table in rope_grid(CONFIG)]
+  for rows, columns in ((2, 5), (5, 1), (3, 4)):
+    config = dataclasses.replace(CONFIG, grid=(rows, columns))
+    for table, whole in zip(rope_grid(config), square, strict=True):
+      found = table.reshape(rows, columns, -1)
+      np.testing.assert_array_equal(found, whole[:rows, :columns])

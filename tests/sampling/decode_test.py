@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from tests.gpt.model_test import TINY, TINY_CAPTION, inputs, random_params
 
 pytestmark = pytest.mark.exact
 
+WIDE = dataclasses.replace(TINY, grid=(2, 4), target_embedding=True)
 GREEDY = {
   "nocfg": SamplingConfig(greedy=True),
   "cfg": SamplingConfig(guidance_scale=3.0, greedy=True),
@@ -46,7 +49,9 @@ def test_greedy_captions_equal_the_original(name):
   np.testing.assert_array_equal(codes, golden[f"t2i_greedy_{name}"])
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_CAPTION], ids=["class", "caption"])
+@pytest.mark.parametrize(
+  "config", [TINY, TINY_CAPTION, WIDE], ids=["class", "caption", "wide"]
+)
 def test_greedy_codes_are_those_of_the_full_forward(config):
   """Every code is the best one after the codes before it, guidance included."""
   params, (_, condition, mask) = random_params(config), inputs(config)

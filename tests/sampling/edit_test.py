@@ -106,6 +106,7 @@ def test_windows_cover_what_is_unknown_and_know_half_where_they_can():
     left[y : y + 4, x : x + 4] = False
   assert not left.any()
   assert list(windows(np.ones((4, 4), bool), 4)) == [(0, 0)]
+  assert list(windows(np.ones((2, 8), bool), (2, 4))) == [(0, 0), (0, 2), (0, 4)]
 
 
 def test_hidden_pixels_are_filled_by_their_nearest_neighbours():

@@ -10,6 +10,7 @@ import pytest
 
 from llamagen_jax import GPT, GPTConfig, SamplingConfig, UserError
 from llamagen_jax.gpt.cached import decoding_params
+from llamagen_jax.sampling import decode
 from llamagen_jax.sampling.decode import DecodeInputs, generate
 from llamagen_jax.sampling.known_codes import KnownCodes, complete_codes, systematic
 from tests.gpt.model_test import TINY, random_params
@@ -71,6 +72,16 @@ def test_what_begins_as_a_sample_ends_as_it(params):
   known[0, 4] = True  # this image takes candidates, and the others do with it
   given = KnownCodes(whole, known, candidates=4)
   np.testing.assert_array_equal(complete(TINY, params, LABELS, given)[1:], whole[1:])
+
+
+def test_a_cache_may_have_more_segments_than_an_image_rows(params, monkeypatch):
+  monkeypatch.setattr(decode, "SHORTEST_SEGMENT", 3)
+  config = dataclasses.replace(TINY, grid=(2, 8))
+  assert len(decode.cache_segment_ends(config)) == 5
+  whole = drawn(config, params, LABELS)
+  known = np.arange(16) < np.array([0, 1, 8, 11])[:, None]
+  given = KnownCodes(whole, known, candidates=4)
+  np.testing.assert_array_equal(complete(config, params, LABELS, given), whole)
 
 
 def conditional(config, params, label, given, known, scale):

@@ -78,7 +78,7 @@ def test_random_models_of_random_shapes(seed):
   rng = np.random.default_rng(seed)
   config = dataclasses.replace(
     TINY,
-    grid=int(rng.integers(2, 5)),
+    grid=tuple(rng.integers(2, 5, 2).tolist()),
     kv_heads=int(rng.choice([0, 1, 2])),
     qk_norm=bool(rng.integers(2)),
     vocab_size=int(rng.integers(2, 40)),

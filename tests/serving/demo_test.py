@@ -117,13 +117,7 @@ def test_the_last_seed_can_be_used_again(page, server):
   assert keys[0] == keys[1]
 
 
-@pytest.mark.parametrize("page", [1280, 390], indirect=True)
-def test_a_result_is_painted_over_and_drawn_anew(page, server):
-  page.click("#generate")
-  status(page).to_contain_text("Done in")
-  page.click("role=tab[name='Edit']")
-  page.click("#edit-draw")
-  status(page).to_contain_text("Load an image")
+def paint_over_the_first_result(page) -> None:
   page.click("#take")
   canvas = page.locator("#editor canvas").first
   canvas.wait_for()
@@ -141,6 +135,16 @@ def test_a_result_is_painted_over_and_drawn_anew(page, server):
   page.mouse.down()
   page.mouse.move(x + 3, y + 40, steps=5)
   page.mouse.up()
+
+
+@pytest.mark.parametrize("page", [1280, 390], indirect=True)
+def test_a_result_is_painted_over_and_drawn_anew(page, server):
+  page.click("#generate")
+  status(page).to_contain_text("Done in")
+  page.click("role=tab[name='Edit']")
+  page.click("#edit-draw")
+  status(page).to_contain_text("Load an image")
+  paint_over_the_first_result(page)
   page.click("#edit-draw")
   status(page).to_contain_text("Done in")
   known = server.engine.requests[-1].is_known
@@ -163,6 +167,27 @@ def test_a_result_is_varied(page, server):
     assert request.is_known.any() and not request.is_known.all()
   assert boxes(page) == before
   assert page.locator(".sheet img").nth(2).get_attribute("src") != source
+
+
+def test_wide_images_keep_their_shape(browser):
+  with live.serve(live.tiny_model(grid=(2, 8)), mount=mount_demo, slots=4) as server:
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.set_default_timeout(SECONDS)
+    page.goto(f"{server.url}/demo/")
+    page.click("#generate")
+    status(page).to_contain_text("Done in")
+    images = page.eval_on_selector_all(
+      ".sheet img",
+      "all => all.map(i => [i.naturalWidth, i.naturalHeight, i.width / i.height])",
+    )
+    assert images == [[16, 4, pytest.approx(4, abs=0.1)]] * 4
+    page.click("role=tab[name='Edit']")
+    paint_over_the_first_result(page)
+    page.click("#edit-draw")
+    status(page).to_contain_text("Done in")
+    known = server.engine.requests[-1].is_known
+    assert known.any() and not known.all()
+    page.close()
 
 
 def test_stop_frees_the_slots_and_leaves_no_half_images(page, server):

@@ -92,6 +92,28 @@ def test_an_edit_is_streamed(client):
   assert set(kinds[:-1]) <= {"image_edit.partial_image"}
 
 
+def test_images_that_are_not_square():
+  limits = dataclasses.replace(
+    live.LIMITS, size_policy="exact", upload_bytes=50_000, images=2
+  )
+  wide, mask = PIXELS[:4].repeat(2, 1), HIDDEN[:4].repeat(2, 1)
+  with live.serve(live.tiny_model("wide", grid=(2, 8)), limits=limits) as server:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+    assert client.models.retrieve("wide").model_extra["size"] == "16x4"
+    [image] = client.images.generate(prompt="1", size="16x4").data
+    assert opened(image.b64_json).shape == (4, 16, 3)
+    with pytest.raises(
+      openai.BadRequestError, match="'4x16': expected '16x4' or 'auto'"
+    ):
+      client.images.generate(prompt="1", size="4x16")
+    file, image = io.BytesIO(), Image.fromarray(wide)
+    image.putalpha(Image.fromarray(np.where(mask, 0, 255).astype(np.uint8)))
+    image.save(file, format="PNG")
+    [image] = client.images.edit(image=("x.png", file.getvalue()), prompt="1").data
+    found = opened(image.b64_json)
+    assert found.shape == wide.shape and (found[:, :7] == wide[:, :7]).all()
+
+
 def test_an_image_of_another_size_is_fitted_and_said(server):
   large = png(PIXELS, HIDDEN, side=32)
   response = post(server, fields={"prompt": "1"}, image=large)

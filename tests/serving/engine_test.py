@@ -20,7 +20,7 @@ pytestmark = pytest.mark.exact
 
 CLASSES = GPTConfig(2, 4, 32, grid=4, vocab_size=50, num_classes=4, ffn_multiple=16)
 CAPTIONS = dataclasses.replace(
-  CLASSES, condition="caption", caption_tokens=5, caption_dim=8, kv_heads=2
+  CLASSES, condition="caption", caption_tokens=5, caption_dim=8, kv_heads=2, grid=(2, 8)
 )
 SETTINGS = (
   SamplingConfig(),
@@ -124,8 +124,8 @@ def test_edits_beside_slots_have_the_codes_of_complete_codes(gpt):
     while r in (moved := engine.advance()):
       seen.append((len(r.codes), len(moved)))
   assert engine.idle and plain.codes == generated_alone(gpt, plain)
-  rows = [c.grid * (row + 1) for row in range(c.grid)]
-  assert [count for count, _ in seen] == rows * 2
+  rows = np.arange(c.image_tokens).reshape(c.grid_hw)[:, -1] + 1
+  assert [count for count, _ in seen] == [*rows, *rows]
   for r in edits:
     keys = jax.random.wrap_key_data(r.key[None])
     mask = None if r.condition_mask is None else r.condition_mask[None]

@@ -111,8 +111,15 @@ def test_refuses_models_that_do_not_fit(of_classes, of_captions):
 
 
 @pytest.mark.parametrize("count", [1, 6, 15])
-def test_a_partial_image_is_grey_where_no_code_is(of_classes, count):
+@pytest.mark.parametrize("rows", [4, 2])
+def test_a_partial_image_is_grey_where_no_code_is(of_classes, count, rows):
+  grid = (rows, 16 // rows)
+  gpt = dataclasses.replace(
+    of_classes.gpt, config=dataclasses.replace(of_classes.gpt.config, grid=grid)
+  )
+  model = ImageModel("x", gpt, of_classes.tokenizer)
   codes = np.random.default_rng(0).integers(0, 16, 16, np.int32)
-  image = of_classes.render_partly(codes[:count])
-  blocks = image.reshape(4, 2, 4, 2, 3).swapaxes(1, 2).reshape(16, -1)
+  image = model.render_partly(codes[:count])
+  assert model.size == (image.shape[1], image.shape[0]) == (32 // rows, 2 * rows)
+  blocks = image.reshape(rows, 2, 16 // rows, 2, 3).swapaxes(1, 2).reshape(16, -1)
   assert (blocks[count:] == GREY).all() and (blocks[:count] != GREY).any(axis=1).all()

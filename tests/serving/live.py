@@ -16,6 +16,7 @@ from llamagen_jax.serving.http_server import Server, Timeouts
 from llamagen_jax.serving.image_model import ImageModel
 from llamagen_jax.serving.service import Limits, Service
 from llamagen_jax.serving.worker import Worker
+from llamagen_jax.sides import Sides
 from llamagen_jax.tokenizer.model import init_tokenizer
 from llamagen_jax.weights import bundle
 from tests import tiny
@@ -28,10 +29,10 @@ NAMES = ("tench", "goldfish", "great white shark", "tiger shark")
 LIMITS = Limits(images=4, seconds=300.0, body_bytes=100_000)
 
 
-def tiny_model(name: str = "tiny") -> ImageModel:
-  """Images of 8x8 pixels and 4x4 codes; the transformer has no parameters."""
+def tiny_model(name: str = "tiny", grid: Sides = 4) -> ImageModel:
+  """Images of 16 codes, 2x2 pixels each; the transformer has no parameters."""
   config = GPTConfig(
-    1, 2, 16, grid=4, vocab_size=VOCABULARY, num_classes=4, ffn_multiple=16
+    1, 2, 16, grid=grid, vocab_size=VOCABULARY, num_classes=4, ffn_multiple=16
   )
   params = unbox(init_tokenizer(tiny.TOKENIZER, jax.random.key(0)))
   tokenizer = bundle.Tokenizer(tiny.TOKENIZER, params, "tiny")

@@ -1,5 +1,8 @@
 """Bundles, as programs call them."""
 
+import dataclasses
+import json
+
 import jax
 import numpy as np
 
@@ -30,3 +33,14 @@ def test_a_transformer_computes_in_another_type_when_asked_to(tmp_path):
     assert gpt.config.dtype == dtype
     jax.tree.map(np.testing.assert_array_equal, gpt.params, params)
   assert lg.load_gpt(tmp_path).config == tiny.GPT
+
+
+def test_a_square_is_written_as_one_number_and_other_grids_come_back(tmp_path):
+  params = unbox(init_gpt(tiny.GPT, jax.random.key(0)))
+  for grid, written in ((3, 3), ((1, 9), [1, 9])):
+    config = dataclasses.replace(tiny.GPT, grid=grid)
+    gpt = Transformer(config, params, lg.SamplingConfig(), "tiny")
+    lg.save_gpt(tmp_path, gpt)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["config"]["grid"] == written
+    assert lg.load_gpt(tmp_path).config == config
