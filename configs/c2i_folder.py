@@ -6,9 +6,11 @@ llamagen train-gpt --config=configs/c2i_folder.py:codes --workdir=gpt
 of the codes; the size of the model and the number of steps follow from the number of
 images, and the log says what was chosen. `eval=FOLDER` holds codes out; without it a
 folder `val` or `test` beside one named `train` is taken, or else the training codes.
-`steps=` trains longer or shorter, `:codes,small` is for a laptop.
+`steps=` trains longer or shorter, `:codes,small` is for a laptop. `also=FOLDER+FOLDER`
+adds codes of images of other sizes, a folder for each; `eval=` then names as many.
 """
 
+from collections.abc import Sequence
 import dataclasses
 
 from absl import logging
@@ -30,30 +32,36 @@ SMALL = (4, 2, 128)
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  """`CODES`, `eval=CODES`, `steps=`, `small`."""
-  arg = parse_arg(arg, variant="", eval="", steps=0, small=False)
+  """`CODES`, `also=CODES+CODES`, `eval=CODES`, `steps=`, `small`."""
+  arg = parse_arg(arg, variant="", also="", eval="", steps=0, small=False)
   if not arg.variant:
     raise UserError(
       "configs/c2i_folder.py: expected c2i_folder.py:FOLDER, of the codes that"
       " extract-codes wrote"
     )
-  return make_config(arg.variant, arg.eval, steps=arg.steps, small=arg.small)
+  codes = [arg.variant, *filter(None, arg.also.split("+"))]
+  held_out = list(filter(None, arg.eval.split("+")))
+  return make_config(codes, held_out, steps=arg.steps, small=arg.small)
 
 
 def make_config(
-  codes: str, held_out: str = "", *, steps: int = 0, small: bool = False
+  codes: Sequence[str],
+  held_out: Sequence[str] = (),
+  *,
+  steps: int = 0,
+  small: bool = False,
 ) -> ml_collections.ConfigDict:
-  """Returns the config for a folder of codes; 0 stands for a choice by the data."""
-  source = CodeSource(codes)
-  manifest, grid = source.manifest, source.grid
-  labels = [int(label) for label in manifest["label_counts"]]
+  """Returns the config for folders of codes; 0 stands for a choice by the data."""
+  sources = [CodeSource(folder) for folder in codes]
+  manifest = sources[0].manifest
+  labels = [int(label) for s in sources for label in s.manifest["label_counts"]]
   if not labels or min(labels) < 0:
     raise UserError(
-      f"configs/c2i_folder.py: {codes} has images without a class; put each class into"
-      " a folder of its own, or all images into one, such as images/all"
+      f"configs/c2i_folder.py: {' or '.join(codes)} has images without a class; put"
+      " each class into a folder of its own, or all images into one, such as images/all"
     )
   classes = max(len(manifest["class_names"]), max(labels) + 1)
-  records = manifest["records"]
+  records = sum(len(source) for source in sources)
   layers, heads, dim = max((n, shape) for n, shape in SHAPES.items() if n <= records)[1]
   if small:
     layers, heads, dim = SMALL
@@ -62,15 +70,19 @@ def make_config(
   steps = steps or (
     SMALL_STEPS if small else max(FEWEST_STEPS, min(epochs, MOST_STEPS))
   )
-  eval_codes = held_out or held_out_beside(codes)
+  held_out = held_out or [held_out_beside(folder) for folder in codes]
+  grid, *other_grids = (source.grid for source in sources)
   logging.info(
-    "c2i_folder: %d images of %d classes, %dx%d codes of a codebook of %d",
-    records, classes, *height_width(grid), manifest["codebook_size"],
+    "c2i_folder: %d images of %d classes, %s codes of a codebook of %d",
+    records, classes,
+    " or ".join("{}x{}".format(*height_width(source.grid)) for source in sources),
+    manifest["codebook_size"],
   )  # fmt: skip
   logging.info(
     "c2i_folder chose: %d layers of width %d, %d steps of %d images; evaluated on %s",
     layers, dim, steps, batch_size,
-    eval_codes if eval_codes != codes else "the training codes: none are held out",
+    "the training codes: none are held out" if held_out == codes
+    else " and ".join(held_out),
   )  # fmt: skip
 
   config = _settings(steps, small)
@@ -79,6 +91,7 @@ def make_config(
     GPTConfig(
       layers, heads, dim,
       grid=grid,
+      other_grids=tuple(other_grids),
       vocab_size=manifest["codebook_size"],
       num_classes=classes,
       ffn_multiple=32,
@@ -89,8 +102,8 @@ def make_config(
     )
   )  # fmt: skip
   config.data = {
-    "codes": codes,
-    "eval_codes": eval_codes,
+    "codes": ",".join(codes),
+    "eval_codes": ",".join(held_out),
     "batch_size": batch_size,
     "workers": 0,
   }

@@ -135,6 +135,21 @@ def test_sizes_of_a_transformer_come_from_the_codes(
   check_run(recipe)
 
 
+def test_codes_of_several_sizes(tmp_path):
+  folders = []
+  for name, grid in (("square", 3), ("wide", (2, 4))):
+    config = dataclasses.replace(tiny.GPT, grid=grid)
+    for split in ("train", "val"):
+      folder = tmp_path / name / split
+      folder.parent.mkdir(exist_ok=True)
+      folders.append(str(tiny.write_codes(folder, config=config)))
+  recipe = build(GPTRecipe, get_config("c2i_folder", f"{folders[0]},also={folders[2]}"))
+  assert recipe.model.grids == (3, (2, 4))
+  assert recipe.data.codes == f"{folders[0]},{folders[2]}"
+  assert recipe.data.eval_codes == f"{folders[1]},{folders[3]}"
+  check_run(recipe)
+
+
 @pytest.mark.parametrize("name", ["vq_folder", "c2i_folder"])
 def test_a_recipe_of_own_data_asks_for_it(name):
   with pytest.raises(UserError, match=rf"{name}\.py:FOLDER"):

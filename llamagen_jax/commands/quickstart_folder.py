@@ -70,7 +70,7 @@ def run(workdir: pathlib.Path, folder: str, minutes: float, step: Any) -> None:
     budget.train(
       workdir / "gpt", train_gpt, GPTRecipe,
       lambda steps: c2i_folder.make_config(
-        f"{workdir}/codes/train", steps=steps, small=_small()
+        [f"{workdir}/codes/train"], steps=steps, small=_small()
       ),
       choices, lambda task: _steps("gpt", task, minutes),
     )  # fmt: skip

@@ -28,10 +28,11 @@ from llamagen_jax.sampling.sample import (
   Labels,
   SamplingJob,
   Timings,
+  for_size,
   num_data_shards,
   sample_images,
 )
-from llamagen_jax.sides import Sides, height_width, image_size_of
+from llamagen_jax.sides import Sides
 from llamagen_jax.storage import user_path, write_json
 from llamagen_jax.weights import bundle
 
@@ -60,9 +61,9 @@ class Options(generation.GenerationOptions):
     "--fid-batch writes its images here, too", None, unit="FOLDER", group="output"
   )
   image_size: Sides | None = option(
-    "SIDE or WIDTHxHEIGHT of the images written, in the shape of the model's; default:"
-    f" as generated, and squares of --fid-batch at most {EVALUATED_SIDE}", None,
-    unit="PIXELS", group="output",
+    "SIDE or WIDTHxHEIGHT of the images written, in a shape that the model draws;"
+    f" default: as generated, and squares of --fid-batch at most {EVALUATED_SIDE}",
+    None, unit="PIXELS", group="output",
   )  # fmt: skip
   batch_size: int = option(
     "images at a time on every device", BATCH_SIZE, unit="IMAGES", at_least=1,
@@ -80,11 +81,9 @@ def run(args: Options) -> None:
   hosts.initialize_distributed(args)
   out = user_path(args.out)
   models = generation.load_models(args)
-  gpt, tokenizer, sampling, mesh, _ = models
-
-  sampled_size = image_size_of(gpt.config.grid, tokenizer.config.downsample)
+  _, tokenizer, sampling, mesh, _ = models
+  gpt, sampled_size = for_size(models.gpt, tokenizer, args.image_size)
   image_size = args.image_size or sampled_size
-  _check_shape(image_size, sampled_size)
   batch_size = args.batch_size
   if args.fid_batch:
     generation.check_condition(args, gpt, "class")
@@ -125,18 +124,6 @@ def _check(args: Options) -> None:
   generation.check_out(args.out)
   if args.png_folder and not args.fid_batch:
     raise UserError("--png-folder goes with --fid-batch: give a folder as --out")
-
-
-def _check_shape(image_size: Sides, sampled_size: Sides) -> None:
-  """Refuses a size that would distort the images."""
-  (height, width), (own_height, own_width) = map(
-    height_width, (image_size, sampled_size)
-  )
-  if height * own_width != width * own_height:
-    raise UserError(
-      f"--image-size={width}x{height}: expected the shape of the model's images,"
-      f" {own_width}x{own_height}"
-    )
 
 
 def _settings(

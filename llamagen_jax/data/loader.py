@@ -76,7 +76,11 @@ class Stream:
     for batch in self.host_batches(start):
       yield to_global(batch, mesh)
 
-  def position(self, step: int) -> dict[str, int]:
+  def bucket(self, step: int) -> int:
+    """Returns which of its sources a batch is of: there is one; see `SizeBuckets`."""
+    return 0
+
+  def position(self, step: int) -> dict[str, Any]:
     """What a checkpoint stores, and what a resumed stream must agree with."""
     return {
       "next_step": step,
@@ -84,15 +88,6 @@ class Stream:
       "batch_size": self.batch_size,
       "records": len(self.source),
     }
-
-  def check_position(self, position: dict[str, int]) -> None:
-    """Refuses to continue a stream over other data."""
-    for name, expected in self.position(position["next_step"]).items():
-      if position[name] != expected:
-        raise UserError(
-          f"the checkpoint's data stream has {name}={position[name]}, this run"
-          f" has {expected}: the order of the data would change"
-        )
 
   def _checked(self, batches: grain.DatasetIterator) -> Iterator[HostBatch]:
     seen = bad = 0
@@ -110,6 +105,16 @@ class Stream:
         yield batch
     finally:
       batches.close()  # Grain 0.2.18 prints tracebacks when Python ends before that
+
+
+def check_position(stream: Any, position: dict[str, Any]) -> None:
+  """Refuses to continue a stream over other data than a checkpoint's position says."""
+  for name, expected in stream.position(position["next_step"]).items():
+    if position[name] != expected:
+      raise UserError(
+        f"the checkpoint's data stream has {name}={position[name]}, this run"
+        f" has {expected}: the order of the data would change"
+      )
 
 
 def epoch_batches(

@@ -33,6 +33,7 @@ class GPTConfig:
   heads: int
   dim: int
   grid: Sides  # codes along a side of a square image, or (rows, columns)
+  other_grids: tuple[Sides, ...] = ()  # that it is trained on, too
   kv_heads: int = 0  # 0 = one per query head
   vocab_size: int = 16384
   ffn_multiple: int = 256  # the hidden width is rounded up to this
@@ -63,6 +64,14 @@ class GPTConfig:
 
   def __post_init__(self):
     object.__setattr__(self, "grid", as_sides(self.grid, "model.grid"))
+    others = tuple(as_sides(grid, "model.other_grids") for grid in self.other_grids)
+    object.__setattr__(self, "other_grids", others)
+    if len(set(self.grids)) < len(self.grids):
+      raise UserError(f"model.other_grids={others}: a grid is there twice")
+    if others and self.target_embedding:
+      raise UserError(
+        "model.other_grids: a model with model.target_embedding has one grid"
+      )
     _one_of("condition", self.condition, ("class", "caption"))
     _one_of("prefix_rope", self.prefix_rope, ("zero", "identity"))
     _one_of("dtype", self.dtype, ("float32", "bfloat16"))
@@ -120,6 +129,15 @@ class GPTConfig:
         f" {' or '.join(dict.fromkeys(('auto', 'xla', kernel)))}"
       )
     return self
+
+  def at(self, grid: Sides) -> "GPTConfig":
+    """Returns the config of the same weights for one of `grids` alone."""
+    return dataclasses.replace(self, grid=grid, other_grids=())
+
+  @property
+  def grids(self) -> tuple[Sides, ...]:
+    """All grids that it is trained on."""
+    return self.grid, *self.other_grids
 
   @property
   def head_dim(self) -> int:

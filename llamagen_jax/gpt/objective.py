@@ -92,8 +92,8 @@ class ObjectiveConfig:
       UserError: patches that do not divide the grid, random orders without a target
         embedding, guidance-free training without its embedding.
     """
-    for side, _ in self.patch_phases:
-      patch_config(model, side)
+    for (side, _), grid in itertools.product(self.patch_phases, model.grids):
+      patch_config(model.at(grid), side)
     if self.until and not model.target_embedding:
       raise UserError("objective.random_order: expected model.target_embedding=True")
     if self.until and model.condition != "class":

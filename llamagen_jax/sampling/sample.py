@@ -10,6 +10,7 @@ Axes: N images of a job, B images of a batch, P condition tokens, C features, T 
 from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
+import fractions
 import functools
 import math
 import time
@@ -31,7 +32,7 @@ from llamagen_jax.sampling.decode import DecodeInputs, generate_codes
 from llamagen_jax.sampling.keys import as_keys, check_seed, image_keys
 from llamagen_jax.sampling.known_codes import KnownCodes, complete_codes
 from llamagen_jax.sampling.prompts import Prompts
-from llamagen_jax.sides import Sides, height_width, image_size_of
+from llamagen_jax.sides import Sides, height_width, image_size_of, show_pixels
 from llamagen_jax.text.encoder import TextEncoder
 from llamagen_jax.tokenizer import model
 from llamagen_jax.tokenizer.config import TokenizerConfig
@@ -146,6 +147,7 @@ def sample(
   prompts: Sequence[str] = (),
   text_encoder: TextEncoder | None = None,
   negative_prompt: str = "",
+  image_size: Sides | None = None,
   seed: int = 0,
   batch_size: int = 32,
   **sampling,
@@ -159,6 +161,8 @@ def sample(
     prompts: texts, instead of classes, for a transformer of captions.
     text_encoder: from `load_t5`; the one that `gpt` was trained with.
     negative_prompt: text that guidance leads away from.
+    image_size: side or (height, width) in pixels, in the shape of one of the model's
+      grids; default: of the first as it is.
     seed: 0 .. 2^64 - 1; image i depends on (seed, i) alone, not on what is sampled
       with it.
     batch_size: images at a time on every device.
@@ -168,15 +172,17 @@ def sample(
     uint8 [N, H, W, 3].
 
   Raises:
-    UserError: for a class that is not known or a tokenizer of other codes.
+    UserError: for a class that is not known, a tokenizer of other codes, or a size of
+      another shape.
   """
+  gpt, drawn_size = for_size(gpt, tokenizer, image_size)
   conditions = conditions_of(gpt, classes, prompts, text_encoder, negative_prompt)
   job = SamplingJob(
     conditions,
     dataclasses.replace(gpt.sampling, **sampling),
     seed,
     min(batch_size, math.ceil(len(conditions) / num_data_shards(mesh_of(gpt)))),
-    image_size_of(gpt.config.grid, tokenizer.config.downsample),
+    image_size or drawn_size,
   )
   return sample_images(gpt, tokenizer, job, Timings())
 
@@ -317,6 +323,34 @@ def check_pair(gpt: bundle.Transformer, tokenizer: bundle.Tokenizer) -> None:
       f"the tokenizer {tokenizer.identity[:12]} is not the one that the"
       f" transformer learned the codes of, {gpt.tokenizer[:12]}"
     )
+
+
+def for_size(
+  gpt: bundle.Transformer, tokenizer: bundle.Tokenizer, image_size: Sides | None
+) -> tuple[bundle.Transformer, Sides]:
+  """Returns the transformer at one of its grids, and the size that it draws there.
+
+  Args:
+    image_size: that is wanted, in pixels; None = that of the first grid. If no grid
+      has it, the first of the same shape is taken.
+
+  Raises:
+    UserError: no grid has the shape.
+  """
+  sizes = {image_size_of(g, tokenizer.config.downsample): g for g in gpt.config.grids}
+  size = image_size or next(iter(sizes))
+  alike = [s for s in sizes if _shape(s) == _shape(size)]
+  if not alike:
+    raise UserError(
+      f"image size {show_pixels(size)}: expected the shape of the model's images,"
+      f" {' or '.join(map(show_pixels, sizes))}"
+    )
+  drawn = size if size in sizes else alike[0]
+  return dataclasses.replace(gpt, config=gpt.config.at(sizes[drawn])), drawn
+
+
+def _shape(size: Sides) -> fractions.Fraction:
+  return fractions.Fraction(*height_width(size))
 
 
 def restrict_to_codebook(

@@ -5,7 +5,7 @@ they hold captions (`llamagen prepare-captions`), and the frozen encoder turns e
 batch of tokens into features on the mesh, right before the step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 
@@ -110,13 +110,22 @@ class Captions:
     self._model = model
     self.encoder = functools.cache(self._load)
 
-  def open(self, codes: CodeSource, texts: str) -> PairSource:
-    """Joins code shards with a folder of texts."""
+  def open(self, codes: Sequence[CodeSource], texts: str) -> list[PairSource]:
+    """Joins folders of code shards with as many folders of texts, with commas."""
     if not texts:
       raise UserError(
         "model.condition is 'caption': --config.data.texts and --config.data.eval_texts"
         " are missing"
       )
+    folders = texts.split(",")
+    if len(folders) != len(codes):
+      raise UserError(
+        f"texts {texts}: expected a folder for each of {len(codes)} folders of codes"
+      )
+    pairs = zip(codes, folders, strict=True)
+    return [self._open(source, folder.strip()) for source, folder in pairs]
+
+  def _open(self, codes: CodeSource, texts: str) -> PairSource:
     if self._t5:
       return PairSource(codes, CaptionSource(texts))
     source = FeatureSource(texts)

@@ -49,11 +49,11 @@ from llamagen_jax.training.state import Metrics, TrainState
 class CodeData:
   """The code shards to train on, and for captions the texts that go with them."""
 
-  codes: str  # folder of shards
-  eval_codes: str  # folder of held-out shards
+  codes: str  # folder of shards; with commas several, one for each of the model's grids
+  eval_codes: str  # folder of held-out shards, or several
   batch_size: int  # over all hosts
   workers: int = 0  # processes that read; 0 = threads
-  texts: str = ""  # folder of features, or of captions if t5 is given
+  texts: str = ""  # folder of features, or of captions if t5 is given; one for each
   eval_texts: str = ""
   t5: str = ""  # folder of the T5 that runs along in training
   t5_dtype: str = "bfloat16"

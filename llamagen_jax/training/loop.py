@@ -17,7 +17,8 @@ from clu import parameter_overview
 from etils import epath
 import jax
 
-from llamagen_jax.data.loader import Batch, Stream
+from llamagen_jax.data.loader import Batch, Stream, check_position
+from llamagen_jax.data.size_buckets import SizeBuckets
 from llamagen_jax.errors import RunFailed, Stopped, UserError
 from llamagen_jax.parallel.hosts import StopSignal
 from llamagen_jax.parallel.mesh import make_mesh, replicated
@@ -52,8 +53,9 @@ class Task:
   """All that the loop needs to know of what it trains."""
 
   init: Callable[[jax.Array], Any]  # key -> state with boxed parameters
-  phases: Mapping[int, Phase]  # by the step that each begins with; one begins with 0
-  stream: Stream
+  # Of each bucket of the stream, by the step that each begins with; one begins with 0.
+  phases: tuple[Mapping[int, Phase], ...]
+  stream: Stream | SizeBuckets
   evaluate: Callable[[Any, jax.sharding.Mesh], Evaluation]
   # Mesh -> what a bundle of the weights says besides the config; see `write_bundle`.
   describe: Callable[[jax.sharding.Mesh], dict[str, Any]]
@@ -66,7 +68,8 @@ class Task:
 
   def phase_at(self, step: int) -> Phase:
     """Returns the phase that the step number belongs to."""
-    return self.phases[max(start for start in self.phases if start <= step)]
+    phases = self.phases[self.stream.bucket(step)]
+    return phases[max(start for start in phases if start <= step)]
 
 
 def fit(
@@ -123,7 +126,7 @@ def _first_state(
   restored = checkpoints.restore(abstract)
   if restored is not None:
     state, position = restored
-    task.stream.check_position(position)
+    check_position(task.stream, position)
     logging.info("resumed from step %d of %d", position["next_step"], run.steps)
     exact = DETERMINISTIC in os.environ.get("XLA_FLAGS", "")
     if jax.default_backend() == "gpu" and not exact:

@@ -14,11 +14,12 @@ import numpy as np
 from llamagen_jax.data.classes import Relabelled, match_classes
 from llamagen_jax.data.codes import CodeRecord, CodeSource
 from llamagen_jax.data.loader import Batch, Stream, epoch_batches
+from llamagen_jax.data.size_buckets import SizeBuckets
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.model import GPT
 from llamagen_jax.gpt.objective import cross_entropy
-from llamagen_jax.sides import height_width
+from llamagen_jax.sides import Sides, height_width
 from llamagen_jax.storage import user_path
 from llamagen_jax.training.captions import Captions, FeatureStream, PairSource
 from llamagen_jax.training.export import describe_gpt
@@ -52,33 +53,68 @@ def make_task(recipe: GPTRecipe) -> Task:
   """Returns the task of a config; opens its code shards and captions."""
   model = recipe.model.for_backend(jax.default_backend())
   r = dataclasses.replace(recipe, model=model)
-  source, eval_source = CodeSource(r.data.codes), CodeSource(r.data.eval_codes)
-  for codes in (source, eval_source):
-    check_codes(codes, r.model)
+  codes = open_codes("data.codes", r.data.codes, r.model)
+  eval_codes = open_codes("data.eval_codes", r.data.eval_codes, r.model)
   options = r.data.batch_size, r.run.seed, r.data.workers
   if r.model.condition == "class":
-    captions, stream = None, Stream(source, pick_crop, *options)
-    eval_source = with_labels_of(source, eval_source)
+    captions, sources = None, codes
+    streams = [Stream(source, pick_crop, *options) for source in sources]
+    eval_sources = [with_labels_of(codes[0], source) for source in eval_codes]
   else:
     captions = Captions(r.model, r.data.t5, r.data.t5_dtype, r.data.short_share)
-    source = captions.open(source, r.data.texts)
-    eval_source = captions.open(eval_source, r.data.eval_texts)
-    stream = FeatureStream(source, captions.input, *options, captions=captions)
-  phases = {
-    start: Phase(functools.partial(train_step, r, phase=phase), work(r, phase.patch))
-    for start, phase in r.objective.phases().items()
+    sources = captions.open(codes, r.data.texts)
+    eval_sources = captions.open(eval_codes, r.data.eval_texts)
+    streams = [
+      FeatureStream(source, captions.input, *options, captions=captions)
+      for source in sources
+    ]
+  held_out = {
+    x.grid: source for x, source in zip(eval_codes, eval_sources, strict=True)
   }
   return Task(
     init=functools.partial(init_state, r),
-    phases=phases,
-    stream=stream,
-    evaluate=GPTEvaluation(r, eval_source, captions, source, SampleGrid(r.images)),
-    describe=functools.partial(describe, source, captions),
+    phases=tuple(_phases(r, source.grid) for source in codes),
+    stream=streams[0] if len(streams) == 1 else SizeBuckets(streams),
+    evaluate=GPTEvaluation(r, held_out, captions, sources[0], SampleGrid(r.images)),
+    describe=functools.partial(describe, sources[0], captions),
     schedules=lambda config: {"optimizer": schedule(build(GPTRecipe, config))},
     curves=("loss", "eval/loss"),
-    load=functools.partial(load_weights, r, source) if r.init_from else None,
+    load=functools.partial(load_weights, r, sources[0]) if r.init_from else None,
     max_skipped_in_a_row=r.guard.max_skipped_in_a_row,
   )
+
+
+def _phases(recipe: GPTRecipe, grid: Sides) -> dict[int, Phase]:
+  """Returns the phases of a run for images of one of the model's grids."""
+  r = dataclasses.replace(recipe, model=recipe.model.at(grid))
+  return {
+    start: Phase(functools.partial(train_step, r, phase=phase), work(r, phase.patch))
+    for start, phase in r.objective.phases().items()
+  }
+
+
+def open_codes(field: str, folders: str, config: GPTConfig) -> list[CodeSource]:
+  """Opens the code shards of a config's field, a folder for each grid of the model.
+
+  Raises:
+    UserError: they do not fit the model, or each other.
+  """
+  sources = [CodeSource(folder.strip()) for folder in folders.split(",")]
+  first = sources[0].manifest
+  for source in sources:
+    check_codes(source, config)
+    for name in ("tokenizer", "class_names"):
+      if source.manifest[name] != first[name]:
+        raise UserError(
+          f"{field}: {source.folder} has another {name} than {sources[0].folder}"
+        )
+  grids = [source.grid for source in sources]
+  if len(set(grids)) < len(grids) or len(grids) < len(config.grids):
+    raise UserError(
+      f"{field}={folders}: grids {', '.join(map(str, grids))}; expected a folder for"
+      f" each of the model's, {', '.join(map(str, config.grids))}"
+    )
+  return sources
 
 
 def with_labels_of(
@@ -99,11 +135,12 @@ def check_codes(source: CodeSource, config: GPTConfig) -> None:
   """
   manifest, found = source.manifest, []
   grid, rows = source.grid, manifest["codebook_size"]
-  if grid != config.grid:
+  if grid not in config.grids:
     flag = grid if isinstance(grid, int) else "{},{}".format(*grid)
+    expected = " or ".join("{}x{}".format(*height_width(g)) for g in config.grids)
     found.append(
-      "{}x{} codes an image, the model expects {}x{}: --config.model.grid={}".format(
-        *height_width(grid), *config.grid_hw, flag
+      "{}x{} codes an image, the model expects {}: --config.model.grid={}".format(
+        *height_width(grid), expected, flag
       )
     )
   if rows > config.vocab_size:
@@ -142,7 +179,7 @@ class GPTEvaluation:
   """Evaluates on held-out images, and samples a grid of images."""
 
   recipe: GPTRecipe
-  source: CodeSource | Relabelled | PairSource  # held-out
+  sources: dict[Sides, CodeSource | Relabelled | PairSource]  # held-out, by their grid
   captions: Captions | None
   train_source: CodeSource | PairSource
   grid: SampleGrid
@@ -153,10 +190,11 @@ class GPTEvaluation:
     weights = merge_once(r.train, state.weights)
     transform = first_crop if captions is None else captions.input.first
     sums = []
-    for batch in epoch_batches(self.source, transform, r.data.batch_size, mesh):
-      if captions is not None:
-        batch = captions.features(batch, mesh)
-      sums.append(_eval_step(r.model, weights, batch))
+    for grid, source in self.sources.items():
+      for batch in epoch_batches(source, transform, r.data.batch_size, mesh):
+        if captions is not None:
+          batch = captions.features(batch, mesh)
+        sums.append(_eval_step(r.model.at(grid), weights, batch))
     # Read at the end: a float a batch would let the devices wait for the host.
     total, weight = np.array(jax.device_get(sums), np.float64).sum(axis=0)
     return Evaluation({"loss": float(total / weight)}, self._images(weights, mesh))

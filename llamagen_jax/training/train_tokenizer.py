@@ -55,10 +55,12 @@ def make_task(recipe: TokenizerRecipe) -> Task:
   )
   return Task(
     init=functools.partial(init_state, r),
-    phases={
-      start: Phase(functools.partial(train_step, r, phase))
-      for start, phase in gan_phases(r.loss).items()
-    },
+    phases=(
+      {
+        start: Phase(functools.partial(train_step, r, phase))
+        for start, phase in gan_phases(r.loss).items()
+      },
+    ),
     load=functools.partial(load_state, r, frozen),
     stream=Stream(
       source, transform, d.batch_size, r.run.seed, d.workers, d.max_bad_share

@@ -4,7 +4,7 @@ import pytest
 
 from llamagen_jax import UserError
 from llamagen_jax.data import loader
-from llamagen_jax.data.loader import Stream, epoch_batches
+from llamagen_jax.data.loader import Stream, check_position, epoch_batches
 from llamagen_jax.parallel.mesh import make_mesh
 
 RECORDS = 12
@@ -97,14 +97,14 @@ def test_batches_lie_on_the_mesh():
 
 def test_a_resumed_stream_must_be_the_same_data():
   position = stream().position(7)
-  stream().check_position(position)
+  check_position(stream(), position)
   for changes, word in (
     ({"batch_size": 8}, "batch_size=4"),
     ({"seed": 9}, "seed=3"),
     ({"source": range(11)}, "records=12"),
   ):
     with pytest.raises(UserError, match=word):
-      stream(**changes).check_position(position)
+      check_position(stream(**changes), position)
 
 
 def test_an_epoch_is_in_order_and_its_filling_weighs_nothing():
