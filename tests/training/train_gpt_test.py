@@ -189,7 +189,7 @@ def test_held_out_classes_have_the_labels_of_the_trained_ones(tmp_path):
   data = dataclasses.replace(r.data, codes=str(folders[0]), eval_codes=str(folders[1]))
   r = dataclasses.replace(r, data=data)
   path.write_text(json.dumps(manifest | {"class_names": list("badc")}))
-  held_out = train_gpt.make_task(r).evaluate.source
+  held_out = train_gpt.make_task(r).evaluate.sources[r.model.grid]
   assert [held_out[i].label for i in range(5)] == [1, 0, 3, 2, 1]
   path.write_text(json.dumps(manifest | {"class_names": list("abce")}))
   with pytest.raises(UserError, match="data.eval_codes=.*'e', are not among .*codes="):
