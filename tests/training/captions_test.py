@@ -165,7 +165,7 @@ def test_stored_padded_and_on_the_fly_give_the_same_loss(data, params):
   stored = PairSource(codes, FeatureSource(data / "bfloat16"))
   ragged = batch_of(stored, PairInput(20, None, 0.0), rows)
   captions = Captions(MODEL, str(data / "t5"), "bfloat16", 0.0)
-  live = captions.open(codes, str(data / "captions"))
+  (live,) = captions.open([codes], str(data / "captions"))
   mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
   on_the_fly = captions.features(batch_of(live, captions.input, rows), mesh)
   assert captions.encoder_identity(live, mesh) == stored.texts.manifest["t5"]
