@@ -246,9 +246,11 @@ def make_service(options: Options) -> Service:
     codebook = load_tokenizer(tokenizer)
     gpt = restrict_to_codebook(gpt, codebook)
     gpt = for_decoding(gpt, o.weights)
-    model = ImageModel(name, gpt, codebook, encoder)
-    engine = Engine(gpt, o.slots, o.chunk, o.window, o.candidates)
-    workers[model] = Worker(engine, model.render, o.queue or o.slots)
+    for grid in gpt.config.grids:  # a size each, with slots of its own
+      sized = dataclasses.replace(gpt, config=gpt.config.at(grid))
+      model = ImageModel(name, sized, codebook, encoder)
+      engine = Engine(sized, o.slots, o.chunk, o.window, o.candidates)
+      workers[model] = Worker(engine, model.render, o.queue or o.slots)
   limits = Limits(
     images=o.max_images, seconds=o.seconds, body_bytes=o.body_bytes, aliases=o.alias,
     any_model=o.any_model, strict=o.strict, size_policy=o.size_policy,

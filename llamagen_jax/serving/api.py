@@ -211,6 +211,7 @@ def _add_models(v1: APIRouter, service: Service) -> None:
     first = model is service.default_model
     return Model(
       id=model.name, created=created, size=text(model.size),
+      sizes=list(map(text, service.sizes(model))),
       condition=model.gpt.config.condition, classes=model.classes or None,
       aliases=list(service.limits.aliases) if first else [],
     )  # fmt: skip

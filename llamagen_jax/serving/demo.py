@@ -27,6 +27,7 @@ from llamagen_jax.serving.image_model import ImageModel
 from llamagen_jax.serving.request_body import read_request
 from llamagen_jax.serving.schema import RANDOM_SEED, EditRequest, VariationRequest
 from llamagen_jax.serving.service import ActiveRequest, Service
+from llamagen_jax.serving.sizes import text
 from llamagen_jax.serving.worker import Finished, Progress
 
 PATH = "/demo"
@@ -39,7 +40,8 @@ PROMPTS = (
   "a bowl of fruit on a wooden table", "a sailing boat on calm water",
 )  # fmt: skip
 SETTINGS = (
-  "n", "guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p", "seed",
+  "n", "size", "guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p",
+  "seed",
 )  # fmt: skip
 
 
@@ -225,9 +227,10 @@ class _Run:
     if strength is None:
       body, _ = read_request(fields, strict=True)
       return await self.service.admit(body, [])
-    fields = {**fields, "strength": strength}
+    own = self.service.default_model.size  # and the editor's
+    fields = {**fields, "strength": strength, "size": text(own)}
     body, _ = read_request(fields, strict=True, kind=EditRequest)
-    upload = from_editor(editor, self.service.default_model.size)
+    upload = from_editor(editor, own)
     if upload is None:
       raise APIError(400, "Load an image, or take a result.")
     if upload.mask is None and not body.settings.keeps_some:
@@ -237,9 +240,11 @@ class _Run:
   async def _admit_variation(
     self, fields: dict[str, Any], before: _Shown, number: int
   ) -> ActiveRequest:
-    """Queues variations of one of the images before."""
+    """Queues variations of one of the images before, in its size."""
+    image = before.finished[number]
+    fields = {**fields, "size": text((image.shape[1], image.shape[0]))}
     body, _ = read_request(fields, strict=True, kind=VariationRequest)
-    return await self.service.admit(body, [], to_upload(before.finished[number]))
+    return await self.service.admit(body, [], to_upload(image))
 
 
 class _EditTab:
@@ -349,6 +354,10 @@ def _settings(service: Service) -> tuple[list[gr.components.Component], gr.Butto
   d: SamplingConfig = model.gpt.sampling
   most_k = model.gpt.config.vocab_size
   count = gr.Slider(1, most, min(4, most), step=1, label="Images")
+  sizes = list(map(text, service.sizes(model)))
+  size = gr.Dropdown(
+    sizes, value=sizes[0], label="Size", visible=len(sizes) > 1, elem_id="size"
+  )
   guidance = gr.Slider(
     1, HIGHEST_GUIDANCE, d.guidance_scale, step=0.1, label="Guidance", info="1: off"
   )
@@ -369,7 +378,7 @@ def _settings(service: Service) -> tuple[list[gr.components.Component], gr.Butto
       ),
     ]  # fmt: skip
     reuse = gr.Button("Use the last seed again", size="sm", elem_id="reuse")
-  return [count, guidance, *rest], reuse
+  return [count, size, guidance, *rest], reuse
 
 
 def _choice(model: ImageModel, label: int) -> str:
@@ -411,6 +420,7 @@ def _code(
   """Returns curl and Python for the same request, less settings at their default."""
   defaults = dataclasses.asdict(service.default_model.gpt.sampling)
   defaults |= {"n": 1, "seed": RANDOM_SEED}
+  defaults |= {"size": text(service.default_model.size)}
   body = _body(service, values)
   body = {k: v for k, v in body.items() if k not in defaults or v != defaults[k]}
   root = str(request.request.base_url).rstrip("/").removesuffix(PATH)

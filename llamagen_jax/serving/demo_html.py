@@ -123,7 +123,7 @@ def curl(root: str, body: dict[str, Any], key: str) -> str:
 
 def python(root: str, body: dict[str, Any], key: str) -> str:
   """Returns the lines for OpenAI's client that ask for the same."""
-  known = {k: v for k, v in body.items() if k in ("prompt", "n")}
+  known = {k: v for k, v in body.items() if k in ("prompt", "n", "size")}
   extra = {k: v for k, v in body.items() if k not in known}
   known.setdefault("prompt", "")
   secret = f'os.environ["{key}"]' if key else '"none"'

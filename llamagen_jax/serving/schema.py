@@ -221,7 +221,8 @@ class Model(BaseModel):
   object: Literal["model"] = "model"
   created: int
   owned_by: str = "llamagen"
-  size: str = Field(description="WIDTHxHEIGHT that it generates.")
+  size: str = Field(description="WIDTHxHEIGHT that it generates by default.")
+  sizes: list[str] = Field(description="All that it generates.")
   condition: Literal["class", "caption"]
   classes: int | None = Field(None, description="Number of classes, if it has any.")
   aliases: list[str] = Field([], description="Other names that requests may use.")

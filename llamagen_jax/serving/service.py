@@ -16,7 +16,7 @@ from llamagen_jax.serving.api_error import APIError
 from llamagen_jax.serving.image_model import ImageModel
 from llamagen_jax.serving.metrics import Metrics
 from llamagen_jax.serving.schema import RANDOM_SEED, ImageRequest, Style
-from llamagen_jax.serving.sizes import choose_size, text
+from llamagen_jax.serving.sizes import Size, choose_size, text
 from llamagen_jax.serving.upload import Upload, open_canvas
 from llamagen_jax.serving.worker import (
   Finished,
@@ -51,15 +51,20 @@ class Service:
   def __init__(self, workers: Mapping[ImageModel, Worker], limits: Limits):
     """Makes the service of one model or more; the first one is the default.
 
+    Models of the same name are one model at several sizes, its own size first.
+
     Raises:
-      UserError: two models of the same name.
+      UserError: two models of the same name and size.
     """
     self.workers, self.limits = dict(workers), limits
-    self.models = {model.name: model for model in workers}
-    if len(self.models) < len(self.workers):
+    self._by_size: dict[str, dict[Size, ImageModel]] = {}
+    for model in workers:
+      self._by_size.setdefault(model.name, {})[model.size] = model
+    if sum(map(len, self._by_size.values())) < len(self.workers):
       names = ", ".join(model.name for model in workers)
       raise UserError(f"models {names}: expected names that differ (--name)")
-    self.metrics = Metrics({m.name: worker for m, worker in workers.items()})
+    self.models = {n: next(iter(sizes.values())) for n, sizes in self._by_size.items()}
+    self.metrics = Metrics({self.label(m): worker for m, worker in workers.items()})
     self.metrics.watch_ready(lambda: self.ready)
     self.draining = self._warm = False
 
@@ -107,6 +112,16 @@ class Service:
     message = f"The model '{name[:60]}' does not exist; this server has {known}."
     raise APIError(404, message, code="model_not_found", param="model")
 
+  def sizes(self, model: ImageModel) -> list[Size]:
+    """Returns the sizes that a model generates, the default first."""
+    return list(self._by_size[model.name])
+
+  def label(self, model: ImageModel) -> str:
+    """Returns the name of a model's worker in the metrics."""
+    if model is self.models[model.name]:
+      return model.name
+    return f"{model.name} {text(model.size)}"
+
   def most_images(self, model: ImageModel) -> int:
     """Images that one request may ask of a model."""
     return min(self.limits.images, self.workers[model].capacity)
@@ -124,7 +139,10 @@ class Service:
     """
     started = time.monotonic()
     model = self.model(body.model)
-    size, resized = choose_size(body.size, model.size, self.limits.size_policy)
+    generated, size, resized = choose_size(
+      body.size, self.sizes(model), self.limits.size_policy
+    )
+    model = self._by_size[model.name][generated]
     if body.count > self.most_images(model):
       message = f"{body.count} images: expected 1 .. {self.most_images(model)}."
       raise APIError(400, message, code="invalid_value", param="n")
@@ -242,7 +260,7 @@ class ActiveRequest:
         raise APIError(503, "The engine has died.", code="engine_died") from event
       if isinstance(event, Finished):
         self._missing -= 1
-        self.service.metrics.images.labels(self.model.name).inc()
+        self.service.metrics.images.labels(self.service.label(self.model)).inc()
         if not self._missing:
           self.service.metrics.latency.observe(time.monotonic() - self.started)
       yield index, event

@@ -1,5 +1,7 @@
 """The size that a request asks for, and the one that it gets."""
 
+from collections.abc import Sequence
+import math
 import re
 
 from llamagen_jax.serving.api_error import APIError
@@ -11,33 +13,44 @@ SIZE = re.compile(r"([1-9]\d{0,5})[xX×]([1-9]\d{0,5})")
 Size = tuple[int, int]  # width, height
 
 
-def choose_size(asked: str | None, own: Size, policy: str) -> tuple[Size, list[str]]:
-  """Returns the size of the images of a response, and warnings.
+def choose_size(
+  asked: str | None, own: Sequence[Size], policy: str
+) -> tuple[Size, Size, list[str]]:
+  """Returns the size to generate, that of the images of a response, and warnings.
 
   Args:
     asked: the request's `size`.
-    own: the size that the model generates.
-    policy: exact: refuse every other size. nearest: the model's own size instead.
-      resize: scale and crop its images to the size asked for.
+    own: the sizes that the model generates; the first is the default.
+    policy: exact: refuse every other size. nearest: the one of its own sizes that is
+      nearest in shape instead. resize: scale and crop those images to the size asked
+      for.
 
   Raises:
     APIError: 400 for a size that cannot be had.
   """
   if asked in (None, "", "auto"):
-    return own, []
+    return own[0], own[0], []
   match = SIZE.fullmatch(asked.strip())
   if match is None:
-    raise _invalid(asked, f"WIDTHxHEIGHT, such as '{text(own)}', or 'auto'")
+    raise _invalid(asked, f"WIDTHxHEIGHT, such as '{text(own[0])}', or 'auto'")
   size = int(match[1]), int(match[2])
-  if size == own:
-    return own, []
+  if size in own:
+    return size, size, []
   if policy == "exact":
-    raise _invalid(asked, f"'{text(own)}' or 'auto'")
+    raise _invalid(asked, " or ".join([*(f"'{text(o)}'" for o in own), "'auto'"]))
+  nearest = min(own, key=lambda o: _distance(o, size))
   if policy == "nearest":
-    return own, [f"'size' {text(size)}: this model generates {text(own)}."]
+    known = " or ".join(map(text, own))
+    return nearest, nearest, [f"'size' {text(size)}: this model generates {known}."]
   if max(size) > LARGEST_SIDE:
     raise _invalid(asked, f"at most {LARGEST_SIDE}x{LARGEST_SIDE}")
-  return size, [f"'size' {text(size)}: resized from {text(own)}."]
+  return nearest, size, [f"'size' {text(size)}: resized from {text(nearest)}."]
+
+
+def _distance(one: Size, other: Size) -> tuple[float, float]:
+  """Returns how far two sizes are apart: in shape first, then in area."""
+  widths, heights = (math.log(a / b) for a, b in zip(one, other, strict=True))
+  return abs(widths - heights), abs(widths + heights)
 
 
 def text(size: Size) -> str:

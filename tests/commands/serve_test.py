@@ -24,6 +24,7 @@ pytest.importorskip("uvicorn")
 import llamagen_jax as lg  # noqa: E402
 from llamagen_jax.commands import cli, serve  # noqa: E402
 from llamagen_jax.serving import http_server  # noqa: E402
+from llamagen_jax.weights import bundle  # noqa: E402
 from tests.sampling import fid_batch_test  # noqa: E402
 
 saved = fid_batch_test.saved
@@ -174,6 +175,26 @@ def test_two_models_that_share_a_tokenizer(saved):
     for asked, answers in [("again", "again"), ("other", "small")]:
       response = server.generate(prompt="1", model=asked)
       assert response.json()["model"] == answers
+
+
+def test_the_sizes_of_a_model(saved, tmp_path):
+  gpt = lg.load_gpt(saved / "gpt")
+  config = dataclasses.replace(gpt.config, other_grids=((2, 4),))
+  gpt = dataclasses.replace(gpt, config=config)
+  bundle.save_gpt(tmp_path / "both", gpt)
+  tokenizer = lg.load_tokenizer(saved / "vq")
+  flags = f"--gpt={tmp_path}/both --slots=2 --candidates=0".split()
+  with running(saved, *flags) as server:
+    _, model = httpx.get(f"{server.url}/v1/models").json()["data"]
+    assert (model["id"], model["sizes"]) == ("both", ["6x6", "8x4"])
+    for size, image_size in (("auto", 6), ("8x4", (4, 8))):
+      body = {"model": "both", "prompt": "1", "size": size, "seed": 3}
+      response = server.generate(**body).json()
+      expected = lg.sample(gpt, tokenizer, [1], image_size=image_size, seed=3)
+      found = [opened(image["b64_json"]) for image in response["data"]]
+      np.testing.assert_array_equal(found, expected)
+    metrics = httpx.get(f"{server.url}/metrics").text
+  assert 'llamagen_images_total{model="both 8x4"} 1.0' in metrics
 
 
 @pytest.mark.parametrize("flags, said", [("", True), ("--no-demo", False)])

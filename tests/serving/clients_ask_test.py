@@ -69,6 +69,21 @@ def test_sizes(image_model, server, size):
     assert post(exact, size=size).status_code == 400
 
 
+@pytest.mark.parametrize("policy, asked, size", [
+  ("exact", "16x4", "16x4"), ("nearest", "2048x512", "16x4"),
+  ("nearest", "1792x1024", "8x8"), ("resize", "32x8", "32x8"), ("exact", "auto", "8x8"),
+])  # fmt: skip
+def test_a_model_of_several_sizes(policy, asked, size):
+  models = live.tiny_model("both"), live.tiny_model("both", grid=(2, 8))
+  limits = dataclasses.replace(live.LIMITS, size_policy=policy)
+  with live.serve(*models, limits=limits) as server:
+    response = post(server, size=asked)
+    assert response.json()["size"] == size and response.json()["model"] == "both"
+    assert opened(response).size == tuple(map(int, size.split("x")))
+    error = post(server, size="4x16x1").json()["error"]
+    assert error["code"] == "invalid_value"
+
+
 @pytest.mark.parametrize("size", ["8x8", "auto", None])
 def test_sizes_without_a_warning(server, size):
   assert "warnings" not in post(server, size=size).json()

@@ -190,6 +190,26 @@ def test_wide_images_keep_their_shape(browser):
     page.close()
 
 
+def test_a_size_is_chosen(browser):
+  models = live.tiny_model("both"), live.tiny_model("both", grid=(2, 8))
+  with live.serve(*models, mount=mount_demo, slots=4) as server:
+    page = browser.new_page()
+    page.set_default_timeout(SECONDS)
+    page.goto(f"{server.url}/demo/")
+    page.click("#size input")
+    page.click("text=16x4")
+    page.click("#generate")
+    for _ in range(2):  # the second time of a variation
+      status(page).to_contain_text("Done in")
+      widths = page.eval_on_selector_all(
+        ".sheet img", "all => all.map(i => [i.naturalWidth, i.naturalHeight])"
+      )
+      assert widths == [[16, 4]] * 4
+      page.click("role=button[name='Vary image 1']")
+      status(page).not_to_contain_text("Done in")
+    page.close()
+
+
 def test_stop_frees_the_slots_and_leaves_no_half_images(page, server):
   server.engine.last = 12
   page.click("#generate")
