@@ -148,6 +148,29 @@ def test_edits_beside_slots_have_the_codes_of_complete_codes(gpt, cache):
     assert (np.array(r.codes) == known)[r.is_known].all()
 
 
+def test_requests_that_join_together_start_together(gpt, monkeypatch):
+  """Four by four, filled up; not one that has left before."""
+  engine, sizes = Engine(gpt, slots=7, chunk=4), []
+  prefill = engine._prefill
+
+  def counted(params, state, rows, conditions):
+    sizes.append(len(rows) // 2)
+    return prefill(params, state, rows, conditions)
+
+  monkeypatch.setattr(engine, "_prefill", counted)
+  gone, *requests = [request(gpt, number) for number in range(7)]
+  assert engine.join(gone) and all(engine.join(r) for r in requests[:-1])
+  engine.leave(gone)
+  assert engine.join(requests[-1])  # maybe in the rows of the one that left
+  engine.advance()
+  assert sizes == [4, 4]
+  assert engine.join(late := request(gpt, 9))
+  while not engine.idle:
+    engine.advance()
+  assert sizes == [4, 4, 1] and gone.codes == []
+  assert all(r.codes == generated_alone(gpt, r) for r in [*requests, late])
+
+
 def test_the_device_runs_one_chunk_ahead(gpt):
   engine = Engine(gpt, slots=1, chunk=8)
   r = request(gpt, 1)
