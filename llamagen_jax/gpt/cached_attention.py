@@ -37,7 +37,7 @@ def attend_prefill(
   Returns:
     [B, T, K, G, H] in the dtype of the queries.
   """
-  cache, mask_BTS = split(cache, mask_BTS)[0]
+  cache, mask_BTS = cache_parts(cache, mask_BTS)[0]
   scores_BKGTS = jnp.einsum(
     "BTKGH,BKHS->BKGTS", q_BTKGH, cache.keys, preferred_element_type=jnp.float32
   )
@@ -66,7 +66,7 @@ def write_and_attend(
   # after that; a CPU would copy it, were it read before.
   mixed_B1KGH = jax.lax.platform_dependent(
     tpu=lambda: attend_before_write(q_B1KGH, old, token, position, mask_B1S),
-    default=lambda: attend_parts(q_B1KGH, split(new, mask_B1S)),
+    default=lambda: attend_parts(q_B1KGH, cache_parts(new, mask_B1S)),
   )
   return mixed_B1KGH, pin_layout(new)
 
@@ -81,10 +81,10 @@ def attend_before_write(
   """Attends to a cache that does not hold the token yet, and to the token itself."""
   before_B1S = mask_B1S & (jnp.arange(mask_B1S.shape[-1]) != position)
   itself_111 = jnp.ones((1, 1, 1), bool)
-  return attend_parts(q_B1KGH, [*split(cache, before_B1S), (token, itself_111)])
+  return attend_parts(q_B1KGH, [*cache_parts(cache, before_B1S), (token, itself_111)])
 
 
-def split(cache: LayerCache | SplitCache, mask_BTS: jax.Array) -> list[Part]:
+def cache_parts(cache: LayerCache | SplitCache, mask_BTS: jax.Array) -> list[Part]:
   """Returns the parts of a cache, the one of the condition first."""
   if not isinstance(cache, SplitCache):
     return [(cache, mask_BTS)]
@@ -131,7 +131,7 @@ def attend_parts(q_BTKGH: jax.Array, parts: Sequence[Part]) -> jax.Array:
 def _attend_part(q: jax.Array, cache: LayerCache, mask: jax.Array) -> SoftmaxPartial:
   """Attends from scaled queries [B, K, .., H]; the mask is [B or 1, 1, .., S]."""
   f32 = {"preferred_element_type": jnp.float32}
-  # XLA reads 8 bits and converts them on the way into the product.
+  # A TPU reads 8 bits and converts them on the way into the product.
   keys, values = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)
   scores = jnp.einsum("BK...H,BKHS->BK...S", q, keys, **f32)
   if cache.key_scale is not None:

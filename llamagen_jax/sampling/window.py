@@ -36,7 +36,7 @@ from llamagen_jax.gpt.cache import (
   write_chunk,
 )
 from llamagen_jax.gpt.cached import prefill_forward, run_layers, to_logits
-from llamagen_jax.gpt.cached_attention import attend_parts, split
+from llamagen_jax.gpt.cached_attention import attend_parts, cache_parts
 from llamagen_jax.gpt.conditioning import attention_mask
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.model import embed_codes
@@ -181,7 +181,7 @@ def _forward(
   def attend(q_RLKGH, k_RLKH, v_RLKH, caches):
     before, old = caches
     new = write_cache(old, as_code_cache(c, k_RLKH, v_RLKH, is_condition_RL), entry)
-    parts = [*split(before, cache_R1S), (new, recent_RLE)]
+    parts = [*cache_parts(before, cache_R1S), (new, recent_RLE)]
     return attend_parts(q_RLKGH, parts), new
 
   caches = tuple(zip(state.cache, recent, strict=True))

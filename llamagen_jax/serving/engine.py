@@ -26,8 +26,8 @@ from llamagen_jax.serving.edit_engine import EditEngine
 from llamagen_jax.serving.request import Request
 from llamagen_jax.weights import bundle
 
-# Images that a prefill starts, of which the first that is enough is taken. By the TPU's
-# compiler (XL, 120 tokens, v6e) four prefills read memory for 3.8 ms; one of four images
+# Images that a prefill starts: the first number that is enough. By the TPU's compiler
+# (XL, 120 tokens, v6e) four prefills read memory for 3.8 ms, and one of four images
 # computes for 1.5 ms, so that more of them would gain nothing.
 PREFILLS = (1, 4)
 CHUNK = 8  # forwards: short to wait for, long beside the host's work between chunks

@@ -27,7 +27,7 @@ from llamagen_jax.gpt.cached import decoding_params, prefill_forward, step_forwa
 from llamagen_jax.gpt.cached_attention import (
   attend_before_write,
   attend_parts,
-  split,
+  cache_parts,
 )
 from llamagen_jax.gpt.conditioning import attention_mask, embed_prefix
 from llamagen_jax.gpt.model import embed_codes
@@ -124,15 +124,15 @@ def test_attention_is_that_over_the_rounded_cache():
   for tokens in (1, 2):
     q, mask = normal(B, tokens, K, G, H, seed=5), mask_BTS[:, -tokens:]
     expected = attend_parts(q, [(LayerCache(*whole), mask)])
-    found = attend_parts(q, split(cache, mask))
+    found = attend_parts(q, cache_parts(cache, mask))
     np.testing.assert_allclose(found, expected, atol=2e-6)
   q, mask = normal(B, 1, K, G, H, seed=6), mask_BTS[:, -1:]
   k, v = (normal(B, 1, K, H, seed=s) for s in (7, 8))
   token = as_code_cache(INT8, k, v)
   before = attend_before_write(q, cache, token, jnp.int32(last), mask)
-  after = attend_parts(q, split(write_code(cache, token, jnp.int32(last)), mask))
+  after = attend_parts(q, cache_parts(write_code(cache, token, jnp.int32(last)), mask))
   np.testing.assert_allclose(before, after, atol=2e-6)
-  assert np.abs(attend_parts(q, split(cache, mask)) - after).max() > 1e-2
+  assert np.abs(attend_parts(q, cache_parts(cache, mask)) - after).max() > 1e-2
 
 
 def test_a_chunk_goes_where_its_rows_are():
