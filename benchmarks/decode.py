@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.machine import read_bandwidth
+from llamagen_jax.gpt.cache import init_cache
 from llamagen_jax.gpt.cached import decoding_params
-from llamagen_jax.gpt.config import PRESETS, GPTConfig
+from llamagen_jax.gpt.config import CACHES, PRESETS, GPTConfig
 from llamagen_jax.gpt.model import init_gpt
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.parallel.mesh import unbox
@@ -38,6 +39,7 @@ def main() -> None:
   add("--image-size", type=int, default=256)
   add("--batch", type=int, default=4, help="images, two rows each with guidance")
   add("--dtype", default="float32", choices=("float32", "bfloat16"))
+  add("--cache", default="float", choices=CACHES)
   add("--guidance", type=float, default=4.0)
   add("--top-k", type=int, default=2000)
   add("--repeats", type=int, default=3)
@@ -46,10 +48,12 @@ def main() -> None:
   args = parser.parse_args()
 
   if args.gpt:
-    gpt = bundle.load_gpt(args.gpt, dtype=args.dtype)
+    gpt = bundle.load_gpt(args.gpt, dtype=args.dtype, cache=args.cache)
     config, params, sampling = gpt.config, gpt.params, gpt.sampling
   else:
-    config = GPTConfig.preset(args.preset, image_size=args.image_size, dtype=args.dtype)
+    config = GPTConfig.preset(
+      args.preset, image_size=args.image_size, dtype=args.dtype, cache=args.cache
+    )
     params = random_params(config)
     sampling = SamplingConfig(guidance_scale=args.guidance, top_k=args.top_k)
   params = decoding_params(config, params)
@@ -143,9 +147,10 @@ def bytes_read(config: GPTConfig, params, rows: int) -> int:
   used = {name: params[name] for name in ("layers", "head", "norm")}
   weights = sum(leaf.nbytes for leaf in jax.tree.leaves(used))
   c = config
-  width = 2 * c.layers * c.num_kv_heads * c.head_dim * jnp.dtype(c.dtype).itemsize
+  empty = jax.eval_shape(lambda: init_cache(c, rows, c.length))
+  cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(empty))
   written = sum(range(c.prefix_tokens, c.prefix_tokens + c.image_tokens))
-  return weights * c.image_tokens + rows * width * written
+  return weights * c.image_tokens + cache * written // c.length
 
 
 if __name__ == "__main__":

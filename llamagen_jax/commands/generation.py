@@ -12,6 +12,7 @@ from llamagen_jax.commands import sampling_flags
 from llamagen_jax.data.classes import to_labels
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.cached import decoding_params
+from llamagen_jax.gpt.config import CACHES
 from llamagen_jax.gpt.quantized import quantize_params
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.options import option
@@ -90,6 +91,11 @@ class GenerationOptions(hosts.HostOptions, sampling_flags.SamplingOverrides):
     "of the transformer's matrices; int8 halves the bytes that a step in bfloat16"
     " reads, and changes the codes a little", "float", choices=("float", "int8"),
     group="computation",
+  )  # fmt: skip
+  cache: str | None = option(
+    "of the codes' keys and values; int8 nearly halves their bytes in bfloat16, and"
+    " changes the codes a little; default: the bundle's, float", None,
+    choices=CACHES, group="computation",
   )  # fmt: skip
 
 
@@ -195,7 +201,9 @@ def _load_gpt(args: GenerationOptions, mesh: Mesh, dtype: str) -> bundle.Transfo
   if args.workdir:
     step, gpt = load_run(user_path(args.workdir), mesh=mesh)
     logging.info("the transformer is of step %d in %s", step, args.workdir)
-    gpt = dataclasses.replace(gpt, config=dataclasses.replace(gpt.config, dtype=dtype))
+    cache = args.cache or gpt.config.cache
+    config = dataclasses.replace(gpt.config, dtype=dtype, cache=cache)
+    gpt = dataclasses.replace(gpt, config=config)
   else:
-    gpt = bundle.load_gpt(args.gpt, mesh, dtype)
+    gpt = bundle.load_gpt(args.gpt, mesh, dtype, args.cache)
   return apply_adapter(args.adapter, gpt) if args.adapter else gpt

@@ -16,7 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llamagen_jax.gpt.cache import Cache, LayerCache, as_cache, pin_layout, write_cache
+from llamagen_jax.gpt.cache import (
+  Cache,
+  as_cache,
+  as_code_cache,
+  pin_layout,
+  write_condition,
+)
 from llamagen_jax.gpt.cached_attention import attend_prefill, write_and_attend
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.layers import rms_norm
@@ -24,9 +30,7 @@ from llamagen_jax.gpt.quantized import matmul
 from llamagen_jax.gpt.rope import apply_rope, rope_in_order, rope_table
 
 # (q_BTKGH, k_BTKH, v_BTKH, cache of the layer) -> (mixed_BTKGH, its new cache)
-Attend = Callable[
-  [jax.Array, jax.Array, jax.Array, LayerCache], tuple[jax.Array, LayerCache]
-]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
 def decoding_params(config: GPTConfig, params: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +80,7 @@ def prefill_forward(
   *,
   order_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
-  """Runs the first T embedded tokens, at the positions 0 .. T - 1.
+  """Runs the first T <= P embedded condition tokens, at the positions 0 .. T - 1.
 
   Args:
     config: shape of the model.
@@ -91,7 +95,7 @@ def prefill_forward(
   """
 
   def attend(q_BTKGH, k_BTKH, v_BTKH, old):
-    new = write_cache(pin_layout(old), as_cache(k_BTKH, v_BTKH), 0)
+    new = write_condition(pin_layout(old), as_cache(k_BTKH, v_BTKH))
     return attend_prefill(q_BTKGH, new, mask_BTS), pin_layout(new)
 
   at_T = jnp.arange(x_BTD.shape[1])
@@ -111,7 +115,7 @@ def step_forward(
   *,
   order_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
-  """Runs one embedded token a row, all of them at the same position.
+  """Runs one embedded code a row, all of them at the same position.
 
   Args:
     config: shape of the model.
@@ -128,7 +132,7 @@ def step_forward(
   """
 
   def attend(q_B1KGH, k_B1KH, v_B1KH, old):
-    token = as_cache(k_B1KH, v_B1KH)
+    token = as_code_cache(config, k_B1KH, v_B1KH)
     return write_and_attend(q_B1KGH, token, old, position, mask_B1S)
 
   at_1 = jnp.asarray(position)[None]

@@ -1,7 +1,8 @@
 """Attention of a few tokens over cached keys and values.
 
 A cache may come in parts, each with a mask of its own: the softmax runs over every
-part alone, and the partial results are merged.
+part alone, and the partial results are merged. The scales of a part in 8 bits multiply
+its scores, and the weights of its values.
 
 Axes: B batch, T tokens, S cache length, K kv heads, G query heads per kv head,
 H head dim, R = G T rows of a kv head.
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llamagen_jax.gpt.cache import LayerCache, pin_layout, write_cache
+from llamagen_jax.gpt.cache import LayerCache, SplitCache, pin_layout, write_code
 
 
 class SoftmaxPartial(NamedTuple):
@@ -29,13 +30,14 @@ Part = tuple[LayerCache, jax.Array]  # and its mask, bool [B or 1, T or 1, S]
 
 
 def attend_prefill(
-  q_BTKGH: jax.Array, cache: LayerCache, mask_BTS: jax.Array
+  q_BTKGH: jax.Array, cache: LayerCache | SplitCache, mask_BTS: jax.Array
 ) -> jax.Array:
-  """Attends from several tokens to one cache by two matmuls.
+  """Attends from several condition tokens to one cache by two matmuls.
 
   Returns:
     [B, T, K, G, H] in the dtype of the queries.
   """
+  cache, mask_BTS = cache_parts(cache, mask_BTS)[0]
   scores_BKGTS = jnp.einsum(
     "BTKGH,BKHS->BKGTS", q_BTKGH, cache.keys, preferred_element_type=jnp.float32
   )
@@ -49,29 +51,29 @@ def attend_prefill(
 def write_and_attend(
   q_B1KGH: jax.Array,
   token: LayerCache,
-  cache: LayerCache,
+  cache: LayerCache | SplitCache,
   position: jax.Array,
   mask_B1S: jax.Array,
-) -> tuple[jax.Array, LayerCache]:
-  """Writes one token at `position` into a cache and attends from it.
+) -> tuple[jax.Array, LayerCache | SplitCache]:
+  """Writes one code at `position` into a cache and attends from it.
 
   Returns:
     The mixed values [B, 1, K, G, H] and the new cache.
   """
   old = pin_layout(cache)
-  new = write_cache(old, token, position)
+  new = write_code(old, token, position)
   # A TPU would fetch all of a cache to write to it, and take it back, were it read
   # after that; a CPU would copy it, were it read before.
   mixed_B1KGH = jax.lax.platform_dependent(
     tpu=lambda: attend_before_write(q_B1KGH, old, token, position, mask_B1S),
-    default=lambda: attend_parts(q_B1KGH, [(new, mask_B1S)]),
+    default=lambda: attend_parts(q_B1KGH, cache_parts(new, mask_B1S)),
   )
   return mixed_B1KGH, pin_layout(new)
 
 
 def attend_before_write(
   q_B1KGH: jax.Array,
-  cache: LayerCache,
+  cache: LayerCache | SplitCache,
   token: LayerCache,
   position: jax.Array,
   mask_B1S: jax.Array,
@@ -79,7 +81,19 @@ def attend_before_write(
   """Attends to a cache that does not hold the token yet, and to the token itself."""
   before_B1S = mask_B1S & (jnp.arange(mask_B1S.shape[-1]) != position)
   itself_111 = jnp.ones((1, 1, 1), bool)
-  return attend_parts(q_B1KGH, [(cache, before_B1S), (token, itself_111)])
+  return attend_parts(q_B1KGH, [*cache_parts(cache, before_B1S), (token, itself_111)])
+
+
+def cache_parts(cache: LayerCache | SplitCache, mask_BTS: jax.Array) -> list[Part]:
+  """Returns the parts of a cache, the one of the condition first."""
+  if not isinstance(cache, SplitCache):
+    return [(cache, mask_BTS)]
+  P = cache.prefix.keys.shape[-1]
+  is_code = jnp.arange(cache.codes.keys.shape[-1]) > 0
+  return [
+    (cache.prefix, mask_BTS[..., :P]),
+    (cache.codes, mask_BTS[..., P - 1 :] & is_code),
+  ]
 
 
 def attend_parts(q_BTKGH: jax.Array, parts: Sequence[Part]) -> jax.Array:
@@ -117,14 +131,25 @@ def attend_parts(q_BTKGH: jax.Array, parts: Sequence[Part]) -> jax.Array:
 def _attend_part(q: jax.Array, cache: LayerCache, mask: jax.Array) -> SoftmaxPartial:
   """Attends from scaled queries [B, K, .., H]; the mask is [B or 1, 1, .., S]."""
   f32 = {"preferred_element_type": jnp.float32}
-  scores = jnp.einsum("BK...H,BKHS->BK...S", q, cache.keys, **f32)
+  # A TPU reads 8 bits and converts them on the way into the product.
+  keys, values = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)
+  scores = jnp.einsum("BK...H,BKHS->BK...S", q, keys, **f32)
+  if cache.key_scale is not None:
+    scores = scores * _per_row(cache.key_scale, scores)
   scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
   highest = jnp.max(scores, axis=-1, keepdims=True)
   weights = jnp.where(mask, jnp.exp(scores - highest), 0.0)
   denominator = jnp.sum(weights, axis=-1, keepdims=True)
-  weights = weights.astype(cache.values.dtype)
-  numerator = jnp.einsum("BK...S,BKHS->BK...H", weights, cache.values, **f32)
+  if cache.value_scale is not None:
+    weights = weights * _per_row(cache.value_scale, weights)
+  weights = weights.astype(q.dtype)
+  numerator = jnp.einsum("BK...S,BKHS->BK...H", weights, values, **f32)
   return SoftmaxPartial(highest, denominator, numerator)
+
+
+def _per_row(scale_BKS: jax.Array, like: jax.Array) -> jax.Array:
+  """Returns scales as [B, K, .., S], of the axes of `like`."""
+  return jnp.expand_dims(scale_BKS, tuple(range(2, like.ndim - 1)))
 
 
 def _merge(parts: Sequence[SoftmaxPartial]) -> jax.Array:

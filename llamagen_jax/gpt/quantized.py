@@ -19,17 +19,17 @@ class Int8Matrix(NamedTuple):
   """A matrix [.., out, in] as integers times a scale an output channel."""
 
   values: jax.Array  # int8 [.., out, in]
-  scale: jax.Array  # float32 [.., out]
+  scale: jax.Array  # [.., out], float32 or as asked for
 
 
 Matrix = jax.Array | Int8Matrix
 
 
-def quantize(matrix: jax.Array) -> Int8Matrix:
+def quantize(matrix: jax.Array, scale_dtype: jnp.dtype = jnp.float32) -> Int8Matrix:
   """Rounds a matrix to 8 bits; an output channel of zeros stays zero."""
   matrix = matrix.astype(jnp.float32)
-  scale = jnp.max(jnp.abs(matrix), axis=-1) / LARGEST
-  divisor = jnp.where(scale > 0, scale, 1.0)[..., None]
+  scale = (jnp.max(jnp.abs(matrix), axis=-1) / LARGEST).astype(scale_dtype)
+  divisor = jnp.where(scale > 0, scale, 1).astype(jnp.float32)[..., None]
   return Int8Matrix(jnp.rint(matrix / divisor).astype(jnp.int8), scale)
 
 

@@ -10,6 +10,7 @@ NO_TRAFFIC = {
   "partition-id", "replica-id", "opt-barrier", "while", "call", "conditional",
   "async-start",
 }  # fmt: skip
+RENAMES = ("bitcast", "copy")
 SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -103,8 +104,12 @@ def _uses(program: Program, ops: dict[str, Op], name: str) -> Iterator[tuple[Op,
 
 
 def _renames(program: Program, op: Op) -> bool:
-  """Returns whether an operation is a bitcast, or a fusion of nothing else."""
+  """Returns whether an operation inside of a fusion only renames elements.
+
+  A copy does, too: it says in which tiles a fusion looks at its operand, of which only
+  what the fusion needs is read.
+  """
   if op.kind != "fusion":
-    return op.kind == "bitcast"
+    return op.kind in RENAMES
   ops = program.computations[op.attribute("calls")].values()
-  return all(inner.kind in ("parameter", "bitcast") for inner in ops)
+  return all(inner.kind in ("parameter", *RENAMES) for inner in ops)

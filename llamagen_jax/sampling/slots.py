@@ -8,8 +8,8 @@ anything. Between chunks of a few forwards rows change hands.
 The codes of a row depend on that row alone, and an image starts where a chunk starts:
 they are the same, bit for bit, whatever else is in the batch.
 
-Axes: N slots, R = 2 N rows, L window, P condition tokens, C caption features, T codes,
-V vocabulary.
+Axes: N slots, R = 2 N rows, M rows that images start in, L window, P condition tokens,
+C caption features, T codes, V vocabulary.
 """
 
 from typing import Any, NamedTuple
@@ -47,12 +47,12 @@ class ChunkOutputs(NamedTuple):
 
 
 class Conditions(NamedTuple):
-  """Conditions of the two rows of a slot."""
+  """Conditions of some rows, two neighbours an image."""
 
-  condition: jax.Array  # labels [2] or caption features [2, P, C]
-  mask: jax.Array | None  # 0 on the padding of captions, [2, P]
-  drop: jax.Array  # whether a row gets the unconditional embedding instead, [2]
-  beta: jax.Array  # strength of a guidance-free model, [2]
+  condition: jax.Array  # labels [M] or caption features [M, P, C]
+  mask: jax.Array | None  # 0 on the padding of captions, [M, P]
+  drop: jax.Array  # whether a row gets the unconditional embedding instead, [M]
+  beta: jax.Array  # strength of a guidance-free model, [M]
 
 
 def init_state(
@@ -66,36 +66,36 @@ def prefill_rows(
   config: GPTConfig,
   params: dict[str, Any],
   state: WindowState,
-  row_2: jax.Array,
+  row_M: jax.Array,
   conditions: Conditions,
 ) -> WindowState:
-  """Starts an image in two rows, which may be the same one.
+  """Starts images in two rows each.
 
   Args:
     config: shape of the model.
     params: from `decoding_params`.
     state: of all rows.
-    row_2: numbers of the rows.
+    row_M: numbers of the rows, int32; a row may be there twice, with one condition.
     conditions: of the rows.
   """
-  c, (condition, mask_2P, drop_2, beta_2) = config, conditions
-  beta_2 = jnp.where(drop_2, 1.0, beta_2) if c.guidance_embedding else None
-  x_2PD = embed_prefix(c, params, condition, drop_2, beta_2)
+  c, (condition, mask_MP, drop_M, beta_M) = config, conditions
+  beta_M = jnp.where(drop_M, 1.0, beta_M) if c.guidance_embedding else None
+  x_MPD = embed_prefix(c, params, condition, drop_M, beta_M)
   cache, mask_RP = state.cache, state.mask
   if c.prefix_tokens > 1:
-    fresh = init_cache(c, 2, c.prefix_tokens)
-    prefix = windows.prefill(c, params, fresh, x_2PD[:, :-1], mask_2P)
-    cache = jax.tree.map(lambda old, new: _put(old, new, row_2), cache, prefix)
+    fresh = init_cache(c, len(x_MPD), c.prefix_tokens)
+    prefix = windows.prefill(c, params, fresh, x_MPD[:, :-1], mask_MP)
+    cache = jax.tree.map(lambda old, new: _put(old, new, row_M), cache, prefix)
   if mask_RP is not None:
-    mask_RP = _put(mask_RP, mask_2P.astype(bool), row_2)
+    mask_RP = _put(mask_RP, mask_MP.astype(bool), row_M)
   return state._replace(
     cache=cache,
-    prompt=_put(state.prompt, x_2PD[:, -1], row_2),
+    prompt=_put(state.prompt, x_MPD[:, -1], row_M),
     mask=mask_RP,
     # Both rows of an image have to start from the same guesses.
-    codes=state.codes.at[row_2].set(0),
-    count=state.count.at[row_2].set(0),
-    forwards=state.forwards.at[row_2].set(0),
+    codes=state.codes.at[row_M].set(0),
+    count=state.count.at[row_M].set(0),
+    forwards=state.forwards.at[row_M].set(0),
   )
 
 
@@ -145,9 +145,9 @@ def sample_rows(
   return jnp.stack([first_M.reshape(-1, L), second_M.reshape(-1, L)], 1).reshape(R, L)
 
 
-def _put(old: jax.Array, new_2: jax.Array, row_2: jax.Array) -> jax.Array:
-  """Writes two rows, from the start of all other axes on."""
-  for i in range(2):
-    start = (row_2[i], *(0,) * (old.ndim - 1))
-    old = jax.lax.dynamic_update_slice(old, new_2[i : i + 1].astype(old.dtype), start)
+def _put(old: jax.Array, new_M: jax.Array, row_M: jax.Array) -> jax.Array:
+  """Writes rows, from the start of all other axes on."""
+  for i in range(len(new_M)):
+    start = (row_M[i], *(0,) * (old.ndim - 1))
+    old = jax.lax.dynamic_update_slice(old, new_M[i : i + 1].astype(old.dtype), start)
   return old

@@ -21,7 +21,6 @@ P condition tokens, T codes, S positions of the large cache, D model, V vocabula
 """
 
 from collections.abc import Callable
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -29,14 +28,15 @@ import jax.numpy as jnp
 
 from llamagen_jax.gpt.cache import (
   Cache,
-  LayerCache,
-  as_cache,
+  as_code_cache,
   cache_length,
   init_cache,
+  init_chunk_cache,
   write_cache,
+  write_chunk,
 )
 from llamagen_jax.gpt.cached import prefill_forward, run_layers, to_logits
-from llamagen_jax.gpt.cached_attention import attend_parts
+from llamagen_jax.gpt.cached_attention import attend_parts, cache_parts
 from llamagen_jax.gpt.conditioning import attention_mask
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.model import embed_codes
@@ -140,17 +140,15 @@ def run_chunk(
     position_RE = jax.lax.dynamic_update_slice(position_RE, own_RL, at)
     return (state, recent, position_RE), None
 
-  recent = init_cache(c, rows, forwards * window)
+  recent = init_chunk_cache(c, rows, forwards * window)
   position_RE = jnp.full((rows, forwards * window), WRONG, jnp.int32)
   (state, recent, position_RE), _ = jax.lax.scan(
     forward, (state, recent, position_RE), jnp.arange(forwards)
   )
   if window > 1:
     recent = _final_first(recent, position_RE)
-  put_each = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=2))
-  cache = jax.tree.map(
-    lambda old, new: put_each(old, new, start_R), state.cache, recent
-  )
+  layers = zip(state.cache, recent, strict=True)
+  cache = tuple(write_chunk(old, new, start_R) for old, new in layers)
   return state._replace(cache=cache)
 
 
@@ -175,14 +173,16 @@ def _forward(
   x_RLD = embed_codes(params["code_embedding"], read_RL, c.dtype)
   is_first = (state.count == 0)[:, None]
   x_RLD = x_RLD.at[:, 0].set(jnp.where(is_first, state.prompt, x_RLD[:, 0]))
-  masks = chunk_masks(
+  cache_R1S, recent_RLE = chunk_masks(
     state.mask, start_R, own_RL, position_RE, cache_length(state.cache)
   )
+  is_condition_RL = own_RL < c.prefix_tokens
 
   def attend(q_RLKGH, k_RLKH, v_RLKH, caches):
     before, old = caches
-    new = write_cache(old, as_cache(k_RLKH, v_RLKH), entry)
-    return attend_parts(q_RLKGH, list(zip((before, new), masks, strict=True))), new
+    new = write_cache(old, as_code_cache(c, k_RLKH, v_RLKH, is_condition_RL), entry)
+    parts = [*cache_parts(before, cache_R1S), (new, recent_RLE)]
+    return attend_parts(q_RLKGH, parts), new
 
   caches = tuple(zip(state.cache, recent, strict=True))
   position_RL = jnp.minimum(own_RL, c.length - 1)  # beyond the image nothing counts
@@ -275,9 +275,8 @@ def _final_first(recent: Cache, position_RE: jax.Array) -> Cache:
   """Sorts the entries of a chunk by position, so that wrong guesses come last."""
   order_RE = jnp.argsort(position_RE, axis=1)
 
-  def sort(layer: LayerCache) -> LayerCache:
-    return jax.tree.map(
-      lambda x: jnp.take_along_axis(x, order_RE[:, None, None], axis=3), layer
-    )
+  def sort(x):
+    order = jnp.expand_dims(order_RE, tuple(range(1, x.ndim - 1)))
+    return jnp.take_along_axis(x, order, axis=-1)
 
-  return tuple(sort(layer) for layer in recent)
+  return jax.tree.map(sort, recent)

@@ -24,6 +24,7 @@ saved = fid_batch_test.saved
     (["--guidance-scale=inf"], "guidance_scale=inf: expected a number >= 1"),
     (["--guidance-beta=2"], "guidance_beta=2.0: expected in (0, 1]"),
     (["--window=0"], "window=0: expected 1 or more"),
+    (["--cache=fp8"], "--cache: invalid choice: 'fp8'"),
     (["--fid-batch=4", "--out=samples_cfg1.5"], "ends in .npz"),
     (["--out=x.jpg"], "ends in .png or .npz, or a folder"),
   ],
@@ -42,17 +43,18 @@ def test_mistakes_are_told_before_the_work(flags, words, tmp_path, capsys):
 def test_images_are_never_distorted(saved, capsys):
   argv = ["sample", f"--gpt={saved / 'gpt'}", f"--tokenizer={saved / 'vq'}"]
   assert cli.run([*argv, "--classes=1", "--out=x.png", "--image-size=8x6"]) == 2
-  expected = "--image-size=8x6: expected the shape of the model's images, 6x6\n"
+  expected = "image size 8x6: expected the shape of the model's images, 6x6\n"
   assert capsys.readouterr().err.endswith(expected)
 
 
+@pytest.mark.parametrize("flag", ["--weights=int8", "--cache=int8"])
 def test_a_folder_may_have_a_dot_and_windows_and_int8_are_flags(
-  saved, tmp_path, capsys
+  saved, tmp_path, capsys, flag
 ):
   out = tmp_path / "samples_cfg1.5"
   argv = [
     "sample", f"--gpt={saved / 'gpt'}", f"--tokenizer={saved / 'vq'}", f"--out={out}",
-    "--classes=0-3", "--window=4", "--weights=int8",
+    "--classes=0-3", "--window=4", flag,
   ]  # fmt: skip
   assert cli.run(argv) == 0
   assert len(list(out.glob("*.png"))) == 4

@@ -13,6 +13,7 @@ from tests.serving.engine_test import (
   generated_alone,
   request,
   transformer,
+  with_cache,
 )
 
 
@@ -27,8 +28,9 @@ def placed(gpt, mesh):
   return bundle.Transformer(gpt.config, params, gpt.sampling, gpt.tokenizer)
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_has_the_codes_of_one_device(gpt, tensor):
+@pytest.mark.parametrize("tensor, cache", [(1, "float"), (2, "float"), (2, "int8")])
+def test_has_the_codes_of_one_device(gpt, tensor, cache):
+  gpt = with_cache(gpt, cache)
   mesh = make_mesh(tensor=tensor)
   engine = Engine(placed(gpt, mesh), slots=8, chunk=4)
   waiting = [request(gpt, number) for number in range(20)]

@@ -1,6 +1,7 @@
 """The slot engine, compiled for chips that are not here."""
 
 import dataclasses
+import io
 import json
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from llamagen_jax.commands import cli
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.pod.engine import compile_engine
+from llamagen_jax.pod.process import run_apart
 from llamagen_jax.pod.report import as_text
 
 pytestmark = pytest.mark.extra
@@ -34,6 +36,23 @@ def test_a_chunk_reads_weights_and_cache_once_a_step(preset, where, tensor, caps
   assert 0 < more["images_per_second"] < more["bound"]
 
 
+@pytest.mark.parametrize("condition, where", [
+  ("class", "v5e:1x1"), ("caption", "v6e:1x1"),
+])  # fmt: skip
+def test_a_cache_of_8_bits_is_read_as_it_is(condition, where):
+  """Once a step; keys of one layer in floating point would be a larger temporary."""
+  pytest.importorskip("libtpu", reason="compiles for a TPU")
+  config = dataclasses.replace(
+    GPTConfig.preset("XL", image_size=384, dtype="bfloat16", cache="int8"),
+    layers=2, vocab_size=512, condition=condition,
+  )  # fmt: skip
+  shape, rows = (32, 8, 1), 64
+  report = run_apart(compile_engine, config, *shape, where, True, news=io.StringIO())
+  found, more = report.analysis, report.more_figures
+  assert 0.95 < found.bytes / more["whole_bytes"] < 1.15
+  assert found.memory.temporaries < 0.5 * rows * config.image_tokens * config.dim * 2
+
+
 @pytest.mark.parametrize("condition", ["class", "caption"])
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_what_four_chips_exchange(condition, tensor):
@@ -54,7 +73,8 @@ def test_what_four_chips_exchange(condition, tensor):
 
 def test_the_verb(tmp_path, capsys):
   pytest.importorskip("libtpu", reason="compiles for a TPU")
-  flags = ["--topology=v5e:2x2", "--program=engine", "--batch-size=4", "--chunk=2"]
+  flags = ["--topology=v5e:2x2", "--program=engine", "--batch-size=4", "--chunk=2",
+           "--cache=int8"]  # fmt: skip
   command = ["compile-for-pod", f"--config={CONFIG}", *flags]
   assert cli.run([*command, f"--json={tmp_path}/figures.json"]) == 0
   assert "of the arguments" in capsys.readouterr().out

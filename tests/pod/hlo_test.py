@@ -77,8 +77,13 @@ ENTRY %main (x: f32[4,8]) -> (s32[], f32[4,8]) {
     assert found[kind].largest == 4 * size
 
 
-def test_fusions_in_fusions_read_and_write_slices():
-  """A row is cut out of a stack two fusions deep, and its double written back."""
+@pytest.mark.parametrize("renamed", ["bitcast", "copy"])
+def test_fusions_in_fusions_read_and_write_slices(renamed):
+  """A row is cut out of a stack two fusions deep, and its double written back.
+
+  A TPU's fusions cut slices of 8 bits out of copies in smaller tiles, of which no more
+  than the slice is made.
+  """
   text = """HloModule m
 
 %cut (stack: f32[24,8,16], row: s32[]) -> f32[8,16] {
@@ -121,6 +126,7 @@ ENTRY %main (x: f32[24,8,16], y: f32[24,128], j: s32[]) -> f32[24,128] {
 }
 """
   row = 4 * 8 * 16
+  text = text.replace("bitcast(%old)", f"{renamed}(%old)")
   assert hlo.analyse_text(text, NO_MEMORY).bytes == 2 * row + 4  # and the index
 
 

@@ -42,24 +42,31 @@ def decode(config, params, condition, mask, sampling, seed=0):
   return map(np.asarray, generate_codes(config, sampling, arrays, condition))
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_200_images_have_the_codes_of_the_plain_loop(name):
-  params = decoding_params(DIGITS, random_params(DIGITS))
-  labels = np.arange(IMAGES) % DIGITS.num_classes
-  expected, one_by_one = decode(DIGITS, params, labels, None, SETTINGS[name])
+@pytest.mark.parametrize(
+  "name, cache", [*((name, "float") for name in SETTINGS), ("filters", "int8")]
+)
+def test_200_images_have_the_codes_of_the_plain_loop(name, cache):
+  config = dataclasses.replace(DIGITS, cache=cache)
+  params = decoding_params(config, random_params(config))
+  labels = np.arange(IMAGES) % config.num_classes
+  expected, one_by_one = decode(config, params, labels, None, SETTINGS[name])
   fast = dataclasses.replace(SETTINGS[name], window=8)
-  codes, forwards = decode(DIGITS, params, labels, None, fast)
+  codes, forwards = decode(config, params, labels, None, fast)
   np.testing.assert_array_equal(codes, expected)
   assert (one_by_one == DIGITS.image_tokens).all()
   assert (forwards >= DIGITS.image_tokens / 8).all()
   assert forwards.mean() < 0.95 * DIGITS.image_tokens
 
 
-@pytest.mark.parametrize("size", [2, 5, 20])
+@pytest.mark.parametrize(
+  "size, cache", [(2, "float"), (5, "float"), (20, "float"), (2, "int8")]
+)
 @pytest.mark.parametrize("negative", [False, True])
-def test_captions_with_and_without_a_negative_prompt(size, negative):
+def test_captions_with_and_without_a_negative_prompt(size, cache, negative):
   """Also a window larger than the image, and a row whose caption is all padding."""
-  config = dataclasses.replace(TINY_CAPTION, kv_heads=2, target_embedding=True)
+  config = dataclasses.replace(
+    TINY_CAPTION, kv_heads=2, target_embedding=True, cache=cache
+  )
   params = decoding_params(config, random_params(config))
   _, features, mask = inputs(config)
   mask[1] = False

@@ -38,6 +38,10 @@ def transformer(config: GPTConfig) -> bundle.Transformer:
   return bundle.Transformer(config, params | {"head": head}, SamplingConfig(), "tiny")
 
 
+def with_cache(gpt: bundle.Transformer, cache: str) -> bundle.Transformer:
+  return dataclasses.replace(gpt, config=dataclasses.replace(gpt.config, cache=cache))
+
+
 @pytest.fixture(scope="module", params=[CLASSES, CAPTIONS], ids=["class", "caption"])
 def gpt(request):
   return transformer(request.param)
@@ -67,8 +71,12 @@ def generated_alone(gpt, r: Request) -> list[int]:
   return codes[0].tolist()
 
 
-@pytest.mark.parametrize("chunk, window", [(4, 1), (5, 1), (3, 4)])
-def test_a_full_mixed_batch_has_the_codes_of_sample(gpt, chunk, window):
+@pytest.mark.parametrize(
+  "chunk, window, cache",
+  [(4, 1, "float"), (5, 1, "float"), (3, 4, "float"), (5, 1, "int8"), (3, 4, "int8")],
+)
+def test_a_full_mixed_batch_has_the_codes_of_sample(gpt, chunk, window, cache):
+  gpt = with_cache(gpt, cache)
   engine = Engine(gpt, slots=7, chunk=chunk, window=window)
   requests = [request(gpt, number) for number in range(8)]
   assert all(engine.join(r) for r in requests)
@@ -102,8 +110,10 @@ def test_a_negative_prompt(gpt):
   assert requests[0].codes != plain
 
 
-def test_edits_beside_slots_have_the_codes_of_complete_codes(gpt):
+@pytest.mark.parametrize("cache", ["float", "int8"])
+def test_edits_beside_slots_have_the_codes_of_complete_codes(gpt, cache):
   """One after the other, with guidance and without; the slots' codes stay theirs."""
+  gpt = with_cache(gpt, cache)
   c = gpt.config
   engine, known = Engine(gpt, slots=2, chunk=4, candidates=3), np.arange(c.image_tokens)
   edits = [
@@ -136,6 +146,29 @@ def test_edits_beside_slots_have_the_codes_of_complete_codes(gpt):
     codes, _ = complete_codes(c, r.sampling, inputs, condition, given)
     assert r.codes == codes[0].tolist()
     assert (np.array(r.codes) == known)[r.is_known].all()
+
+
+def test_requests_that_join_together_start_together(gpt, monkeypatch):
+  """Four by four, filled up; not one that has left before."""
+  engine, sizes = Engine(gpt, slots=7, chunk=4), []
+  prefill = engine._prefill
+
+  def counted(params, state, rows, conditions):
+    sizes.append(len(rows) // 2)
+    return prefill(params, state, rows, conditions)
+
+  monkeypatch.setattr(engine, "_prefill", counted)
+  gone, *requests = [request(gpt, number) for number in range(7)]
+  assert engine.join(gone) and all(engine.join(r) for r in requests[:-1])
+  engine.leave(gone)
+  assert engine.join(requests[-1])  # maybe in the rows of the one that left
+  engine.advance()
+  assert sizes == [4, 4]
+  assert engine.join(late := request(gpt, 9))
+  while not engine.idle:
+    engine.advance()
+  assert sizes == [4, 4, 1] and gone.codes == []
+  assert all(r.codes == generated_alone(gpt, r) for r in [*requests, late])
 
 
 def test_the_device_runs_one_chunk_ahead(gpt):
