@@ -77,6 +77,25 @@ def test_patches_are_squares_in_raster_order():
   np.testing.assert_array_equal(patches(codes, (2, 8), 2)[0], expected)
 
 
+def test_patches_of_a_wide_grid_are_predicted_from_those_before():
+  config = dataclasses.replace(tiny.GPT, grid=(2, 4))
+  params = unbox(init_gpt(config, jax.random.key(0)))
+  params["head"] = jax.random.normal(jax.random.key(1), params["head"].shape)
+
+  def logits(codes_hw):
+    codes, label = codes_hw.reshape(1, -1), jnp.array([1])
+    return GPT(config).apply({"params": params}, codes, label, patch=2)[0]
+
+  codes = np.arange(8).reshape(2, 4)
+  plain = logits(codes)
+  assert plain.shape == (2, config.vocab_size)
+  for place in np.ndindex(2, 4):
+    changed = codes.copy()
+    changed[place] = 20
+    same = (logits(changed) == plain).all(axis=1)
+    assert same.tolist() == [True, place[1] >= 2]
+
+
 def test_contrastive_alignment():
   config, params = model("cca_tiny")
   names = parity.beyond_manifest()["cca_tiny"]

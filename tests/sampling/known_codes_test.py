@@ -117,8 +117,9 @@ def test_many_candidates_reach_the_exact_conditional():
   assert distance[32] < 0.03
 
 
-def test_any_order_models_draw_the_rest_given_all_known_codes():
-  config = dataclasses.replace(TINY, target_embedding=True)
+@pytest.mark.parametrize("grid", [3, (1, 9)])
+def test_any_order_models_draw_the_rest_given_all_known_codes(grid):
+  config = dataclasses.replace(TINY, target_embedding=True, grid=grid)
   params = random_params(config)
   given = dataclasses.replace(some_codes(0.5), order="known-first")
   codes = complete(config, params, LABELS, given, SamplingConfig(greedy=True))
