@@ -1,5 +1,6 @@
 """A model as the API sees it: a body -> requests for the engine, codes -> images."""
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 import io
@@ -178,9 +179,11 @@ class ImageModel:
       features, mask = Prompts.of(self.gpt, self.encoder, [prompt]).take(np.array([0]))
     return features[0], mask[0]
 
-  def usage(self, images: int) -> Usage:
-    c = self.gpt.config
-    return Usage.of(c.prefix_tokens * images, c.image_tokens * images)
+  def usage(self, requests: Sequence[Request]) -> Usage:
+    """Returns what finished requests took."""
+    c, count = self.gpt.config, len(requests)
+    forwards = sum(request.forwards for request in requests)
+    return Usage.of(c.prefix_tokens * count, c.image_tokens * count, forwards)
 
   def render(self, codes_BT: np.ndarray) -> np.ndarray:
     """int32 codes [B, T] -> uint8 images [B, H, W, 3], one at a time."""

@@ -30,6 +30,7 @@ class Metrics:
       "responses", "by path and status", ["path", "status"], **own
     )
     self.images = Counter("images", "finished images", ["model"], **own)
+    self.forwards = Counter("forwards", "of finished images", ["model"], **own)
     self.rejected = Counter("rejected", "requests turned away", ["reason"], **own)
     self.cancelled = Counter("cancelled", "requests given up", ["reason"], **own)
     self.latency = Histogram(
@@ -40,6 +41,7 @@ class Metrics:
     )
     for model in workers:
       self.images.labels(model)
+      self.forwards.labels(model)
     for reason in ("queue_full", "not_ready", "draining"):
       self.rejected.labels(reason)
     for reason in ("disconnect", "deadline", "engine_died"):

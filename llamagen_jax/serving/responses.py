@@ -36,7 +36,7 @@ def images_response(
   """Returns the response with all images, uint8 [H, W, 3]."""
   return ImagesResponse(
     data=[_image(active, image, store, root) for image in images],
-    usage=active.model.usage(len(images)),
+    usage=active.model.usage(active.requests),
     seed=active.seed,
     warnings=active.warnings,
     **active.style.model_dump(),
@@ -119,7 +119,7 @@ def _completed(active: ActiveRequest, image: Image, index: int) -> Completed:
     type=_kind(active, "completed"),
     **image.model_dump(),
     image_index=index,
-    usage=active.model.usage(1),
+    usage=active.model.usage([active.requests[index]]),
     seed=active.seed,
     warnings=active.warnings,
     **active.style.model_dump(),

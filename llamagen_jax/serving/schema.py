@@ -150,14 +150,18 @@ class Usage(BaseModel):
   input_tokens_details: InputDetails
   output_tokens: int
   total_tokens: int
+  forwards: int = Field(
+    description="Of the transformer; with a window fewer than output_tokens."
+  )
 
   @classmethod
-  def of(cls, condition_tokens: int, codes: int) -> "Usage":
+  def of(cls, condition_tokens: int, codes: int, forwards: int) -> "Usage":
     return cls(
       input_tokens=condition_tokens,
       input_tokens_details=InputDetails(text_tokens=condition_tokens),
       output_tokens=codes,
       total_tokens=condition_tokens + codes,
+      forwards=forwards,
     )
 
 

@@ -219,6 +219,7 @@ class ActiveRequest:
   started: float  # by time.monotonic
 
   def __post_init__(self):
+    self.requests = [handle.request for handle in self.handles]
     self._missing = len(self.handles)
     self._events: asyncio.Queue = asyncio.Queue()
     self._followers: list[asyncio.Task] = []
@@ -260,7 +261,9 @@ class ActiveRequest:
         raise APIError(503, "The engine has died.", code="engine_died") from event
       if isinstance(event, Finished):
         self._missing -= 1
-        self.service.metrics.images.labels(self.service.label(self.model)).inc()
+        label, metrics = self.service.label(self.model), self.service.metrics
+        metrics.images.labels(label).inc()
+        metrics.forwards.labels(label).inc(self.requests[index].forwards)
         if not self._missing:
           self.service.metrics.latency.observe(time.monotonic() - self.started)
       yield index, event

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import json
+import re
 
 import jax
 import numpy as np
@@ -54,6 +55,13 @@ def test_generates(client, server, image_model):
     prompt="class:2", n=2, size="8x8", user="me", extra_body={"seed": 5, "top_k": 3}
   )
   assert response.usage.output_tokens == 2 * 16 and response.usage.total_tokens == 34
+  assert response.usage.model_extra["forwards"] == 2 * 16  # as the fake engine says
+  metrics = live.HTTP.get(f"{server.url}/metrics").text
+  images, forwards = (
+    float(re.search(rf"llamagen_{name}_total{{.*}} (.*)", metrics)[1])
+    for name in ("images", "forwards")
+  )
+  assert forwards == 16 * images
   assert response.model_extra["seed"] == 5 and response.output_format == "png"
   requests = server.engine.requests[-2:]
   assert [r.condition for r in requests] == [2, 2]

@@ -66,6 +66,7 @@ class FakeEngine:
     for request in moved:
       end = min(self.last, len(request.codes) + self.chunk)
       self.codes_sampled += end - len(request.codes)
+      request.forwards += 1
       request.codes = codes_of(request, self.config.image_tokens)[:end].tolist()
       if end == self.config.image_tokens:
         self._running.remove(request)

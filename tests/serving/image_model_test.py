@@ -50,7 +50,7 @@ def test_prompts_become_features(of_captions):
   for request in requests:
     np.testing.assert_array_equal(request.condition, features[0])
     np.testing.assert_array_equal(request.condition_mask, mask[0])
-  assert of_captions.usage(2).input_tokens == 20
+  assert of_captions.usage(requests).input_tokens == 20
 
 
 def test_a_negative_prompt_is_of_captions(of_captions, of_classes):
