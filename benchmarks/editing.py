@@ -27,9 +27,9 @@ from llamagen_jax.sampling.known_codes import KnownCodes
 from llamagen_jax.sampling.sample import (
   Labels,
   SamplingJob,
-  Timings,
   sample_image_codes,
 )
+from llamagen_jax.sampling.timings import Timings
 from llamagen_jax.weights import bundle
 
 HALVES = {

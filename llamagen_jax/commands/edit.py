@@ -22,7 +22,7 @@ from llamagen_jax.images import grid, save_npz, save_png
 from llamagen_jax.options import option
 from llamagen_jax.parallel import hosts
 from llamagen_jax.sampling.edit import Borders, Canvas, EditSettings, edit_canvas
-from llamagen_jax.sampling.sample import Timings
+from llamagen_jax.sampling.timings import Timings
 from llamagen_jax.sides import Sides, height_width, image_size_of
 from llamagen_jax.storage import user_path
 

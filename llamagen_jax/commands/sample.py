@@ -27,11 +27,11 @@ from llamagen_jax.sampling.prompts import write_captions
 from llamagen_jax.sampling.sample import (
   Labels,
   SamplingJob,
-  Timings,
   for_size,
   num_data_shards,
   sample_images,
 )
+from llamagen_jax.sampling.timings import Timings
 from llamagen_jax.sides import Sides
 from llamagen_jax.storage import user_path, write_json
 from llamagen_jax.weights import bundle

@@ -24,10 +24,10 @@ from llamagen_jax.sampling.known_codes import CANDIDATES, ORDERS, KnownCodes
 from llamagen_jax.sampling.sample import (
   Conditions,
   SamplingJob,
-  Timings,
   conditions_of,
   sample_image_codes,
 )
+from llamagen_jax.sampling.timings import Timings
 from llamagen_jax.sides import Sides, height_width, image_size_of, show_pixels
 from llamagen_jax.text.encoder import TextEncoder
 from llamagen_jax.weights import bundle

@@ -19,7 +19,8 @@ import tqdm
 
 from llamagen_jax.errors import UserError
 from llamagen_jax.images import save_npz, save_png
-from llamagen_jax.sampling.sample import SamplingJob, Timings, sample_batches
+from llamagen_jax.sampling.sample import SamplingJob, sample_batches
+from llamagen_jax.sampling.timings import Timings
 from llamagen_jax.storage import atomic_write, read_json, user_path, write_json
 from llamagen_jax.weights import bundle
 

@@ -8,7 +8,8 @@ import pytest
 
 from llamagen_jax import SamplingConfig, UserError
 from llamagen_jax.commands import cli
-from llamagen_jax.sampling.sample import Timings, covered, restrict_to_codebook, sample
+from llamagen_jax.sampling.sample import restrict_to_codebook, sample
+from llamagen_jax.sampling.timings import Timings, covered
 from tests.sampling import fid_batch_test
 
 saved = fid_batch_test.saved

@@ -15,7 +15,8 @@ from llamagen_jax.images import resize_bicubic, to_uint8
 from llamagen_jax.parallel.mesh import make_mesh, unbox
 from llamagen_jax.sampling import fid_batch
 from llamagen_jax.sampling.decode import generate
-from llamagen_jax.sampling.sample import Labels, SamplingJob, Timings, sample_batches
+from llamagen_jax.sampling.sample import Labels, SamplingJob, sample_batches
+from llamagen_jax.sampling.timings import Timings
 from llamagen_jax.tokenizer.model import init_tokenizer
 from llamagen_jax.weights import bundle
 from tests import tiny
