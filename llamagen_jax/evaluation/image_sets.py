@@ -64,13 +64,7 @@ class ImageSet:
     if self.files or not path.exists():
       return None
     settings = read_json(path)
-    kinds = {
-      "transformer_config": dict, "tokenizer_config": dict, "sampling": dict,
-      "image_size": int | list, "sampled_size": int | list,
-    }  # fmt: skip
-    if not isinstance(settings, dict) or not all(
-      isinstance(settings[name], kinds[name]) for name in kinds.keys() & settings
-    ):
+    if not _has_settings(settings):
       raise UserError(
         f"{path}: not the settings that `llamagen sample` writes; move the file away"
       )
@@ -111,6 +105,22 @@ class ImageSet:
         f" {self.size[1]}x{self.size[0]}"
       )
     return np.asarray(image)
+
+
+def _has_settings(found: Any) -> bool:
+  """Returns whether a JSON value may be what `llamagen sample` writes."""
+
+  def is_size(value: Any) -> bool:
+    sides = value if isinstance(value, list) else [value, value]
+    return len(sides) == 2 and all(isinstance(side, int) for side in sides)
+
+  if not isinstance(found, dict):
+    return False
+  configs = ("transformer_config", "tokenizer_config", "sampling")
+  sizes = ("image_size", "sampled_size")
+  return all(
+    isinstance(found[name], dict) for name in configs if name in found
+  ) and all(is_size(found[name]) for name in sizes if name in found)
 
 
 def open_image_set(
