@@ -62,7 +62,8 @@ def apply_adapter(
     rest = {name: leaf for name, leaf in trained.items() if name != LORA}
     return add_adapters(LoRAConfig(**fields["lora"]), params, trained[LORA]) | rest
 
-  config = GPTConfig(**(fields["model"] | {"dtype": gpt.config.dtype}))
+  chosen = {name: getattr(gpt.config, name) for name in ("dtype", "cache")}
+  config = GPTConfig(**(fields["model"] | chosen))
   return dataclasses.replace(
     gpt, config=config, params=merge(gpt.params, trained),
     class_names=tuple(fields["class_names"]),

@@ -67,6 +67,12 @@ def test_an_adapter_gives_the_model_of_the_run(run):
   assert sizes[0] < sizes[1]
 
 
+def test_what_was_chosen_on_loading_stays(run):
+  gpt = bundle.load_gpt(run / "start", dtype="bfloat16", cache="int8")
+  config = apply_adapter(run / "run/adapter", gpt).config
+  assert (config.dtype, config.cache) == ("bfloat16", "int8")
+
+
 def test_an_adapter_of_another_model_is_refused(run):
   start = bundle.load_gpt(run / "start")
   other = start.params | {"norm": start.params["norm"] * 1.01}
