@@ -20,7 +20,7 @@ from llamagen_jax.data.codes import CodeSource
 from llamagen_jax.data.survey import held_out_beside
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.config import GPTConfig
-from llamagen_jax.sides import height_width
+from llamagen_jax.sides import show_grid
 from llamagen_jax.training.recipe import parse_arg
 
 EPOCHS = 60
@@ -75,7 +75,7 @@ def make_config(
   logging.info(
     "c2i_folder: %d images of %d classes, %s codes of a codebook of %d",
     records, classes,
-    " or ".join("{}x{}".format(*height_width(source.grid)) for source in sources),
+    " or ".join(show_grid(source.grid) for source in sources),
     manifest["codebook_size"],
   )  # fmt: skip
   logging.info(

@@ -54,6 +54,11 @@ def show_pixels(sides: Sides) -> str:
   return f"{width}x{height}"
 
 
+def show_grid(sides: Sides) -> str:
+  """Returns ROWSxCOLUMNS, of codes."""
+  return "{}x{}".format(*height_width(sides))
+
+
 def grid_of(image_size: Sides, downsample: int) -> Sides:
   """Returns the sides, in codes, of an image of so many pixels.
 

@@ -17,6 +17,7 @@ import numpy as np
 from llamagen_jax.data.file_names import IMAGE_SUFFIXES, list_images
 from llamagen_jax.data.images import BadImage, ImageDecoder, center_crop
 from llamagen_jax.errors import UserError, first_line
+from llamagen_jax.sides import as_sides
 from llamagen_jax.storage import read_json, user_path
 
 LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif")
@@ -109,18 +110,15 @@ class ImageSet:
 
 def _has_settings(found: Any) -> bool:
   """Returns whether a JSON value may be what `llamagen sample` writes."""
-
-  def is_size(value: Any) -> bool:
-    sides = value if isinstance(value, list) else [value, value]
-    return len(sides) == 2 and all(isinstance(side, int) for side in sides)
-
   if not isinstance(found, dict):
     return False
-  configs = ("transformer_config", "tokenizer_config", "sampling")
-  sizes = ("image_size", "sampled_size")
-  return all(
-    isinstance(found[name], dict) for name in configs if name in found
-  ) and all(is_size(found[name]) for name in sizes if name in found)
+  try:
+    for name in {"image_size", "sampled_size"} & found.keys():
+      as_sides(found[name], name)
+  except UserError:
+    return False
+  configs = {"transformer_config", "tokenizer_config", "sampling"} & found.keys()
+  return all(isinstance(found[name], dict) for name in configs)
 
 
 def open_image_set(

@@ -19,7 +19,7 @@ from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.model import GPT
 from llamagen_jax.gpt.objective import cross_entropy
-from llamagen_jax.sides import Sides, height_width
+from llamagen_jax.sides import Sides, show_grid
 from llamagen_jax.storage import user_path
 from llamagen_jax.training.captions import Captions, FeatureStream, PairSource
 from llamagen_jax.training.export import describe_gpt
@@ -137,11 +137,9 @@ def check_codes(source: CodeSource, config: GPTConfig) -> None:
   grid, rows = source.grid, manifest["codebook_size"]
   if grid not in config.grids:
     flag = grid if isinstance(grid, int) else "{},{}".format(*grid)
-    expected = " or ".join("{}x{}".format(*height_width(g)) for g in config.grids)
     found.append(
-      "{}x{} codes an image, the model expects {}: --config.model.grid={}".format(
-        *height_width(grid), expected, flag
-      )
+      f"{show_grid(grid)} codes an image, the model expects"
+      f" {' or '.join(map(show_grid, config.grids))}: --config.model.grid={flag}"
     )
   if rows > config.vocab_size:
     found.append(
