@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.machine import read_bandwidth
 from llamagen_jax.gpt.cache import init_cache
 from llamagen_jax.gpt.cached import decoding_params
-from llamagen_jax.gpt.config import CACHES, PRESETS, GPTConfig
+from llamagen_jax.gpt.config import KV_CACHES, PRESETS, GPTConfig
 from llamagen_jax.gpt.model import init_gpt
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.parallel.mesh import unbox
@@ -39,7 +39,7 @@ def main() -> None:
   add("--image-size", type=int, default=256)
   add("--batch", type=int, default=4, help="images, two rows each with guidance")
   add("--dtype", default="float32", choices=("float32", "bfloat16"))
-  add("--cache", default="float", choices=CACHES)
+  add("--kv-cache", default="float", choices=KV_CACHES)
   add("--guidance", type=float, default=4.0)
   add("--top-k", type=int, default=2000)
   add("--repeats", type=int, default=3)
@@ -48,11 +48,11 @@ def main() -> None:
   args = parser.parse_args()
 
   if args.gpt:
-    gpt = bundle.load_gpt(args.gpt, dtype=args.dtype, cache=args.cache)
+    gpt = bundle.load_gpt(args.gpt, dtype=args.dtype, kv_cache=args.kv_cache)
     config, params, sampling = gpt.config, gpt.params, gpt.sampling
   else:
     config = GPTConfig.preset(
-      args.preset, image_size=args.image_size, dtype=args.dtype, cache=args.cache
+      args.preset, image_size=args.image_size, dtype=args.dtype, kv_cache=args.kv_cache
     )
     params = random_params(config)
     sampling = SamplingConfig(guidance_scale=args.guidance, top_k=args.top_k)

@@ -58,7 +58,7 @@ def main() -> None:
   print("|---|---|---|---|---|---|---|")
   exact, results = None, []
   for dtype, weights, cache in ARMS:
-    config = dataclasses.replace(gpt.config, dtype=dtype, cache=cache)
+    config = dataclasses.replace(gpt.config, dtype=dtype, kv_cache=cache)
     params = decoding_params(config, gpt.params)
     params = quantize_params(params) if weights == "int8" else params
     log_p_NTV = held_out(config, params, labels_N, codes_NT)

@@ -19,7 +19,7 @@ import sys
 
 from llamagen_jax import storage
 from llamagen_jax.commands import config_flag
-from llamagen_jax.gpt.config import CACHES
+from llamagen_jax.gpt.config import KV_CACHES
 from llamagen_jax.options import option
 from llamagen_jax.pod import topology
 from llamagen_jax.pod.engine import compile_engine
@@ -57,9 +57,9 @@ class Options(config_flag.ConfigOptions):
     "steps of the engine between two moments at which requests join", CHUNK,
     unit="STEPS", at_least=1,
   )  # fmt: skip
-  cache: str | None = option(
+  kv_cache: str | None = option(
     "of the codes' keys and values in sampler or engine; default: the config's", None,
-    choices=CACHES,
+    choices=KV_CACHES,
   )  # fmt: skip
   t5: str | None = option(
     "size of the T5 that runs along in training; default: that of data.t5, if any",
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
   )
   recipe = build(GPTRecipe, config)
   model = recipe.model.for_backend("tpu")
-  model = dataclasses.replace(model, cache=values.cache or model.cache)
+  model = dataclasses.replace(model, kv_cache=values.kv_cache or model.kv_cache)
   recipe = dataclasses.replace(recipe, model=model)
   encoder = _encoder(recipe, values.t5)
   chips = topology.parse(values.topology).devices

@@ -12,7 +12,7 @@ from llamagen_jax.commands import sampling_flags
 from llamagen_jax.data.classes import to_labels
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.cached import decoding_params
-from llamagen_jax.gpt.config import CACHES
+from llamagen_jax.gpt.config import KV_CACHES
 from llamagen_jax.gpt.quantized import quantize_params
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.options import option
@@ -92,10 +92,10 @@ class GenerationOptions(hosts.HostOptions, sampling_flags.SamplingOverrides):
     " reads, and changes the codes a little", "float", choices=("float", "int8"),
     group="computation",
   )  # fmt: skip
-  cache: str | None = option(
+  kv_cache: str | None = option(
     "of the codes' keys and values; int8 nearly halves their bytes in bfloat16, and"
     " changes the codes a little; default: the bundle's, float", None,
-    choices=CACHES, group="computation",
+    choices=KV_CACHES, group="computation",
   )  # fmt: skip
 
 
@@ -201,9 +201,9 @@ def _load_gpt(args: GenerationOptions, mesh: Mesh, dtype: str) -> bundle.Transfo
   if args.workdir:
     step, gpt = load_run(user_path(args.workdir), mesh=mesh)
     logging.info("the transformer is of step %d in %s", step, args.workdir)
-    cache = args.cache or gpt.config.cache
-    config = dataclasses.replace(gpt.config, dtype=dtype, cache=cache)
+    kv_cache = args.kv_cache or gpt.config.kv_cache
+    config = dataclasses.replace(gpt.config, dtype=dtype, kv_cache=kv_cache)
     gpt = dataclasses.replace(gpt, config=config)
   else:
-    gpt = bundle.load_gpt(args.gpt, mesh, dtype, args.cache)
+    gpt = bundle.load_gpt(args.gpt, mesh, dtype, args.kv_cache)
   return apply_adapter(args.adapter, gpt) if args.adapter else gpt

@@ -24,7 +24,7 @@ import jax
 from llamagen_jax.commands import arguments
 from llamagen_jax.commands.generation import EXAMPLES, for_decoding
 from llamagen_jax.errors import UserError
-from llamagen_jax.gpt.config import CACHES
+from llamagen_jax.gpt.config import KV_CACHES
 from llamagen_jax.options import option
 from llamagen_jax.parallel.mesh import make_mesh
 from llamagen_jax.sampling.sample import restrict_to_codebook
@@ -97,9 +97,10 @@ class Options:
     "of the transformers' matrices; int8 halves the bytes that a step in bfloat16"
     " reads, and changes the codes a little", "float", choices=("float", "int8"),
   )  # fmt: skip
-  cache: str | None = option(
+  kv_cache: str | None = option(
     "of the codes' keys and values; int8 nearly halves their bytes in bfloat16, and"
-    " changes the codes a little; default: the bundles', float", None, choices=CACHES,
+    " changes the codes a little; default: the bundles', float", None,
+    choices=KV_CACHES,
   )  # fmt: skip
   queue: int = option(
     "images that may wait while all slots are busy, more are answered with 429;"
@@ -246,7 +247,7 @@ def make_service(options: Options) -> Service:
   workers = {}
   models = zip(o.gpt, adapters, tokenizers, names, strict=True)
   for folder, adapter, tokenizer, name in models:
-    gpt = bundle.load_gpt(folder, mesh, dtype, o.cache)
+    gpt = bundle.load_gpt(folder, mesh, dtype, o.kv_cache)
     gpt = apply_adapter(adapter, gpt) if adapter else gpt
     codebook = load_tokenizer(tokenizer)
     gpt = restrict_to_codebook(gpt, codebook)

@@ -46,7 +46,7 @@ Cache = tuple[LayerCache | SplitCache, ...]  # one a layer
 def init_cache(config: GPTConfig, batch: int, length: int) -> Cache:
   """Returns an empty cache for the positions 0 .. `length` - 1."""
   c = config
-  if c.cache == "float":
+  if c.kv_cache == "float":
     return (_empty(c, batch, length, c.dtype),) * c.layers
   prefix = _empty(c, batch, c.prefix_tokens, c.dtype)
   codes = _empty(c, batch, length - c.prefix_tokens + 1, "int8")
@@ -56,7 +56,7 @@ def init_cache(config: GPTConfig, batch: int, length: int) -> Cache:
 def init_chunk_cache(config: GPTConfig, batch: int, length: int) -> Cache:
   """Returns an empty cache for `length` tokens, of the condition or codes."""
   chunk = _empty(config, batch, length, config.dtype)
-  if config.cache != "float":
+  if config.kv_cache != "float":
     chunk = _scaled(chunk, config.dtype)
   return (chunk,) * config.layers
 
@@ -115,7 +115,7 @@ def as_code_cache(
     v_BTKH: values.
     is_condition_BT: tokens to keep as they are; None = there are none.
   """
-  if config.cache == "float":
+  if config.kv_cache == "float":
     return as_cache(k_BTKH, v_BTKH)
 
   def rounded(x_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -17,7 +17,7 @@ PRESETS = {
   "3B": (24, 32, 3200),
   "7B": (32, 32, 4096),
 }
-CACHES = ("float", "int8")  # of the codes' keys and values
+KV_CACHES = ("float", "int8")  # of the codes' keys and values
 KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # of attention, by backend
 
 
@@ -59,7 +59,7 @@ class GPTConfig:
   condition_dropout: float = 0.1  # share of samples trained without condition
   dtype: str = "float32"  # of activations and matmul inputs: float32 | bfloat16
   # Of codes' keys and values in decoding: float, which is `dtype` | int8
-  cache: str = "float"
+  kv_cache: str = "float"
   remat: str = "none"  # none | dots | full
   # Of training: xla | splash, the TPU's kernel | cudnn, the GPU's | auto, see
   # `for_backend`.
@@ -78,7 +78,7 @@ class GPTConfig:
     _one_of("condition", self.condition, ("class", "caption"))
     _one_of("prefix_rope", self.prefix_rope, ("zero", "identity"))
     _one_of("dtype", self.dtype, ("float32", "bfloat16"))
-    _one_of("cache", self.cache, CACHES)
+    _one_of("kv_cache", self.kv_cache, KV_CACHES)
     _one_of("remat", self.remat, ("none", "dots", "full"))
     _one_of("attention", self.attention, ("auto", "xla", *KERNELS.values()))
     if self.attention in KERNELS.values() and self.attention_dropout:

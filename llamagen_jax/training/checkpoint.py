@@ -33,7 +33,7 @@ UNREADABLE = "unreadable_"  # put before the name of a checkpoint that is not wh
 MAY_CHANGE_ON_RESUME = (
   "mesh",
   "model.attention",  # another kernel rounds otherwise
-  "model.cache",  # of sampling alone
+  "model.kv_cache",  # of sampling alone
   "guard",
   "images",
   "optimizer.lr",

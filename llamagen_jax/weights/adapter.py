@@ -62,7 +62,7 @@ def apply_adapter(
     rest = {name: leaf for name, leaf in trained.items() if name != LORA}
     return add_adapters(LoRAConfig(**fields["lora"]), params, trained[LORA]) | rest
 
-  chosen = {name: getattr(gpt.config, name) for name in ("dtype", "cache")}
+  chosen = {name: getattr(gpt.config, name) for name in ("dtype", "kv_cache")}
   config = GPTConfig(**(fields["model"] | chosen))
   return dataclasses.replace(
     gpt, config=config, params=merge(gpt.params, trained),

@@ -137,7 +137,7 @@ def load_gpt(
   path: str | os.PathLike,
   mesh: Mesh | None = None,
   dtype: str | None = None,
-  cache: str | None = None,
+  kv_cache: str | None = None,
 ) -> Transformer:
   """Reads a transformer bundle, onto the first device or sharded over a mesh.
 
@@ -146,11 +146,11 @@ def load_gpt(
     mesh: from `make_mesh`.
     dtype: of activations, "float32" or "bfloat16", where it is not the bundle's.
       Parameters are read as they are stored, in float32.
-    cache: of the codes' keys and values in sampling, "float" or "int8", where it is
+    kv_cache: of the codes' keys and values in sampling, "float" or "int8", where it is
       not the bundle's.
   """
   fields = read_config(path, "gpt")
-  changed = {k: v for k, v in (("dtype", dtype), ("cache", cache)) if v}
+  changed = {k: v for k, v in (("dtype", dtype), ("kv_cache", kv_cache)) if v}
   config = GPTConfig(**(fields["config"] | changed))
   return Transformer(
     config,

@@ -25,7 +25,7 @@ saved = fid_batch_test.saved
     (["--guidance-scale=inf"], "guidance_scale=inf: expected a number >= 1"),
     (["--guidance-beta=2"], "guidance_beta=2.0: expected in (0, 1]"),
     (["--window=0"], "window=0: expected 1 or more"),
-    (["--cache=fp8"], "--cache: invalid choice: 'fp8'"),
+    (["--kv-cache=fp8"], "--kv-cache: invalid choice: 'fp8'"),
     (["--fid-batch=4", "--out=samples_cfg1.5"], "ends in .npz"),
     (["--out=x.jpg"], "ends in .png or .npz, or a folder"),
   ],
@@ -48,7 +48,7 @@ def test_images_are_never_distorted(saved, capsys):
   assert capsys.readouterr().err.endswith(expected)
 
 
-@pytest.mark.parametrize("flag", ["--weights=int8", "--cache=int8"])
+@pytest.mark.parametrize("flag", ["--weights=int8", "--kv-cache=int8"])
 def test_a_folder_may_have_a_dot_and_windows_and_int8_are_flags(
   saved, tmp_path, capsys, flag
 ):

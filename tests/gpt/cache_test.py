@@ -33,7 +33,7 @@ from llamagen_jax.gpt.conditioning import attention_mask, embed_prefix
 from llamagen_jax.gpt.model import embed_codes
 from tests.gpt.model_test import TINY, TINY_CAPTION, inputs, random_params
 
-INT8 = dataclasses.replace(TINY_CAPTION, kv_heads=2, cache="int8")
+INT8 = dataclasses.replace(TINY_CAPTION, kv_heads=2, kv_cache="int8")
 
 
 def normal(*shape, seed=0, dtype="float32"):
@@ -168,7 +168,7 @@ def test_logits_are_near_those_of_the_whole_forward(config):
   Keys and values err by 1 / 254 of their token's largest at most, and both layers read
   them: 0.0079 and 0.0081 were measured.
   """
-  config = dataclasses.replace(config, kv_heads=2, cache="int8")
+  config = dataclasses.replace(config, kv_heads=2, kv_cache="int8")
   params = random_params(config)
   codes, condition, condition_mask = inputs(config)
   drop = jnp.arange(len(codes)) == 1
@@ -191,6 +191,6 @@ def test_logits_are_near_those_of_the_whole_forward(config):
 
 def test_an_unknown_cache_is_refused():
   with pytest.raises(
-    UserError, match="model.cache='int4': expected one of float, int8"
+    UserError, match="model.kv_cache='int4': expected one of float, int8"
   ):
-    dataclasses.replace(TINY, cache="int4")
+    dataclasses.replace(TINY, kv_cache="int4")

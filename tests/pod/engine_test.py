@@ -43,7 +43,7 @@ def test_a_cache_of_8_bits_is_read_as_it_is(condition, where):
   """Once a step; keys of one layer in floating point would be a larger temporary."""
   pytest.importorskip("libtpu", reason="compiles for a TPU")
   config = dataclasses.replace(
-    GPTConfig.preset("XL", image_size=384, dtype="bfloat16", cache="int8"),
+    GPTConfig.preset("XL", image_size=384, dtype="bfloat16", kv_cache="int8"),
     layers=2, vocab_size=512, condition=condition,
   )  # fmt: skip
   shape, rows = (32, 8, 1), 64
@@ -74,7 +74,7 @@ def test_what_four_chips_exchange(condition, tensor):
 def test_the_verb(tmp_path, capsys):
   pytest.importorskip("libtpu", reason="compiles for a TPU")
   flags = ["--topology=v5e:2x2", "--program=engine", "--batch-size=4", "--chunk=2",
-           "--cache=int8"]  # fmt: skip
+           "--kv-cache=int8"]  # fmt: skip
   command = ["compile-for-pod", f"--config={CONFIG}", *flags]
   assert cli.run([*command, f"--json={tmp_path}/figures.json"]) == 0
   assert "of the arguments" in capsys.readouterr().out

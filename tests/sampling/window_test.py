@@ -46,7 +46,7 @@ def decode(config, params, condition, mask, sampling, seed=0):
   "name, cache", [*((name, "float") for name in SETTINGS), ("filters", "int8")]
 )
 def test_200_images_have_the_codes_of_the_plain_loop(name, cache):
-  config = dataclasses.replace(DIGITS, cache=cache)
+  config = dataclasses.replace(DIGITS, kv_cache=cache)
   params = decoding_params(config, random_params(config))
   labels = np.arange(IMAGES) % config.num_classes
   expected, one_by_one = decode(config, params, labels, None, SETTINGS[name])
@@ -65,7 +65,7 @@ def test_200_images_have_the_codes_of_the_plain_loop(name, cache):
 def test_captions_with_and_without_a_negative_prompt(size, cache, negative):
   """Also a window larger than the image, and a row whose caption is all padding."""
   config = dataclasses.replace(
-    TINY_CAPTION, kv_heads=2, target_embedding=True, cache=cache
+    TINY_CAPTION, kv_heads=2, target_embedding=True, kv_cache=cache
   )
   params = decoding_params(config, random_params(config))
   _, features, mask = inputs(config)

@@ -39,7 +39,8 @@ def transformer(config: GPTConfig) -> bundle.Transformer:
 
 
 def with_cache(gpt: bundle.Transformer, cache: str) -> bundle.Transformer:
-  return dataclasses.replace(gpt, config=dataclasses.replace(gpt.config, cache=cache))
+  config = dataclasses.replace(gpt.config, kv_cache=cache)
+  return dataclasses.replace(gpt, config=config)
 
 
 @pytest.fixture(scope="module", params=[CLASSES, CAPTIONS], ids=["class", "caption"])

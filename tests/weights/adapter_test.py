@@ -68,9 +68,9 @@ def test_an_adapter_gives_the_model_of_the_run(run):
 
 
 def test_what_was_chosen_on_loading_stays(run):
-  gpt = bundle.load_gpt(run / "start", dtype="bfloat16", cache="int8")
+  gpt = bundle.load_gpt(run / "start", dtype="bfloat16", kv_cache="int8")
   config = apply_adapter(run / "run/adapter", gpt).config
-  assert (config.dtype, config.cache) == ("bfloat16", "int8")
+  assert (config.dtype, config.kv_cache) == ("bfloat16", "int8")
 
 
 def test_an_adapter_of_another_model_is_refused(run):
