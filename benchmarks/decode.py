@@ -3,6 +3,8 @@
 python -m benchmarks.decode              # GPT-B, 256 codes, 4 images, float32
 python -m benchmarks.decode --preset=XL --image-size=384 --batch=32 --dtype=bfloat16
 python -m benchmarks.decode --gpt=quickstart/gpt/bundle --batch=1 --windows 1 4 8 16
+python -m benchmarks.decode --gpt=quickstart/gpt/bundle --batch=40 --windows 4 8 16 \\
+  --guidances 1 2 4 --plot=windows.png    # forwards alone, by guidance scale
 
 A step multiplies every weight with a few rows, so it cannot be faster than reading
 the weights, and the keys and values written so far, once. That is the bound printed;
@@ -16,6 +18,8 @@ import time
 
 import jax
 import jax.numpy as jnp
+import matplotlib
+from matplotlib import pyplot
 import numpy as np
 
 from benchmarks.machine import read_bandwidth
@@ -45,6 +49,8 @@ def main() -> None:
   add("--repeats", type=int, default=3)
   add("--gpt", help="bundle of a trained model, with settings of its own")
   add("--windows", type=int, nargs="+", help="compare windows instead")
+  add("--guidances", type=float, nargs="+", help="count forwards, by guidance scale")
+  add("--plot", help="PNG of --guidances")
   args = parser.parse_args()
 
   if args.gpt:
@@ -57,6 +63,9 @@ def main() -> None:
     params = random_params(config)
     sampling = SamplingConfig(guidance_scale=args.guidance, top_k=args.top_k)
   params = decoding_params(config, params)
+  if args.guidances:
+    count_forwards(config, params, args)
+    return
   if args.windows:
     compare_windows(config, params, args.batch, sampling, args.windows, args.repeats)
     return
@@ -116,6 +125,37 @@ def compare_windows(config, params, batch, sampling, windows, repeats) -> None:
       f"  images equal {equal:.0%}"
     )
   print(json.dumps({w: [float(forwards[w].mean()), best[w]] for w in windows}))
+
+
+def count_forwards(config, params, args) -> None:
+  """Prints and plots how many codes a forward yields, by guidance scale and window."""
+  labels = np.arange(args.batch) * 37 % config.num_classes
+  keys = as_keys(image_keys(0, range(args.batch)))
+  yields = {window: [] for window in args.windows}
+  for guidance in args.guidances:
+    for window in args.windows:
+      settings = SamplingConfig(guidance_scale=guidance, window=window)
+      inputs = DecodeInputs(params, keys, None, settings.rows(args.batch))
+      _, forwards = generate_codes(config, settings, inputs, labels)
+      yields[window].append(config.image_tokens / float(np.mean(forwards)))
+  for window in args.windows:
+    found = "  ".join(f"{y:5.2f}" for y in yields[window])
+    print(f"window {window:3}  codes a forward by guidance scale  {found}", flush=True)
+  print(json.dumps({"guidances": args.guidances, "codes_per_forward": yields}))
+  if args.plot:
+    plot_forwards(args, yields)
+
+
+def plot_forwards(args, yields: dict[int, list[float]]) -> None:
+  matplotlib.use("Agg")
+  figure, axis = pyplot.subplots(figsize=(5, 3.2), dpi=110)
+  for window, codes in yields.items():
+    axis.plot(args.guidances, codes, marker="o", label=f"window {window}")
+  axis.set(xlabel="guidance scale", ylabel="codes a forward", ylim=(1, None))
+  axis.grid(alpha=0.3)
+  axis.legend()
+  figure.tight_layout()
+  figure.savefig(args.plot)
 
 
 def random_params(config: GPTConfig):
