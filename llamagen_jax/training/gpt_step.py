@@ -1,5 +1,6 @@
 """One update of the transformer: recipe, state, loss and step."""
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers as MatrixAxes
 
 from llamagen_jax.data.loader import Batch
 from llamagen_jax.errors import UserError
@@ -114,6 +116,17 @@ def decay_mask(params: Any) -> Any:
     return leaf.ndim - ("layers" in names) >= 2 and "unconditional" not in names
 
   return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def matrix_axes(names: Sequence[str]) -> MatrixAxes | None:
+  """Returns the axes of a layer's matrices; queries, keys and values are one each."""
+  axes = {
+    ("attention", "qkv"): MatrixAxes((1,), (2, 4)),  # [layer, D, K, G + 2, H]
+    ("attention", "out"): MatrixAxes((1, 2, 3), (4,)),  # [layer, K, G, H, D]
+    ("ffn", "in"): MatrixAxes((1,), (3,)),  # [layer, D, 2, F]
+    ("ffn", "out"): MatrixAxes((1,), (2,)),  # [layer, F, D]
+  }
+  return axes.get(tuple(names[-2:])) if names[0] == "layers" else None
 
 
 def condition_of(batch: Batch) -> tuple[jax.Array, jax.Array | None]:
@@ -270,7 +283,7 @@ def _updated(
 
 def _optimizer(recipe: GPTRecipe) -> optax.GradientTransformationExtraArgs:
   r = recipe
-  optimizer = make_optimizer(r.optimizer, schedule(r), decay_mask)
+  optimizer = make_optimizer(r.optimizer, schedule(r), matrix_axes, decay_mask)
   if r.train.only != "all":  # moments of the trained weights alone
     optimizer = optax.partition(
       {True: optimizer, False: optax.set_to_zero()},

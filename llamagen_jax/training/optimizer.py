@@ -1,15 +1,21 @@
-"""AdamW with the published recipe's decay mask, clip and schedules."""
+"""AdamW with the published recipe's decay mask, clip and schedules; Muon beside it."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from optax.contrib import MuonDimensionNumbers as MatrixAxes
+from optax.contrib import scale_by_muon
 
 from llamagen_jax.errors import UserError
 
+KINDS = ("adamw", "muon")
 LR_SCHEDULES = ("constant", "cosine", "wsd")
+MUON_RMS = 0.2  # of an update, about that of Adam's, so that both share learning rates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +25,8 @@ class OptimizerConfig:
   warmup_steps: int = 0  # linear from 0; of wsd at the start of every phase
   final_lr: float = 0.0  # where the cosine and the phases of wsd end
   decay_share: float = 0.2  # last share of a phase of wsd, linear to final_lr
-  b1: float = 0.9
+  kind: str = "adamw"  # adamw | muon (of the network's matrices; the rest by AdamW)
+  b1: float = 0.9  # of Adam
   b2: float = 0.95
   eps: float = 1e-8
   weight_decay: float = 0.0
@@ -27,6 +34,10 @@ class OptimizerConfig:
   ema: float = 0.0  # decay of the average of the weights; 0 = none is kept
 
   def __post_init__(self):
+    if self.kind not in KINDS:
+      raise UserError(
+        f"optimizer.kind={self.kind!r}: expected one of {', '.join(KINDS)}"
+      )
     if self.schedule not in LR_SCHEDULES:
       known = ", ".join(LR_SCHEDULES)
       raise UserError(f"optimizer.schedule={self.schedule!r}: expected one of {known}")
@@ -86,15 +97,49 @@ def _check_warmup(steps: int, limit: int, name: str) -> None:
 def make_optimizer(
   config: OptimizerConfig,
   schedule: optax.Schedule,
+  matrix_axes: Callable[[Sequence[str]], MatrixAxes | None] = lambda names: None,
   decay_mask: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
-  """Returns clip, Adam moments, decoupled decay (arXiv 1711.05101), learning rate."""
+  """Returns clip, moments, decoupled decay (arXiv 1711.05101), learning rate.
+
+  Args:
+    config: which moments, and their decays.
+    schedule: from a step to its learning rate.
+    matrix_axes: from the names of a leaf to the axes that make the matrices for
+      Muon, the other ones count them; None = Adam takes the leaf.
+    decay_mask: from parameters to True where they decay; None = all do.
+  """
   c = config
+  adam = optax.scale_by_adam(c.b1, c.b2, c.eps)
   return optax.chain(
     optax.clip_by_global_norm(c.clip),
-    optax.scale_by_adam(c.b1, c.b2, c.eps),
+    adam if c.kind == "adamw" else _muon_or(adam, matrix_axes),
     optax.add_decayed_weights(c.weight_decay, decay_mask),
     optax.scale_by_learning_rate(schedule),
+  )
+
+
+def _muon_or(adam: optax.GradientTransformation, matrix_axes):
+  """Returns Muon of matrices, scaled as arXiv 2502.16982 does, and Adam of the rest."""
+
+  def map_axes(use, tree):
+    def axes_of(path, leaf):
+      names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+      return use(leaf, matrix_axes(names))
+
+    return jax.tree_util.tree_map_with_path(axes_of, tree)
+
+  def scaled(update, axes: MatrixAxes):
+    larger = max(float(np.prod(np.take(update.shape, side))) for side in axes)
+    return MUON_RMS * larger**0.5 * update
+
+  muon = optax.chain(
+    scale_by_muon(weight_dimension_numbers=lambda tree: map_axes(lambda _, a: a, tree)),
+    optax.stateless(lambda updates, _: map_axes(scaled, updates)),
+  )
+  return optax.partition(
+    {True: muon, False: adam},
+    lambda params: map_axes(lambda _, axes: axes is not None, params),
   )
 
 

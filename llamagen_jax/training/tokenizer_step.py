@@ -4,7 +4,7 @@ A step updates the generator (the tokenizer), then the discriminator on the same
 reconstructions, as VQGAN does (arXiv 2012.09841, section 3.1; LlamaGen, section 2.1).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers as MatrixAxes
 
 from llamagen_jax.data.images import ImageDecoder
 from llamagen_jax.data.loader import Batch
@@ -98,6 +99,13 @@ class TokenizerRecipe:
   codebook: CodebookConfig = CodebookConfig()
   guard: GuardConfig = GuardConfig()  # of both networks
   init: InitConfig = InitConfig()
+
+  def __post_init__(self):
+    if self.discriminator_optimizer.kind != "adamw":
+      raise UserError(
+        f"discriminator_optimizer.kind={self.discriminator_optimizer.kind!r}:"
+        " expected adamw; only the tokenizer is trained by Muon"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,8 +376,14 @@ def _accumulated(compute: Callable, images: jax.Array, key: jax.Array, slices: i
   return means, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), of_images)
 
 
+def matrix_axes(names: Sequence[str]) -> MatrixAxes | None:
+  """Returns the axes of a convolution's matrix, from all it reads to its outputs."""
+  return MatrixAxes((0, 1, 2), (3,)) if names[-1] == "kernel" else None
+
+
 def _optimizer(recipe: TokenizerRecipe) -> optax.GradientTransformation:
-  optimizer = make_optimizer(recipe.optimizer, schedules(recipe)["optimizer"])
+  schedule = schedules(recipe)["optimizer"]
+  optimizer = make_optimizer(recipe.optimizer, schedule, matrix_axes)
   return guarded(optimizer, recipe.guard)
 
 
