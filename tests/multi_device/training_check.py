@@ -21,31 +21,41 @@ MESHES = {
 }
 
 
-def losses(module, config, workdir, mesh=None, monkeypatch=None):
+def losses(module, config, workdir, mesh):
   config.unlock()
-  config.mesh = mesh or {"data": 1}
-  if mesh is None:  # a mesh of the first device alone
-
-    def one_device(**sizes):
-      return jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"),
-                           axis_types=(jax.sharding.AxisType.Auto,) * 3,
-                           devices=jax.devices()[:1])  # fmt: skip
-
-    monkeypatch.setattr(loop, "make_mesh", one_device)
+  config.mesh = mesh
   module.train(config, workdir)
   rows = [row for row in read_rows(workdir / "metrics.jsonl") if "loss" in row]
+  assert len(rows) == 5
   return [(row["loss"], row.get("discriminator_loss", 0.0)) for row in rows]
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_transformer(tmp_path, mesh):
-  assert jax.device_count() == 8
-  codes = tiny.write_codes(tmp_path / "codes")
-  found = losses(gpt_train, tiny.gpt_config(codes, 5), tmp_path / "run", MESHES[mesh])
+def losses_on_one_device(module, config, workdir):
+  def one_device(**sizes):
+    return jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"),
+                         axis_types=(jax.sharding.AxisType.Auto,) * 3,
+                         devices=jax.devices()[:1])  # fmt: skip
+
   with pytest.MonkeyPatch.context() as patch:
-    config = tiny.gpt_config(codes, 5)
-    expected = losses(gpt_train, config, tmp_path / "one", None, patch)
-  assert len(expected) == 5
+    patch.setattr(loop, "make_mesh", one_device)
+    return losses(module, config, workdir, {"data": 1})
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory):
+  assert jax.device_count() == 8
+  return tiny.write_codes(tmp_path_factory.mktemp("codes"))
+
+
+@pytest.fixture(scope="module")
+def expected(codes, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("one")
+  return losses_on_one_device(gpt_train, tiny.gpt_config(codes, 5), workdir)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_transformer(codes, expected, tmp_path, mesh):
+  found = losses(gpt_train, tiny.gpt_config(codes, 5), tmp_path, MESHES[mesh])
   np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
@@ -55,14 +65,13 @@ RECIPES = {
   "gft": {
     "objective": {"kind": "guidance-free"}, "model": {"guidance_embedding": True},
   },
+  "muon": {"optimizer": {"kind": "muon"}},
   "lora": {"train": {"only": "table", "lora": {"rank": 2}}},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipes_beyond_the_published_one(tmp_path, name):
-  codes = tiny.write_codes(tmp_path / "codes")
-
+def test_recipes_beyond_the_published_one(codes, tmp_path, name):
   def config():
     config = tiny.gpt_config(codes, 5)
     for section, fields in RECIPES[name].items():
@@ -70,25 +79,29 @@ def test_recipes_beyond_the_published_one(tmp_path, name):
     return config
 
   found = losses(gpt_train, config(), tmp_path / "run", MESHES["mixed"])
-  with pytest.MonkeyPatch.context() as patch:
-    expected = losses(gpt_train, config(), tmp_path / "one", None, patch)
-  assert len(expected) == 5
+  expected = losses_on_one_device(gpt_train, config(), tmp_path / "one")
   np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+  return tiny.write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def expected_of_tokenizer(images, tmp_path_factory):
+  config = tiny.tokenizer_config(images, 5, batch_size=8)
+  return losses_on_one_device(tokenizer_train, config, tmp_path_factory.mktemp("one"))
 
 
 @pytest.mark.parametrize("mesh", ["data", "fsdp"])
-def test_tokenizer(tmp_path, mesh):
-  images = tiny.write_images(tmp_path / "images")
+def test_tokenizer(images, expected_of_tokenizer, tmp_path, mesh):
   config = tiny.tokenizer_config(images, 5, batch_size=8)
-  found = losses(tokenizer_train, config, tmp_path / "run", MESHES[mesh])
-  with pytest.MonkeyPatch.context() as patch:
-    config = tiny.tokenizer_config(images, 5, batch_size=8)
-    expected = losses(tokenizer_train, config, tmp_path / "one", None, patch)
-  np.testing.assert_allclose(found, expected, atol=1e-4)
+  found = losses(tokenizer_train, config, tmp_path, MESHES[mesh])
+  np.testing.assert_allclose(found, expected_of_tokenizer, atol=1e-4)
 
 
-def test_state_is_sharded_by_the_table(tmp_path):
-  codes = tiny.write_codes(tmp_path / "codes")
+def test_state_is_sharded_by_the_table(codes):
   recipe = loop_recipe(codes)
   mesh = make_mesh(data=2, fsdp=2, tensor=2)
   task = gpt_train.make_task(recipe)
@@ -107,8 +120,7 @@ def loop_recipe(codes):
   return build(GPTRecipe, tiny.gpt_config(codes, 1))
 
 
-def test_an_axis_that_does_not_divide_is_replicated_and_logged(tmp_path, caplog):
-  codes = tiny.write_codes(tmp_path / "codes")
+def test_an_axis_that_does_not_divide_is_replicated_and_logged(codes, caplog):
   task = gpt_train.make_task(loop_recipe(codes))
   with caplog.at_level("WARNING"):
     state = loop.abstract_state(task.init, make_mesh(data=1, fsdp=1, tensor=8))
