@@ -6,6 +6,7 @@ are (height, width), as the axes of arrays lie; people read and write the pixels
 image as WIDTHxHEIGHT.
 """
 
+import math
 import re
 from typing import Any
 
@@ -33,6 +34,13 @@ def as_sides(value: Any, name: str) -> Sides:
 def height_width(sides: Sides) -> tuple[int, int]:
   """Returns both sides."""
   return (sides, sides) if isinstance(sides, int) else sides
+
+
+def distance(one: Sides, other: Sides) -> tuple[float, float]:
+  """Returns how far two sizes are apart: in shape first, then in area."""
+  pairs = zip(height_width(one), height_width(other), strict=True)
+  heights, widths = (math.log(a / b) for a, b in pairs)
+  return abs(widths - heights), abs(widths + heights)
 
 
 def read_pixels(text: str) -> Sides:

@@ -1,4 +1,4 @@
-"""How much fits in a quickstart's minutes: chosen once, and kept for a rerun."""
+"""What a quickstart is of, and how much fits in its minutes: kept for a rerun."""
 
 from collections.abc import Callable
 import pathlib
@@ -33,7 +33,7 @@ class Choices:
     for name, value in asked.items():
       if self._values.get(name) != value:
         raise UserError(
-          f"--workdir={workdir} holds a run with --{name}={self._values.get(name)}, not"
+          f"--workdir={workdir} holds a run with {name}={self._values.get(name)}, not"
           f" {value}: choose another workdir, or the same {name}"
         )
     workdir.mkdir(parents=True, exist_ok=True)

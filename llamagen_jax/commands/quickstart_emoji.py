@@ -60,7 +60,7 @@ def run(
   Args:
     step: the quickstart's own, names each part.
   """
-  choices = Choices(workdir, {"emoji": True, "minutes": minutes, "fast": fast})
+  choices = Choices(workdir, {"images": "emoji", "minutes": minutes, "fast": fast})
 
   def steps(name: str) -> Callable[[Task], int]:
     if fast:

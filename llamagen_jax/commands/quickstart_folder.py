@@ -51,7 +51,7 @@ GRID_CLASSES, GRID_ROWS = 10, 8
 
 def run(workdir: pathlib.Path, folder: str, minutes: float, step: Any) -> None:
   """Runs what is not finished; `step` is the quickstart's own, and names each part."""
-  choices = Choices(workdir, {"folder": str(folder), "minutes": minutes})
+  choices = Choices(workdir, {"images": str(folder), "minutes": minutes})
   with step("images", f"copies of the images of {folder}, as small as they are needed"):
     most = max(FEWEST, int(IMAGES_A_MINUTE * minutes))
     size = write_images(workdir / "images", folder, choices, most)

@@ -9,7 +9,6 @@ transformer learned what the words mean.
 
 import dataclasses
 import io
-import json
 import pathlib
 
 import jax
@@ -26,7 +25,7 @@ from llamagen_jax.data.sources import open_source
 from llamagen_jax.images import grid, save_npz, save_png
 from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.sampling.sample import sample
-from llamagen_jax.storage import atomic_folder
+from llamagen_jax.storage import atomic_folder, write_json
 from llamagen_jax.text.t5 import T5Config, init_t5
 from llamagen_jax.text.tokens import SENTENCEPIECE
 from llamagen_jax.training import train_gpt as gpt_train
@@ -245,9 +244,8 @@ def judge(workdir: pathlib.Path, samples: int) -> dict[str, float]:
   save_npz(
     workdir / "samples.npz", [guided], samples, np.array([t.digit for t in asked])
   )
-  (workdir / "prompts.json").write_text(
-    json.dumps([dataclasses.asdict(t) | {"unseen": t.unseen} for t in asked], indent=1)
-  )
+  prompts = [dataclasses.asdict(t) | {"unseen": t.unseen} for t in asked]
+  write_json(workdir / "prompts.json", prompts)
   return metrics
 
 

@@ -28,7 +28,7 @@ from llamagen_jax.gpt.config import KV_CACHES
 from llamagen_jax.options import option
 from llamagen_jax.parallel.mesh import make_mesh
 from llamagen_jax.sampling.sample import restrict_to_codebook
-from llamagen_jax.storage import local_path
+from llamagen_jax.storage import local_path, read_text
 from llamagen_jax.weights import bundle, hub
 from llamagen_jax.weights.adapter import apply_adapter
 from llamagen_jax.weights.t5 import load_t5
@@ -210,7 +210,8 @@ def main(argv: Sequence[str]) -> None:
       service, store, api_key=key, public_url=args.public_url,
       cors_origins=args.cors_origin, body_seconds=args.body_seconds,
     )  # fmt: skip
-    where = f"http://{args.address}:{listening.getsockname()[1]}"
+    host = f"[{args.address}]" if ":" in args.address else args.address
+    where = f"http://{host}:{listening.getsockname()[1]}"
     print(f"{', '.join(service.models)} at {where}/v1/images/generations", flush=True)
     if args.demo:
       from llamagen_jax.serving.demo import PATH, PROMPTS, mount_demo
@@ -240,6 +241,8 @@ def make_service(options: Options) -> Service:
         f"--{flag}: {len(values)} for {len(o.gpt)} transformers (--gpt); expected one"
         " for each"
       )
+  if len(set(names)) < len(names):
+    raise UserError(f"models {', '.join(names)}: expected names that differ (--name)")
   mesh = make_mesh(tensor=o.tensor)
   dtype = o.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
   encoder = load_t5(o.t5, dtype=dtype) if o.t5 else None
@@ -279,7 +282,7 @@ def _complete(args: ServeOptions) -> ServeOptions:
   if args.workdir:
     if args.gpt or args.tokenizer or args.t5:
       raise UserError("--workdir stands for --gpt, --tokenizer and --t5: give one kind")
-    workdir = pathlib.Path(args.workdir).expanduser()
+    workdir = local_path(args.workdir, "--workdir")
     encoder, examples = workdir / "t5", workdir / EXAMPLES
     found = {part: (str(workdir / part / "bundle"),) for part in ("gpt", "tokenizer")}
     found |= {
@@ -287,7 +290,7 @@ def _complete(args: ServeOptions) -> ServeOptions:
       "name": args.name or (workdir.resolve().name,),
     }
     if examples.exists() and not args.example:
-      found["example"] = tuple(examples.read_text().splitlines())
+      found["example"] = tuple(read_text(examples).splitlines())
   elif not args.gpt or not args.tokenizer:
     raise UserError("expected --gpt and --tokenizer, or --workdir of a quickstart")
   installed = importlib.util.find_spec("gradio") is not None

@@ -76,15 +76,16 @@ class ImageDecoder:
   ) -> np.ndarray | None:
     """Returns where an upright image is to be drawn, bool [H, W].
 
-    That is where it lets more than half of its background through; or, where a mask
-    has no transparency at all, where it is light. None = nothing says so.
+    That is where it lets more than half of its background through; or, where no pixel
+    of a mask does, where it is light. None = nothing says so.
     """
     with self._open(file, key) as image:
       image = _upright(image, self.ignore_exif)
       if image.mode.startswith("I"):
         image = _high_byte(image)
-      if image.has_transparency_data:
-        return np.asarray(image.convert("RGBA"))[..., 3] < 128
+      alpha = np.asarray(image.convert("RGBA"))[..., 3]
+      if (alpha < 255).any():
+        return alpha < 128
       return np.asarray(image.convert("L")) >= 128 if is_mask else None
 
   def size(self, file: IO[bytes], key: str) -> tuple[int, int]:

@@ -25,10 +25,17 @@ from llamagen_jax.sampling.sample import (
   Conditions,
   SamplingJob,
   conditions_of,
+  grids_by_size,
   sample_image_codes,
 )
 from llamagen_jax.sampling.timings import Timings
-from llamagen_jax.sides import Sides, height_width, image_size_of, show_pixels
+from llamagen_jax.sides import (
+  Sides,
+  as_sides,
+  height_width,
+  image_size_of,
+  show_pixels,
+)
 from llamagen_jax.text.encoder import TextEncoder
 from llamagen_jax.weights import bundle
 
@@ -196,8 +203,11 @@ def edit_canvas(
   timings: Timings,
 ) -> np.ndarray:
   """Draws the hidden part of a canvas, one result a condition: uint8 [N, H, W, 3]."""
+  size = as_sides(canvas.hidden.shape, "image size")
+  own_grid = grids_by_size(gpt, tokenizer).get(size, gpt.config.grid)
+  gpt = dataclasses.replace(gpt, config=gpt.config.at(own_grid))
   (rows, columns), scale = gpt.config.grid_hw, tokenizer.config.downsample
-  image_size = image_size_of(gpt.config.grid, scale)
+  image_size = image_size_of(own_grid, scale)
   check_size(canvas, image_size, scale)
   unknown_hw = canvas.hidden_cells(scale)
   codes_hw = np.asarray(tokenizer.encode(canvas.seen(settings)[None])[0])

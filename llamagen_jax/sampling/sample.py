@@ -32,7 +32,14 @@ from llamagen_jax.sampling.keys import as_keys, check_seed, image_keys
 from llamagen_jax.sampling.known_codes import KnownCodes, complete_codes
 from llamagen_jax.sampling.prompts import Prompts
 from llamagen_jax.sampling.timings import Timings
-from llamagen_jax.sides import Sides, height_width, image_size_of, show_pixels
+from llamagen_jax.sides import (
+  Sides,
+  as_sides,
+  distance,
+  height_width,
+  image_size_of,
+  show_pixels,
+)
 from llamagen_jax.text.encoder import TextEncoder
 from llamagen_jax.tokenizer import model
 from llamagen_jax.tokenizer.config import TokenizerConfig
@@ -129,14 +136,15 @@ def sample(
     UserError: for a class that is not known, a tokenizer of other codes, or a size of
       another shape.
   """
-  gpt, drawn_size = for_size(gpt, tokenizer, image_size)
+  size = None if image_size is None else as_sides(image_size, "image_size")
+  gpt, drawn_size = for_size(gpt, tokenizer, size)
   conditions = conditions_of(gpt, classes, prompts, text_encoder, negative_prompt)
   job = SamplingJob(
     conditions,
     dataclasses.replace(gpt.sampling, **sampling),
     seed,
     min(batch_size, math.ceil(len(conditions) / num_data_shards(mesh_of(gpt)))),
-    image_size or drawn_size,
+    size or drawn_size,
   )
   return sample_images(gpt, tokenizer, job, Timings())
 
@@ -286,12 +294,12 @@ def for_size(
 
   Args:
     image_size: that is wanted, in pixels; None = that of the first grid. If no grid
-      has it, the first of the same shape is taken.
+      has it, the nearest of the same shape is taken.
 
   Raises:
     UserError: no grid has the shape.
   """
-  sizes = {image_size_of(g, tokenizer.config.downsample): g for g in gpt.config.grids}
+  sizes = grids_by_size(gpt, tokenizer)
   size = image_size or next(iter(sizes))
   alike = [s for s in sizes if _shape(s) == _shape(size)]
   if not alike:
@@ -299,8 +307,15 @@ def for_size(
       f"image size {show_pixels(size)}: expected the shape of the model's images,"
       f" {' or '.join(map(show_pixels, sizes))}"
     )
-  drawn = size if size in sizes else alike[0]
+  drawn = min(alike, key=lambda s: distance(s, size))
   return dataclasses.replace(gpt, config=gpt.config.at(sizes[drawn])), drawn
+
+
+def grids_by_size(
+  gpt: bundle.Transformer, tokenizer: bundle.Tokenizer
+) -> dict[Sides, Sides]:
+  """Returns the model's grids by the size of their images, the first one first."""
+  return {image_size_of(g, tokenizer.config.downsample): g for g in gpt.config.grids}
 
 
 def _shape(size: Sides) -> fractions.Fraction:

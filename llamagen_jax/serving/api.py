@@ -115,10 +115,12 @@ async def _running(service: Service, store: Store) -> AsyncIterator[None]:
     asyncio.create_task(service.warm_up()),  # /health is answered meanwhile
     asyncio.create_task(sweep_for_ever(store)),
   ]
-  yield
-  for task in tasks:
-    task.cancel()
-  await to_thread.run_sync(service.stop)
+  try:
+    yield
+  finally:
+    for task in tasks:
+      task.cancel()
+    await to_thread.run_sync(service.stop)
 
 
 def _add_generations(v1: APIRouter, service: Service, store: Store) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import io
+import re
 import threading
 from typing import Any
 
@@ -154,7 +155,7 @@ class ImageModel:
     word = str(label).strip()
     named = word.casefold() in {name.casefold() for name in self.gpt.class_names}
     several = len(word) > LONGEST_CLASS or "," in word or RANGE.fullmatch(word)
-    number = word.lstrip("-").isdecimal()
+    number = re.fullmatch(r"-?\d+", word)
     try:
       if not word:
         raise UserError("no class is given")

@@ -8,10 +8,10 @@ import random
 import secrets
 import time
 
+from absl import logging
 from anyio import to_thread
 import numpy as np
 
-from llamagen_jax.errors import UserError
 from llamagen_jax.serving.api_error import APIError
 from llamagen_jax.serving.image_model import ImageModel
 from llamagen_jax.serving.metrics import Metrics
@@ -52,21 +52,15 @@ class Service:
     """Makes the service of one model or more; the first one is the default.
 
     Models of the same name are one model at several sizes, its own size first.
-
-    Raises:
-      UserError: two models of the same name and size.
     """
     self.workers, self.limits = dict(workers), limits
     self._by_size: dict[str, dict[Size, ImageModel]] = {}
     for model in workers:
       self._by_size.setdefault(model.name, {})[model.size] = model
-    if sum(map(len, self._by_size.values())) < len(self.workers):
-      names = ", ".join(model.name for model in workers)
-      raise UserError(f"models {names}: expected names that differ (--name)")
     self.models = {n: next(iter(sizes.values())) for n, sizes in self._by_size.items()}
     self.metrics = Metrics({self.label(m): worker for m, worker in workers.items()})
     self.metrics.watch_ready(lambda: self.ready)
-    self.draining = self._warm = False
+    self.draining = self._warm = self._failed = False
 
   @property
   def default_model(self) -> ImageModel:
@@ -80,7 +74,7 @@ class Service:
 
   @property
   def alive(self) -> bool:
-    return all(worker.alive for worker in self.workers.values())
+    return not self._failed and all(worker.alive for worker in self.workers.values())
 
   def start(self) -> None:
     """Starts the workers, which compile first."""
@@ -94,9 +88,14 @@ class Service:
 
   async def warm_up(self) -> None:
     """Compiles the programs beside the engines'; requests are refused until then."""
-    for model in self.workers:
-      await to_thread.run_sync(model.warm_up, bool(self.limits.upload_bytes))
-    self._warm = True
+    try:
+      for model in self.workers:
+        await to_thread.run_sync(model.warm_up, bool(self.limits.upload_bytes))
+    except Exception:
+      logging.exception("the server cannot start")
+      self._failed = True
+    else:
+      self._warm = True
 
   def model(self, name: str | None) -> ImageModel:
     """Returns the model of that name.

@@ -1,10 +1,10 @@
 """The size that a request asks for, and the one that it gets."""
 
 from collections.abc import Sequence
-import math
 import re
 
 from llamagen_jax.serving.api_error import APIError
+from llamagen_jax.sides import distance
 
 POLICIES = ("exact", "nearest", "resize")
 LARGEST_SIDE = 4096  # of a resized image, in pixels
@@ -38,19 +38,13 @@ def choose_size(
     return size, size, []
   if policy == "exact":
     raise _invalid(asked, " or ".join([*(f"'{text(o)}'" for o in own), "'auto'"]))
-  nearest = min(own, key=lambda o: _distance(o, size))
+  nearest = min(own, key=lambda o: distance(o, size))
   if policy == "nearest":
     known = " or ".join(map(text, own))
     return nearest, nearest, [f"'size' {text(size)}: this model generates {known}."]
   if max(size) > LARGEST_SIDE:
     raise _invalid(asked, f"at most {LARGEST_SIDE}x{LARGEST_SIDE}")
   return nearest, size, [f"'size' {text(size)}: resized from {text(nearest)}."]
-
-
-def _distance(one: Size, other: Size) -> tuple[float, float]:
-  """Returns how far two sizes are apart: in shape first, then in area."""
-  widths, heights = (math.log(a / b) for a, b in zip(one, other, strict=True))
-  return abs(widths - heights), abs(widths + heights)
 
 
 def text(size: Size) -> str:

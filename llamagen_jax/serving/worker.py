@@ -209,7 +209,7 @@ class Worker:
         del self._generating[handle.request]
     for handle in gone:
       self._engine.leave(handle.request)
-    while self._join_first():
+    while self._join_next():
       pass
     for request in self._engine.advance():
       handle = self._generating[request]
@@ -219,11 +219,17 @@ class Worker:
       else:
         self._start_rendering(handle, codes)
 
-  def _join_first(self) -> bool:
-    """Lets the first in the queue join. The lock is free while the device works."""
+  def _join_next(self) -> bool:
+    """Lets the first in the queue join. The lock is free while the device works.
+
+    Edits do not wait for slots, nor other requests for an edit to end.
+    """
     with self._state:
-      first = self._waiting[0] if self._waiting else None
-    if first is None or not self._engine.join(first.request):
+      edits = [handle for handle in self._waiting if handle.request.known is not None]
+      others = [handle for handle in self._waiting if handle.request.known is None]
+    heads = [*others[:1], *edits[:1]]
+    first = next((head for head in heads if self._engine.join(head.request)), None)
+    if first is None:
       return False
     with self._state:
       if first in self._waiting:

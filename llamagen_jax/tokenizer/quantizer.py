@@ -135,5 +135,6 @@ def lookup(
   config: TokenizerConfig, codes: jax.Array, codebook_KC: jax.Array
 ) -> jax.Array:
   """Returns the rows of codes that the decoder sees; NaN for codes out of range."""
+  codes = jnp.where(codes < 0, len(codebook_KC), codes)  # take counts them from the end
   rows = jnp.take(codebook_KC, codes, axis=0, mode="fill")
   return l2_normalize(rows) if config.l2_norm else rows

@@ -17,7 +17,6 @@ BATCHNORM_EPS = 1e-3
 CLASSES = 1008
 FEATURES = 2048
 SPATIAL_CHANNELS = 7  # of mixed_6, whose 17 x 17 x 7 values sFID compares
-SPATIAL_FEATURES = 17 * 17 * SPATIAL_CHANNELS
 HIGHEST = jax.lax.Precision.HIGHEST
 
 

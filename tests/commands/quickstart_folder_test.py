@@ -36,7 +36,7 @@ def images(tmp_path_factory):
 
 
 def test_copies_are_opaque_split_and_of_every_class(images, tmp_path):
-  choices = Choices(tmp_path, {"folder": str(images), "minutes": 20.0})
+  choices = Choices(tmp_path, {"images": str(images), "minutes": 20.0})
   size = quickstart_folder.write_images(tmp_path / "images", str(images), choices, 5000)
   assert size == 64
   keys = {}
@@ -56,7 +56,7 @@ def test_large_images_become_small_and_flat_folders_one_class(tmp_path):
     path = tmp_path / "flat" / f"{index}.jpg"
     path.parent.mkdir(exist_ok=True)
     Image.new("RGB", (600, 400), (0, 20 * index, 0)).save(path)
-  choices = Choices(tmp_path, {"folder": "flat", "minutes": 20.0})
+  choices = Choices(tmp_path, {"images": "flat", "minutes": 20.0})
   folder = tmp_path / "images"
   assert quickstart_folder.write_images(folder, f"{tmp_path}/flat", choices, 5000) == 64
   source = open_source(f"folder:{folder}/train")
@@ -76,22 +76,22 @@ def test_every_class_gives_as_many_images_as_it_can():
 
 def test_too_few_images_are_refused(tmp_path):
   Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-  choices = Choices(tmp_path / "w", {"folder": "x", "minutes": 20.0})
+  choices = Choices(tmp_path / "w", {"images": "x", "minutes": 20.0})
   with pytest.raises(UserError, match="1 usable images, expected at least 8"):
     quickstart_folder.write_images(tmp_path / "w" / "i", str(tmp_path), choices, 5000)
 
 
 def test_choices_are_made_once_and_for_one_folder(tmp_path):
   assert (
-    Choices(tmp_path, {"folder": "a", "minutes": 20.0}).get("steps", lambda: 7) == 7
+    Choices(tmp_path, {"images": "a", "minutes": 20.0}).get("steps", lambda: 7) == 7
   )
   assert (
-    Choices(tmp_path, {"folder": "a", "minutes": 20.0}).get("steps", lambda: 8) == 7
+    Choices(tmp_path, {"images": "a", "minutes": 20.0}).get("steps", lambda: 8) == 7
   )
-  with pytest.raises(UserError, match="--folder=a, not b"):
-    Choices(tmp_path, {"folder": "b", "minutes": 20.0})
-  with pytest.raises(UserError, match=r"--minutes=20\.0, not 5\.0"):
-    Choices(tmp_path, {"folder": "a", "minutes": 5.0})
+  with pytest.raises(UserError, match="images=a, not b"):
+    Choices(tmp_path, {"images": "b", "minutes": 20.0})
+  with pytest.raises(UserError, match=r"minutes=20\.0, not 5\.0"):
+    Choices(tmp_path, {"images": "a", "minutes": 5.0})
 
 
 @pytest.mark.parametrize("seconds, steps", [
@@ -145,7 +145,7 @@ def test_codes_and_samples_go_where_the_next_step_looks(images, tmp_path, monkey
   called = mock.create_autospec(quickstart_folder.extract)
   monkeypatch.setattr(quickstart_folder, "extract", called)
   monkeypatch.setattr(quickstart_folder, "Encoder", lambda folder: folder)
-  choices = Choices(tmp_path, {"folder": str(images), "minutes": 20.0})
+  choices = Choices(tmp_path, {"images": str(images), "minutes": 20.0})
   quickstart_folder.write_images(tmp_path / "images", str(images), choices, 5000)
   quickstart_folder._extract(tmp_path, "val", 64)
   (encoder, source, spec, out, crops), settings = called.call_args

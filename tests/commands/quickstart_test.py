@@ -1,5 +1,6 @@
 """The quickstart's parts that the smoke run of CI does not judge."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,7 +8,8 @@ from PIL import Image
 import pytest
 
 from llamagen_jax import UserError
-from llamagen_jax.commands import cli, quickstart
+from llamagen_jax.commands import cli, quickstart, quickstart_folder
+from llamagen_jax.commands.budget import Choices
 from llamagen_jax.data.sources import open_source
 
 
@@ -26,9 +28,19 @@ def test_digits_are_split_without_overlap(tmp_path):
 
 
 def test_sizes_do_not_mix_in_one_folder(tmp_path):
-  (tmp_path / "size.json").write_text("{}")
-  with pytest.raises(UserError, match="holds a run of another size"):
+  Choices(tmp_path, {"images": "emoji", "minutes": 20.0})
+  with pytest.raises(UserError, match="holds a run with images=emoji, not digits"):
     quickstart.run(tmp_path, quickstart.FAST)
+  Choices(tmp_path / "own", {"images": "digits"} | dataclasses.asdict(quickstart.FULL))
+  with pytest.raises(UserError, match="holds a run with images=digits, not my_images"):
+    quickstart_folder.run(tmp_path / "own", "my_images", 20.0, quickstart._step)
+  with pytest.raises(UserError, match="holds a run with config="):
+    quickstart.run(tmp_path / "own", quickstart.FAST)
+
+
+def test_minutes_are_for_runs_that_are_planned_by_them(tmp_path):
+  with pytest.raises(UserError, match="--minutes is for --folder and --emoji"):
+    quickstart.main(["--minutes=60", f"--workdir={tmp_path}"])
 
 
 @pytest.mark.slow

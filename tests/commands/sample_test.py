@@ -28,9 +28,13 @@ saved = fid_batch_test.saved
     (["--kv-cache=fp8"], "--kv-cache: invalid choice: 'fp8'"),
     (["--fid-batch=4", "--out=samples_cfg1.5"], "ends in .npz"),
     (["--out=x.jpg"], "ends in .png or .npz, or a folder"),
+    (["--out=x.PNG"], "ends in .png or .npz, or a folder"),
+    (["--out=folder.png"], "folder.png: is a folder, expected a file"),
   ],
 )
-def test_mistakes_are_told_before_the_work(flags, words, tmp_path, capsys):
+def test_mistakes_are_told_before_the_work(flags, words, tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "folder.png").mkdir()
   argv = ["sample", f"--gpt={tmp_path / 'none'}", f"--tokenizer={tmp_path / 'none'}"]
   if not any(flag.startswith("--out") for flag in flags):
     argv.append("--out=x.png")

@@ -146,6 +146,8 @@ def test_killed_and_started_again(saved):
   ("--workdir=nothing", "nothing/gpt/bundle: no config.json"),
   ("--gpt x y --tokenizer a b c", "--tokenizer: 3 for 2 transformers"),
   ("--gpt=x --gpt=y --tokenizer=a --name=z", "--name: 1 for 2 transformers"),
+  ("--gpt a/gpt/bundle b/gpt/bundle --tokenizer=y", "models gpt, gpt: expected names"),
+  ("--workdir=gs://bucket/run", "--workdir=gs://bucket/run"),
   ("--gpt=x --tokenizer=y --public-url=art.example", "--public-url=art.example"),
   ("--gpt=x --tokenizer=y --size-policy=any", "--size-policy"),
   ("--gpt=x --tokenizer=y --slots=0", "--slots: 0: expected 1 or more"),

@@ -313,3 +313,23 @@ def test_one_transparent_value_of_a_grey_image(mode):
   image.paste(255, (6, 6, 18, 18))
   pixels = pixels_of(encoded(image.convert(mode), "PNG", transparency=0))
   assert pixels[0, 0].tolist() == pixels[12, 12].tolist() == [255] * 3
+
+
+def test_what_is_to_be_drawn():
+  light = np.zeros((4, 6), bool)
+  light[:2] = True
+  grey = Image.fromarray(np.where(light, 255, 0).astype(np.uint8))
+
+  def hidden(image, is_mask):
+    return ImageDecoder().hidden(
+      io.BytesIO(encoded(image, "PNG")), "x", is_mask=is_mask
+    )
+
+  assert hidden(grey, False) is None
+  np.testing.assert_array_equal(hidden(grey, True), light)
+  opaque = grey.convert("RGBA")  # as most programs save what they show
+  assert hidden(opaque, False) is None
+  np.testing.assert_array_equal(hidden(opaque, True), light)
+  opaque.putalpha(grey)  # light pixels are opaque now
+  for is_mask in (False, True):
+    np.testing.assert_array_equal(hidden(opaque, is_mask), ~light)

@@ -1,5 +1,7 @@
 """Images edited by their codes: what is kept, what is drawn, what is refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -33,6 +35,20 @@ def test_all_hidden_is_a_sample(models):
   edited = edit(*models, IMAGE, classes=[1, 2, 3], seed=3, guidance_scale=2.0)
   sampled = sample(*models, [1, 2, 3], seed=3, guidance_scale=2.0)
   np.testing.assert_array_equal(edited, sampled)
+
+
+def test_a_model_of_several_sizes_draws_that_of_the_image(models):
+  gpt, tokenizer = models
+  config = dataclasses.replace(gpt.config, other_grids=((2, 4),))
+  both = dataclasses.replace(gpt, config=config)
+  edited = edit(both, tokenizer, IMAGE[:4].repeat(2, 1)[:, :8], classes=[1], seed=3)
+  for size in ((4, 8), [4, 8]):
+    sampled = sample(both, tokenizer, [1], image_size=size, seed=3)
+    np.testing.assert_array_equal(edited, sampled)
+  square = sample(both, tokenizer, [1], image_size=(SIDE, SIDE), seed=3)
+  np.testing.assert_array_equal(square, sample(gpt, tokenizer, [1], seed=3))
+  with pytest.raises(UserError, match="image_size=0: expected a side"):
+    sample(both, tokenizer, [1], image_size=0)
 
 
 @pytest.mark.exact

@@ -186,3 +186,15 @@ def test_before_the_start_and_after_the_death_of_the_engine(image_model):
     seen = metrics(server)
     assert seen['cancelled_total{reason="engine_died"}'] == 1
     assert seen['cancelled_total{reason="disconnect"}'] == 0
+
+
+def test_a_start_that_fails_is_no_start_for_ever(image_model, monkeypatch):
+  def no_memory(self, edits):
+    raise MemoryError("no room for the decoder")
+
+  monkeypatch.setattr(type(image_model), "warm_up", no_memory)
+  with live.serve(image_model, wait=False) as server:
+    live.wait_until(lambda: not server.service.alive)
+    assert live.HTTP.get(server.url + "/health").status_code == 503
+    response = live.HTTP.post(server.url + PATH, json=BODY)
+    assert response.status_code == 503 and "died" in response.text

@@ -99,6 +99,11 @@ def test_a_model_of_captions_wants_a_prompt(of_captions, body, param):
   assert (error.value.status, error.value.param) == (400, param)
 
 
+def test_a_class_that_is_no_number_is_refused(of_classes):
+  with pytest.raises(APIError, match="Invalid 'prompt'"):
+    of_classes.requests(ImageRequest(prompt="class:--1"), seed=0)
+
+
 def test_refuses_models_that_do_not_fit(of_classes, of_captions):
   with pytest.raises(UserError, match="--t5"):
     ImageModel("x", of_captions.gpt, of_classes.tokenizer)

@@ -1,6 +1,7 @@
 """The thread that generates: order, giving up, the end, and its death."""
 
 import asyncio
+import dataclasses
 import threading
 
 import numpy as np
@@ -15,6 +16,7 @@ from llamagen_jax.serving.worker import (
   WorkerDied,
 )
 from tests.serving.engine_test import CLASSES, generated_alone, request, transformer
+from tests.serving.fake import FakeEngine
 
 CHUNK = 4
 QUEUE = 100
@@ -235,3 +237,33 @@ def test_stopping_tells_whose_image_waits_to_be_rendered(gpt):
     await stopping
 
   run(gpt, scenario, render=slow)
+
+
+class OneEdit(FakeEngine):
+  """A fake that runs one edit at a time beside its slots, as the engine does."""
+
+  def join(self, request):
+    edits = [r for r in self._running if r.known is not None]
+    return not (request.known is not None and edits) and super().join(request)
+
+
+def test_an_edit_that_waits_holds_up_nobody_else(gpt):
+  def edit(number):
+    r = request(gpt, number)
+    return dataclasses.replace(
+      r, known=np.zeros(4, np.int32), is_known=np.eye(4)[0] > 0
+    )
+
+  async def main():
+    engine = OneEdit(4, slots=3)
+    worker = Worker(engine, lambda codes: codes[:, None, None, None], QUEUE)
+    worker.start()
+    await until(lambda: worker.ready)
+    asked = [edit(0), edit(1), edit(2), request(gpt, 3)]
+    await asyncio.gather(*map(events, worker.submit(asked)))
+    await asyncio.to_thread(worker.stop)
+    assert engine.requests == [asked[0], asked[3], asked[1], asked[2]] or (
+      engine.requests == [asked[3], asked[0], asked[1], asked[2]]
+    )
+
+  asyncio.run(main())

@@ -53,8 +53,8 @@ def test_no_entropy_is_computed_at_ratio_zero():
 
 def test_codes_out_of_range_become_nan():
   codebook = parity.randn("codebook", (256, 8))
-  rows = lookup(CONFIG, jnp.array([3, 256]), codebook)
-  assert np.isfinite(rows[0]).all() and np.isnan(rows[1]).all()
+  rows = lookup(CONFIG, jnp.array([3, 256, -1]), codebook)
+  assert np.isfinite(rows[0]).all() and np.isnan(rows[1:]).all()
 
 
 def test_the_gradient_of_normalising_is_finite_at_zero():
