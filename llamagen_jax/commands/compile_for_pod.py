@@ -47,6 +47,10 @@ class Options(config_flag.ConfigOptions):
     "a train step, the program of `sample`, or a chunk of steps of `serve`", "train",
     choices=("train", "sampler", "engine"),
   )  # fmt: skip
+  step: int | None = option(
+    "a step of the run, for recipes whose phases train by steps of their own, such as"
+    " recipe=npp; default: the last", None, unit="STEP", at_least=0,
+  )  # fmt: skip
   batch_size: int = option(
     "images at a time in sampler or engine, a data slot", 32, unit="IMAGES", at_least=1
   )
@@ -109,7 +113,7 @@ def _compile(
   """Compiles the program of the flags in a process of its own."""
   where, quick = values.topology, values.quick
   if values.program == "train":
-    call = (compile_train_step, recipe, where, encoder, None, quick)
+    call = (compile_train_step, recipe, where, encoder, values.step, quick)
   elif values.program == "engine":
     shape = (values.batch_size, values.chunk, values.tensor)
     call = (compile_engine, recipe.model, *shape, where, quick)
