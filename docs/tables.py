@@ -50,14 +50,15 @@ def step(figures: dict) -> str:
   return f"{ms:.1f} ms a step, {figures['images_per_second']:.1f} images/s"
 
 
+TRAIN = {
+  "GiB a chip": memory,
+  "FLOPs / model's": lambda f: f"{f['flops'] / f['model_flops']:.2f}",
+  "least ms compute, HBM, ICI (, DCN)": milliseconds,
+}
 # Table -> its columns: heading, and the cell of a row's figures.
 TABLES = {
-  "train": {
-    "GiB a chip": memory,
-    "FLOPs / model's": lambda f: f"{f['flops'] / f['model_flops']:.2f}",
-    "least ms compute, HBM, ICI (, DCN)": milliseconds,
-    "at best, whole recipe": hours,
-  },
+  "train": TRAIN | {"at best, whole recipe": hours},
+  "successors": TRAIN | {"at best, all such steps": hours},
   "sampler": {
     "GiB a chip": memory,
     "bytes / least": lambda f: f"{f['bytes'] / f['least_bytes']:.2f}",

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import dataclasses
 import importlib.metadata
 import io
+import math
 import pathlib
 import sys
 
@@ -29,6 +30,7 @@ from llamagen_jax.pod.sampler import compile_sampler
 from llamagen_jax.pod.search import HEADER, Trial, search
 from llamagen_jax.pod.train_step import compile_train_step
 from llamagen_jax.serving.engine import CHUNK
+from llamagen_jax.sides import height_width, show_grid
 from llamagen_jax.text.t5 import PRESETS, T5Config
 from llamagen_jax.training.gpt_step import GPTRecipe
 from llamagen_jax.training.recipe import build
@@ -46,6 +48,10 @@ class Options(config_flag.ConfigOptions):
   program: str = option(
     "a train step, the program of `sample`, or a chunk of steps of `serve`", "train",
     choices=("train", "sampler", "engine"),
+  )  # fmt: skip
+  step: int | None = option(
+    "a step of the run, for recipes whose phases train by steps of their own, such as"
+    " recipe=npp; default: the last", None, unit="STEP", at_least=0,
   )  # fmt: skip
   batch_size: int = option(
     "images at a time in sampler or engine, a data slot", 32, unit="IMAGES", at_least=1
@@ -81,7 +87,11 @@ def main(argv: Sequence[str]) -> None:
     Options, GPTRecipe, "compile-for-pod", argv, __doc__
   )
   recipe = build(GPTRecipe, config)
-  model = recipe.model.for_backend("tpu")
+  grids = recipe.model.grids
+  largest = max(grids, key=lambda grid: math.prod(height_width(grid)))
+  if len(grids) > 1:
+    print(f"of {len(grids)} grids the largest, {show_grid(largest)}", file=sys.stderr)
+  model = recipe.model.at(largest).for_backend("tpu")
   model = dataclasses.replace(model, kv_cache=values.kv_cache or model.kv_cache)
   recipe = dataclasses.replace(recipe, model=model)
   encoder = _encoder(recipe, values.t5)
@@ -109,7 +119,7 @@ def _compile(
   """Compiles the program of the flags in a process of its own."""
   where, quick = values.topology, values.quick
   if values.program == "train":
-    call = (compile_train_step, recipe, where, encoder, None, quick)
+    call = (compile_train_step, recipe, where, encoder, values.step, quick)
   elif values.program == "engine":
     shape = (values.batch_size, values.chunk, values.tensor)
     call = (compile_engine, recipe.model, *shape, where, quick)

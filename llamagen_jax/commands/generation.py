@@ -149,7 +149,7 @@ def load_models(args: GenerationOptions) -> Models:
   check_pair(gpt, tokenizer)
   gpt = restrict_to_codebook(gpt, tokenizer)
   sampling = dataclasses.replace(gpt.sampling, **sampling_flags.given(args))
-  sampling.check_model(gpt.config.guidance_embedding)
+  sampling.check_model(gpt.config)
   return Models(gpt, tokenizer, sampling, mesh, dtype)
 
 

@@ -115,6 +115,11 @@ class ObjectivePhase:
   patch: int = 1  # side of the squares of codes that are one token each
   random_order: bool = False  # some rows are predicted in an order of their own
 
+  def __str__(self) -> str:
+    if self.patch > 1:
+      return f"patches of {self.patch}x{self.patch} codes"
+    return "random orders" if self.random_order else "single codes in raster order"
+
 
 def cross_entropy(logits_BTV: jax.Array, codes_BT: jax.Array) -> jax.Array:
   """Returns -log p of every code, float32 [B, T].

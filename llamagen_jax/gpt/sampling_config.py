@@ -11,10 +11,13 @@ import jax
 import numpy as np
 
 from llamagen_jax.errors import UserError
+from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.options import option
 
 # Courses of the guidance scale over an image; formulas in sampling/guidance.py.
 GUIDANCE_SCHEDULES = ("constant", "linear", "power-cosine")
+# Of the codes; all but raster are of models that were trained in random orders.
+ORDERS = ("raster", "random", "known-first")
 LARGEST = 2**31 - 1  # of integer settings, which devices keep as int32
 
 
@@ -79,6 +82,11 @@ class SamplingConfig:
     "codes that a forward reads; more need fewer forwards for the same codes, up to"
     " rounding", 1, unit="CODES",
   )  # fmt: skip
+  order: str = option(
+    "of the codes; random, by the seed, and known-first, which are those that `edit`"
+    " keeps, need a model that was trained in random orders to the end", "raster",
+    choices=ORDERS,
+  )  # fmt: skip
 
   def __post_init__(self):
     scale, power = self.guidance_scale, self.guidance_power
@@ -98,14 +106,20 @@ class SamplingConfig:
     _check(
       "guidance_schedule", schedule, schedule in GUIDANCE_SCHEDULES, f"one of {known}"
     )
+    _check("order", self.order, self.order in ORDERS, f"one of {', '.join(ORDERS)}")
 
-  def check_model(self, guidance_embedding: bool) -> None:
+  def check_model(self, config: GPTConfig) -> None:
     """Refuses settings that a model cannot follow.
 
     Raises:
-      UserError: guidance_beta for a model without the embedding of it.
+      UserError: guidance_beta or order for a model without the embedding of it.
     """
-    if self.guidance_beta != 1 and not guidance_embedding:
+    if self.order != "raster" and not config.target_embedding:
+      raise UserError(
+        f"order={self.order}: the model learned raster order only; expected"
+        " --order=raster"
+      )
+    if self.guidance_beta != 1 and not config.guidance_embedding:
       raise UserError(
         f"guidance_beta={self.guidance_beta}: the model was not trained without"
         " guidance (GFT); set guidance_scale instead"

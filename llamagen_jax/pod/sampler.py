@@ -68,7 +68,13 @@ def compile_sampler(
     inputs = DecodeInputs(
       params, abstract_tree(keys, split), mask, abstract_tree(rows, whole)
     )
-    lowered = decode_codes.lower(config, sampling.active_filters, inputs, condition)
+    order = None
+    if sampling.order == "random":
+      shape = (batch, config.image_tokens)
+      order = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
+    lowered = decode_codes.lower(
+      config, sampling.active_filters, inputs, condition, order
+    )
     analysis = analysed(lowered, quick)
   guided = sampling.guidance_scale > 1
   flops = sampling_flops(config, batch, guided) / mesh.size

@@ -27,7 +27,7 @@ def compile_train_step(
   recipe: GPTRecipe,
   where: str,
   encoder: T5Config | None = None,
-  phase: ObjectivePhase | None = None,
+  step_number: int | None = None,
   quick: bool = False,
 ) -> CompileReport:
   """Compiles the step that `train-gpt` runs for a topology such as `v5e:2x4`.
@@ -36,16 +36,17 @@ def compile_train_step(
     recipe: the config.
     where: the topology.
     encoder: shape of the T5 that runs along, if one does.
-    phase: of the objective; None = the last one of the run.
+    step_number: of the run, for recipes whose phases have steps of their own;
+      None = the last one.
     quick: stop before machine code is made.
 
   Raises:
     UserError: an unknown topology, a mesh that is not its size, a batch that the
-      mesh does not divide, an encoder whose features the model does not take, or a
-      program that does not fit into a chip's memory.
+      mesh does not divide, an encoder whose features the model does not take, a step
+      beyond the run, or a program that does not fit into a chip's memory.
   """
   m, batch_size = recipe.mesh, recipe.data.batch_size
-  phase = phase or list(recipe.objective.phases().values())[-1]
+  phase, steps = _phase_of(recipe, step_number)
   if encoder:
     _check_encoder(encoder, recipe.model)
   mesh = topology.mesh(where, m.data, m.fsdp, m.tensor)
@@ -70,17 +71,34 @@ def compile_train_step(
   report = CompileReport(
     topology.chip(mesh), mesh.size, topology.num_slices(mesh), flops, analysis, before
   )
-  return _with_hours(report, recipe.run.steps)
+  return _with_hours(report, recipe, phase, steps)
 
 
-def _with_hours(report: CompileReport, steps: int) -> CompileReport:
-  """Adds the time that all steps of a config take."""
-  seconds = report.least_seconds
+def _phase_of(recipe: GPTRecipe, step: int | None) -> tuple[ObjectivePhase, range]:
+  """Returns the phase that a step of the run belongs to, and all steps of it."""
+  total, phases = recipe.run.steps, recipe.objective.phases()
+  step = total - 1 if step is None else step
+  if step >= total:
+    raise UserError(f"--step={step}: expected a step below run.steps={total}")
+  start = max(s for s in phases if s <= step)
+  end = min((s for s in phases if s > step), default=total)
+  return phases[start], range(start, min(end, total))
+
+
+def _with_hours(
+  report: CompileReport, recipe: GPTRecipe, phase: ObjectivePhase, numbers: range
+) -> CompileReport:
+  """Adds the time that all steps of a phase take."""
+  seconds, steps = report.least_seconds, len(numbers)
   hours = seconds * steps * report.chips / 3600
   rows = []
+  if steps < recipe.run.steps:
+    rows.append(
+      ("phase", f"{phase}; steps {numbers[0]} .. {numbers[-1]} of {recipe.run.steps}")
+    )
   if report.before:
     a = report.before.analysis
-    rows = [
+    rows += [
       (
         "T5 before it",
         f"weights {a.memory.arguments / GIB:.2f} GiB, in the total; temporaries"

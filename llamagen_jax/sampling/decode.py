@@ -30,6 +30,7 @@ from llamagen_jax.gpt.sampling_config import (
 )
 from llamagen_jax.sampling.guidance import guide, scale_at
 from llamagen_jax.sampling.logits import sample_codes
+from llamagen_jax.sampling.order import decoding_order, to_raster
 from llamagen_jax.sampling.window import init_state, run_chunk, start_rows
 
 # A program is compiled for every length of the cache: a few, and no tiny ones.
@@ -73,7 +74,7 @@ def generate(
     key: one key for the batch, or one an image [B]. With a key of its own, an
       image does not depend on what else is in the batch.
     condition_mask: [B, P] or [B, 2, P], 0 on the padding of captions.
-    sampling: guidance, temperature and filters, the same for every image.
+    sampling: guidance, temperature, filters and order, the same for every image.
 
   Returns:
     int32 codes [B, T] in raster order.
@@ -96,17 +97,22 @@ def generate_codes(
   inputs: DecodeInputs,
   condition: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Runs `generate` as one program.
+  """Runs `generate`; its decode loop is one program.
 
   Returns:
     int32 codes [B, T], and the number of forwards that each image took, int32 [B].
   """
-  sampling.check_model(config.guidance_embedding)
+  sampling.check_model(config)
   window, filters = sampling.window, sampling.active_filters
+  order_BT = decoding_order(sampling.order, inputs.keys, config.image_tokens)
   if window > 1:
-    return decode_windows(config, filters, window, inputs, condition)
-  codes = decode_codes(config, filters, inputs, condition)
-  return codes, np.full(len(codes), config.image_tokens, np.int32)
+    codes, forwards = decode_windows(
+      config, filters, window, inputs, condition, order_BT
+    )
+    return to_raster(codes, order_BT), forwards
+  codes = decode_codes(config, filters, inputs, condition, order_BT)
+  forwards = np.full(len(codes), config.image_tokens, np.int32)
+  return to_raster(codes, order_BT), forwards
 
 
 @functools.partial(jax.jit, static_argnames=("config", "filters", "window"))
@@ -116,8 +122,12 @@ def decode_windows(
   window: int,
   inputs: DecodeInputs,
   condition: jax.Array,
+  order_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Samples windows of codes; returns codes [B, T] and forwards [B], both int32.
+
+  Codes are sampled at, and returned in the order of, the positions `order_BT`; None =
+  raster order.
 
   The cache has its full length from the start, so that an image does not depend on how
   fast its neighbours advance.
@@ -130,6 +140,7 @@ def decode_windows(
     settings=jax.tree.map(lambda x: jnp.repeat(x, window), inputs.settings),
   )
   rows = 2 if filters.guidance else 1
+  order_RT = expand_for_guidance(order_BT, filters.guidance)
 
   def sample(logits_RLV, index_RL):
     index_N = index_RL[::rows].reshape(-1)
@@ -142,7 +153,7 @@ def decode_windows(
     return jnp.any(state.count < config.image_tokens)
 
   def chunk(state):
-    return run_chunk(config, window, FORWARDS, inputs.params, state, sample)
+    return run_chunk(config, window, FORWARDS, inputs.params, state, sample, order_RT)
 
   state = jax.lax.while_loop(unfinished, chunk, state)
   codes_RT = state.codes[:, 1 : 1 + config.image_tokens]
@@ -151,11 +162,19 @@ def decode_windows(
 
 @functools.partial(jax.jit, static_argnames=("config", "filters"))
 def decode_codes(
-  config: GPTConfig, filters: ActiveFilters, inputs: DecodeInputs, condition: jax.Array
+  config: GPTConfig,
+  filters: ActiveFilters,
+  inputs: DecodeInputs,
+  condition: jax.Array,
+  order_BT: jax.Array | None = None,
 ) -> jax.Array:
-  """Samples one code after the other; returns int32 codes [B, T]."""
+  """Samples one code after the other; returns int32 codes [B, T], as they come.
+
+  Code t lies at position `order_BT[:, t]`; None = raster order.
+  """
   ends = cache_segment_ends(config)
-  logits_RV, cache = prefill(config, filters, inputs, condition, ends[0])
+  order_RT = expand_for_guidance(order_BT, filters.guidance)
+  logits_RV, cache = prefill(config, filters, inputs, condition, ends[0], order_RT)
   index = jnp.int32(0)
   code_B = sample_next_codes(config, filters, inputs, logits_RV, index)
   state, codes = DecodeState(code_B, index + 1, cache), [code_B[None]]
@@ -163,7 +182,7 @@ def decode_codes(
     length = config.prefix_tokens + end - 1
     state = state._replace(cache=grow_cache(state.cache, length))
     steps = end - sum(len(segment) for segment in codes)
-    state, codes_TB = decode_segment(config, filters, inputs, state, steps)
+    state, codes_TB = decode_segment(config, filters, inputs, state, steps, order_RT)
     codes.append(codes_TB)
   return jnp.concatenate(codes).T
 
@@ -174,11 +193,15 @@ def decode_segment(
   inputs: DecodeInputs,
   state: DecodeState,
   steps: int,
+  order_RT: jax.Array | None = None,
 ) -> tuple[DecodeState, jax.Array]:
-  """Samples the next `steps` codes; returns the new state and int32 [steps, B]."""
+  """Samples the next `steps` codes; returns the new state and int32 [steps, B].
+
+  `order_RT` is as of `decode_step`.
+  """
 
   def step(state, _):
-    logits_RV, cache = decode_step(config, filters, inputs, state)
+    logits_RV, cache = decode_step(config, filters, inputs, state, order_RT)
     code_B = sample_next_codes(config, filters, inputs, logits_RV, state.index)
     return DecodeState(code_B, state.index + 1, cache), code_B
 

@@ -20,7 +20,7 @@ from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.images import to_uint8
 from llamagen_jax.options import option
 from llamagen_jax.sampling.keys import SEEDS
-from llamagen_jax.sampling.known_codes import CANDIDATES, ORDERS, KnownCodes
+from llamagen_jax.sampling.known_codes import CANDIDATES, KnownCodes
 from llamagen_jax.sampling.sample import (
   Conditions,
   SamplingJob,
@@ -123,10 +123,6 @@ class EditSettings:
     "drawn at once for an image, to choose those that known codes follow from",
     CANDIDATES, unit="IMAGES", at_least=1,
   )  # fmt: skip
-  order: str = option(
-    "of the codes; known-first needs a model that was trained in random orders to the"
-    " end", "raster", choices=ORDERS,
-  )  # fmt: skip
 
   def __post_init__(self):
     if not 0 <= self.strength <= 1:
@@ -218,7 +214,7 @@ def edit_canvas(
     at = np.s_[:, y : y + rows, x : x + columns]
     given = KnownCodes(
       codes_Nhw[at].reshape(count, -1), ~redrawn_Nhw[at].reshape(count, -1),
-      settings.candidates, settings.order,
+      settings.candidates,
     )  # fmt: skip
     job = SamplingJob(
       conditions, sampling, (seed + number * WINDOW_SEED) % SEEDS, batch_size,

@@ -40,8 +40,8 @@ from llamagen_jax.sampling.decode import (
   prefill,
 )
 from llamagen_jax.sampling.logits import sample_codes
+from llamagen_jax.sampling.order import decoding_order, to_raster
 
-ORDERS = ("raster", "known-first")
 CANDIDATES = 16
 FEW = 0.5  # share of the candidates below which they are resampled
 
@@ -52,24 +52,15 @@ class KnownCodes:
 
   codes: np.ndarray  # int32 [B, T] in raster order
   known: np.ndarray  # bool [B, T]
-  candidates: int = CANDIDATES  # of an image
-  order: str = "raster"  # one of ORDERS
+  candidates: int = CANDIDATES  # of an image, in raster order
 
   def __post_init__(self):
     if self.candidates < 1:
       raise UserError(f"candidates={self.candidates}: expected 1 or more")
-    if self.order not in ORDERS:
-      raise UserError(f"order={self.order!r}: expected one of {', '.join(ORDERS)}")
 
   def take(self, rows: np.ndarray) -> "KnownCodes":
     """Returns those of some images."""
     return dataclasses.replace(self, codes=self.codes[rows], known=self.known[rows])
-
-  def decoding_order(self) -> np.ndarray | None:
-    """Returns the codes' positions in the order of decoding, int32; None = raster."""
-    if self.order == "raster":
-      return None
-    return np.argsort(~self.known, axis=1, kind="stable").astype(np.int32)
 
 
 class Candidates(NamedTuple):
@@ -101,7 +92,8 @@ def complete_codes(
 
   Args:
     config: shape of the model.
-    sampling: the same for every image; a window has no effect.
+    sampling: the same for every image; a window has no effect. In another order than
+      raster the known codes come first.
     inputs: of `generate_codes`.
     condition: labels [B], caption features [B, P, C] or pairs of them.
     given: the known codes of every image.
@@ -111,19 +103,18 @@ def complete_codes(
     number of forwards that each image took, int32 [B].
 
   Raises:
-    UserError: known codes are to come first, and the model learned raster order only.
+    UserError: settings that the model cannot follow.
   """
-  if given.order != "raster" and not config.target_embedding:
-    raise UserError(f"order={given.order!r}: the model learned raster order only")
   if not given.known.any():
     return generate_codes(config, sampling, inputs, condition)
-  sampling.check_model(config.guidance_embedding)
-  filters, order_BT = sampling.active_filters, given.decoding_order()
+  sampling.check_model(config)
+  filters, T = sampling.active_filters, config.image_tokens
   codes_BT, known_BT, candidates = given.codes, given.known, given.candidates
+  order_BT = decoding_order(sampling.order, inputs.keys, T, known_BT)
   if order_BT is not None:
-    codes_BT = np.take_along_axis(codes_BT, order_BT, axis=1)
-    known_BT = np.take_along_axis(known_BT, order_BT, axis=1)
-  if not _known_later(known_BT).any():
+    codes_BT = jnp.take_along_axis(codes_BT, order_BT, axis=1)
+    known_BT = jnp.take_along_axis(known_BT, order_BT, axis=1)
+  if order_BT is not None or not _known_later(known_BT).any():
     candidates = 1
   problem = make_problem(config, inputs, codes_BT, known_BT, candidates, order_BT)
   condition = repeat_rows(condition, candidates)
@@ -134,20 +125,17 @@ def complete_codes(
     if row in longer:
       drawn = with_room(config, longer[row], drawn)
     drawn = next_row(config, filters, problem, drawn)
-  codes_BT = choose(config, problem, drawn)
-  if order_BT is not None:
-    back_BT = np.argsort(order_BT, axis=1)
-    codes_BT = jnp.take_along_axis(codes_BT, back_BT, axis=1)
+  codes_BT = to_raster(choose(config, problem, drawn), order_BT)
   return codes_BT, np.full(len(codes_BT), config.image_tokens, np.int32)
 
 
 def make_problem(
   config: GPTConfig,
   inputs: DecodeInputs,
-  codes_BT: np.ndarray,
-  known_BT: np.ndarray,
+  codes_BT: np.ndarray | jax.Array,
+  known_BT: np.ndarray | jax.Array,
   candidates: int,
-  order_BT: np.ndarray | None = None,
+  order_BT: jax.Array | None = None,
 ) -> Problem:
   """Makes a problem of images whose codes are in the order of decoding.
 

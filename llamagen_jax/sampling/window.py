@@ -110,6 +110,7 @@ def run_chunk(
   params: dict[str, Any],
   state: WindowState,
   sample: Sample,
+  order_RT: jax.Array | None = None,
 ) -> WindowState:
   """Samples up to `forwards` x `window` more codes of every row.
 
@@ -120,6 +121,7 @@ def run_chunk(
     params: from `decoding_params`.
     state: of all rows.
     sample: logits to codes; pairs of guided rows must get the same ones.
+    order_RT: positions of the codes, in the order of decoding; None = raster order.
   """
   c, rows = config, len(state.count)
   start_R = c.prefix_tokens - 1 + state.count
@@ -130,7 +132,7 @@ def run_chunk(
     at = (0, number * window)
     position_RE = jax.lax.dynamic_update_slice(position_RE, own_RL, at)
     logits_RLV, recent = _forward(
-      c, params, state, recent, number * window, start_R, own_RL, position_RE
+      c, params, state, recent, number * window, start_R, own_RL, position_RE, order_RT
     )
     index_RL = jnp.minimum(own_RL + 1 - c.prefix_tokens, c.image_tokens - 1)
     codes_RL = sample(logits_RLV, index_RL)
@@ -161,11 +163,12 @@ def _forward(
   start_R: jax.Array,
   own_RL: jax.Array,
   position_RE: jax.Array,
+  order_RT: jax.Array | None,
 ) -> tuple[jax.Array, Cache]:
   """Reads a window; returns logits [R, L, V] and `recent` with its keys and values.
 
-  Eight parameters, because all of them are arrays of the loop: `entry` is the first of
-  the window in `recent`, the rest as for `chunk_masks`.
+  Nine parameters, because all of them are arrays of the loop: `entry` is the first of
+  the window in `recent`, `order_RT` as of `run_chunk`, the rest as for `chunk_masks`.
   """
   c = config
   window = own_RL.shape[1]
@@ -186,7 +189,9 @@ def _forward(
 
   caches = tuple(zip(state.cache, recent, strict=True))
   position_RL = jnp.minimum(own_RL, c.length - 1)  # beyond the image nothing counts
-  x_RLD, recent = run_layers(c, params, x_RLD, position_RL, caches, attend)
+  x_RLD, recent = run_layers(
+    c, params, x_RLD, position_RL, caches, attend, order_BT=order_RT
+  )
   logits_MV = to_logits(c, params, x_RLD.reshape(-1, c.dim))
   return logits_MV.reshape(*read_RL.shape, -1), recent
 

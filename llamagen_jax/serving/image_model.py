@@ -53,6 +53,11 @@ class ImageModel:
     encoder: TextEncoder | None = None,
   ):
     check_pair(gpt, tokenizer)
+    if gpt.sampling.order != "raster":
+      raise UserError(
+        f"{name}: the bundle has sampling.order={gpt.sampling.order}; serve draws codes"
+        " in raster order only"
+      )
     self.name, self.gpt, self.tokenizer, self.encoder = name, gpt, tokenizer, encoder
     if self.of_captions:
       if encoder is None:

@@ -80,7 +80,7 @@ class GPTRecipe:
 
   def __post_init__(self):
     self.objective.check(self.model)
-    self.sampling.check_model(self.model.guidance_embedding)
+    self.sampling.check_model(self.model)
     if self.objective.kind == "contrastive" and not self.init_from:
       raise UserError(
         "objective.kind='contrastive': expected --init-from, the model to align, which"

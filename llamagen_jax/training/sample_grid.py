@@ -16,17 +16,26 @@ COLUMNS = 8
 
 @dataclasses.dataclass(frozen=True)
 class ImagesConfig:
-  """The grid of images that every evaluation samples from the averaged weights."""
+  """The images that every evaluation samples from the averaged weights."""
 
   tokenizer: str = ""  # bundle that turns codes into images; "" = no grid
   count: int = 16  # images, of classes spread over all
   prompts: tuple[str, ...] = ()  # of a model of captions; needs data.t5
   seed: int = 0
+  scored: int = 0  # samples besides, of random classes, to log the IS of; 0 = none
+  inception: str = ""  # weights for it, as of `evaluate --inception`
 
   def __post_init__(self):
     object.__setattr__(self, "prompts", tuple(self.prompts))
     if self.count < 1:
       raise UserError(f"images.count={self.count}: expected at least 1")
+    if self.scored < 0:
+      raise UserError(f"images.scored={self.scored}: expected 0 or more")
+    if self.scored and not (self.tokenizer and self.inception):
+      raise UserError(
+        f"images.scored={self.scored}: expected images.tokenizer and images.inception,"
+        f" found {self.tokenizer!r} and {self.inception!r}"
+      )
 
 
 class SampleGrid:
@@ -36,18 +45,20 @@ class SampleGrid:
     self._config = config
     self._tokenizer: bundle.Tokenizer | None = None
 
+  def tokenizer(self, mesh: jax.sharding.Mesh) -> bundle.Tokenizer:
+    """Returns the config's tokenizer, on the mesh."""
+    if self._tokenizer is None:
+      self._tokenizer = bundle.load_tokenizer(self._config.tokenizer, mesh)
+    return self._tokenizer
+
   def __call__(
     self,
     gpt: bundle.Transformer,
     mesh: jax.sharding.Mesh,
     text_encoder: TextEncoder | None = None,
   ) -> dict[str, np.ndarray]:
-    """Returns {"samples": uint8 [H, W, 3]}, or {} where the config asks for none."""
+    """Returns {"samples": uint8 [H, W, 3]}, a grid of images."""
     c = self._config
-    if not c.tokenizer:
-      return {}
-    if self._tokenizer is None:
-      self._tokenizer = bundle.load_tokenizer(c.tokenizer, mesh)
     if gpt.config.condition == "class":
       classes = gpt.config.num_classes
       asked = {"classes": [i * classes // c.count for i in range(c.count)]}
@@ -55,6 +66,6 @@ class SampleGrid:
       raise UserError("images: a model of captions needs data.t5 and images.prompts")
     else:
       asked = {"prompts": c.prompts, "text_encoder": text_encoder}
-    images = sample(gpt, self._tokenizer, **asked, seed=c.seed)
+    images = sample(gpt, self.tokenizer(mesh), **asked, seed=c.seed)
     sheet = grid(images, columns=min(COLUMNS, len(images)))
     return {"samples": np.asarray(sheet)}

@@ -36,6 +36,7 @@ from llamagen_jax.training.loop import Phase, Task, fit
 from llamagen_jax.training.recipe import build
 from llamagen_jax.training.reporter import Evaluation
 from llamagen_jax.training.sample_grid import SampleGrid
+from llamagen_jax.training.sample_scores import SampleScores
 from llamagen_jax.training.state import TrainState
 from llamagen_jax.weights import bundle
 
@@ -75,7 +76,14 @@ def make_task(recipe: GPTRecipe) -> Task:
     init=functools.partial(init_state, r),
     phases=tuple(_phases(r, source.grid) for source in codes),
     stream=streams[0] if len(streams) == 1 else SizeBuckets(streams),
-    evaluate=GPTEvaluation(r, held_out, captions, sources[0], SampleGrid(r.images)),
+    evaluate=GPTEvaluation(
+      r,
+      held_out,
+      captions,
+      sources[0],
+      SampleGrid(r.images),
+      SampleScores(r.images, r.model),
+    ),
     describe=functools.partial(describe, sources[0], captions),
     schedules=lambda config: {"optimizer": schedule(build(GPTRecipe, config))},
     curves=("loss", "eval/loss"),
@@ -174,16 +182,17 @@ def first_crop(record: CodeRecord) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass
 class GPTEvaluation:
-  """Evaluates on held-out images, and samples a grid of images."""
+  """Evaluates on held-out images, scores samples, and samples a grid of images."""
 
   recipe: GPTRecipe
   sources: dict[Sides, CodeSource | Relabelled | PairSource]  # held-out, by their grid
   captions: Captions | None
   train_source: CodeSource | PairSource
   grid: SampleGrid
+  scores: SampleScores
 
   def __call__(self, state: TrainState, mesh: jax.sharding.Mesh) -> Evaluation:
-    """Returns the mean loss per code, first crop, no dropout, and the grid."""
+    """Returns the mean loss per code, first crop, no dropout, scores and the grid."""
     r, captions = self.recipe, self.captions
     weights = merge_once(r.train, state.weights)
     transform = first_crop if captions is None else captions.input.first
@@ -195,18 +204,21 @@ class GPTEvaluation:
         sums.append(_eval_step(r.model.at(grid), weights, batch))
     # Read at the end: a float a batch would let the devices wait for the host.
     total, weight = np.array(jax.device_get(sums), np.float64).sum(axis=0)
-    return Evaluation({"loss": float(total / weight)}, self._images(weights, mesh))
+    metrics = {"loss": float(total / weight)}
+    if not r.images.tokenizer:
+      return Evaluation(metrics)
+    gpt = self._transformer(weights, mesh)
+    encoder = captions.encoder(mesh) if r.data.t5 else None
+    metrics |= self.scores(gpt, self.grid.tokenizer(mesh), mesh)
+    return Evaluation(metrics, self.grid(gpt, mesh, encoder))
 
-  def _images(self, weights: Any, mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
-    if not self.recipe.images.tokenizer:
-      return {}
+  def _transformer(self, weights: Any, mesh: jax.sharding.Mesh) -> bundle.Transformer:
+    """Returns the transformer of the averaged weights, as its bundle will be."""
     about = describe(self.train_source, self.captions, mesh)
-    gpt = bundle.Transformer(
+    return bundle.Transformer(
       self.recipe.model, weights, self.recipe.sampling, about["tokenizer"],
       tuple(about["class_names"]), about["text_encoder"],
     )  # fmt: skip
-    encoder = self.captions.encoder(mesh) if self.recipe.data.t5 else None
-    return self.grid(gpt, mesh, encoder)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -8,10 +8,12 @@ import pytest
 
 from llamagen_jax.commands import cli
 from llamagen_jax.configs.c2i_imagenet import get_config
+from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.flops import products, train_flops
 from llamagen_jax.gpt.model import init_gpt
 from llamagen_jax.parallel.mesh import unbox
+from llamagen_jax.pod.train_step import compile_train_step
 from llamagen_jax.text.t5 import T5Config
 from llamagen_jax.training.gpt_step import GPTRecipe
 from llamagen_jax.training.recipe import build
@@ -143,6 +145,37 @@ def test_captions_compile_with_features_and_with_a_t5_along(mesh, tmp_path, caps
   assert along["least_seconds"] > stored["least_seconds"]
   for name in ("flops", "bytes", "memory", "collectives"):
     assert along[name] == stored[name]
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize(
+  "arg, step, phase, steps",
+  [
+    ("c2i_imagenet.py:runlocal,recipe=npp", 0, "patches of 2x2 codes", 10),
+    ("c2i_imagenet.py:runlocal,recipe=rar", 14, "random orders", 15),
+    ("c2i_imagenet.py:runlocal,recipe=gft", None, None, 20),
+    ("finetune.py:runlocal,align", None, None, 20),
+  ],
+)
+def test_the_step_of_each_successor(arg, step, phase, steps, tmp_path, capsys):
+  """Compiles what the phase of the step trains by, and counts the phase's steps."""
+  pytest.importorskip("libtpu", reason="compiles for a TPU")
+  command = ["compile-for-pod", f"--config=configs/{arg}", "--topology=v5e:2x2"]
+  command += ["--quick", "--config.data.batch_size=16"]
+  command += [f"--json={tmp_path}/figures.json"]
+  assert cli.run([*command, *([] if step is None else [f"--step={step}"])]) == 0
+  printed = capsys.readouterr().out
+  assert ("phase   " in printed) == (phase is not None)
+  assert phase is None or phase in printed
+  found = json.loads((tmp_path / "figures.json").read_text())
+  assert found["steps"] == steps
+  assert 0.95 < found["flops"] / found["model_flops"] < 1.2
+
+
+def test_a_step_beyond_the_run():
+  recipe = build(GPTRecipe, get_config("runlocal"))
+  with pytest.raises(UserError, match="--step=20: expected a step below run.steps=20"):
+    compile_train_step(recipe, "v5e:2x2", step_number=20)
 
 
 @pytest.mark.extra

@@ -25,6 +25,7 @@ saved = fid_batch_test.saved
     (["--guidance-scale=inf"], "guidance_scale=inf: expected a number >= 1"),
     (["--guidance-beta=2"], "guidance_beta=2.0: expected in (0, 1]"),
     (["--window=0"], "window=0: expected 1 or more"),
+    (["--order=snake"], "--order: invalid choice: 'snake'"),
     (["--kv-cache=fp8"], "--kv-cache: invalid choice: 'fp8'"),
     (["--fid-batch=4", "--out=samples_cfg1.5"], "ends in .npz"),
     (["--out=x.jpg"], "ends in .png or .npz, or a folder"),
@@ -50,6 +51,15 @@ def test_images_are_never_distorted(saved, capsys):
   assert cli.run([*argv, "--classes=1", "--out=x.png", "--image-size=8x6"]) == 2
   expected = "image size 8x6: expected the shape of the model's images, 6x6\n"
   assert capsys.readouterr().err.endswith(expected)
+
+
+def test_a_bundle_of_raster_order_has_no_other(saved, capsys):
+  argv = ["sample", f"--gpt={saved / 'gpt'}", f"--tokenizer={saved / 'vq'}"]
+  assert cli.run([*argv, "--classes=1", "--out=x.png", "--order=random"]) == 2
+  expected = (
+    "order=random: the model learned raster order only; expected --order=raster"
+  )
+  assert capsys.readouterr().err.endswith(f"{expected}\n")
 
 
 @pytest.mark.parametrize("flag", ["--weights=int8", "--kv-cache=int8"])

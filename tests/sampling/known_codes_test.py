@@ -13,6 +13,7 @@ from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.sampling import decode
 from llamagen_jax.sampling.decode import DecodeInputs, generate
 from llamagen_jax.sampling.known_codes import KnownCodes, complete_codes, systematic
+from llamagen_jax.sampling.order import decoding_order
 from tests.gpt.model_test import TINY, random_params
 
 pytestmark = pytest.mark.exact
@@ -117,14 +118,16 @@ def test_many_candidates_reach_the_exact_conditional():
   assert distance[32] < 0.03
 
 
+@pytest.mark.parametrize("name", ["known-first", "random"])
 @pytest.mark.parametrize("grid", [3, (1, 9)])
-def test_any_order_models_draw_the_rest_given_all_known_codes(grid):
+def test_any_order_models_draw_the_rest_given_all_known_codes(grid, name):
   config = dataclasses.replace(TINY, target_embedding=True, grid=grid)
   params = random_params(config)
-  given = dataclasses.replace(some_codes(0.5), order="known-first")
-  codes = complete(config, params, LABELS, given, SamplingConfig(greedy=True))
+  given, sampling = some_codes(0.5), SamplingConfig(greedy=True, order=name)
+  codes = complete(config, params, LABELS, given, sampling)
   np.testing.assert_array_equal(codes[given.known], given.codes[given.known])
-  order = given.decoding_order()
+  keys = jax.random.split(jax.random.key(7), len(LABELS))
+  order = np.asarray(decoding_order(name, keys, config.image_tokens, given.known))
   logits = GPT(config).apply({"params": params}, codes, LABELS, order_BT=order)
   best = np.asarray(jnp.argmax(logits, axis=-1))
   in_order = np.take_along_axis(codes, order, axis=1)
@@ -133,9 +136,9 @@ def test_any_order_models_draw_the_rest_given_all_known_codes(grid):
 
 
 def test_a_raster_model_has_one_order(params):
-  given = dataclasses.replace(some_codes(0.5), order="known-first")
+  given = some_codes(0.5)
   with pytest.raises(UserError, match="learned raster order only"):
-    complete(TINY, params, LABELS, given)
+    complete(TINY, params, LABELS, given, SamplingConfig(order="known-first"))
   with pytest.raises(UserError, match="candidates=0: expected 1 or more"):
     dataclasses.replace(given, candidates=0)
 

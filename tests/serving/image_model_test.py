@@ -128,3 +128,10 @@ def test_a_partial_image_is_grey_where_no_code_is(of_classes, count, rows):
   assert model.size == (image.shape[1], image.shape[0]) == (32 // rows, 2 * rows)
   blocks = image.reshape(rows, 2, 16 // rows, 2, 3).swapaxes(1, 2).reshape(16, -1)
   assert (blocks[count:] == GREY).all() and (blocks[:count] != GREY).any(axis=1).all()
+
+
+def test_a_bundle_that_samples_in_another_order_is_refused(of_classes):
+  sampling = dataclasses.replace(of_classes.gpt.sampling, order="random")
+  gpt = dataclasses.replace(of_classes.gpt, sampling=sampling)
+  with pytest.raises(UserError, match="tiny: .*order=random; serve draws .* raster"):
+    ImageModel("tiny", gpt, of_classes.tokenizer)

@@ -14,11 +14,13 @@ from llamagen_jax.gpt.lora import LoRAConfig
 from llamagen_jax.gpt.model import init_gpt
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.parallel.mesh import unbox
+from llamagen_jax.sampling.sample import sample
 from llamagen_jax.tokenizer.model import init_tokenizer
-from llamagen_jax.training import train_gpt
+from llamagen_jax.training import sample_scores, train_gpt
 from llamagen_jax.training.export import load_run
 from llamagen_jax.training.finetune import TrainableConfig, init_params, merged
 from llamagen_jax.training.metrics_log import read_rows
+from llamagen_jax.vision.inception import Features
 from llamagen_jax.weights import bundle
 from tests import tiny
 
@@ -175,8 +177,8 @@ def test_adapters_begin_as_the_model_and_merge_into_it():
   assert (logits(params) != logits(plain)).any()
 
 
-def test_images_of_fixed_classes_at_every_evaluation(tmp_path):
-  """Sampled from the averaged weights; the last ones equal those of the bundle."""
+def config_with_images(tmp_path, **images):
+  """A run of two steps whose every evaluation samples images."""
   small = dataclasses.replace(tiny.GPT, vocab_size=16)
   data = tiny.write_codes(tmp_path / "codes", config=small)
   model = tiny.TOKENIZER
@@ -187,10 +189,56 @@ def test_images_of_fixed_classes_at_every_evaluation(tmp_path):
   config = tiny.gpt_config(data, 2)
   config.model.vocab_size = 16
   config.run.eval_every = 1
-  config.images = {"tokenizer": str(tmp_path / "tokenizer"), "count": 4}
-  train_gpt.train(config, tmp_path / "run")
+  config.images = {"tokenizer": str(tmp_path / "tokenizer"), "count": 4, **images}
+  return config
+
+
+def test_images_of_fixed_classes_at_every_evaluation(tmp_path):
+  train_gpt.train(config_with_images(tmp_path), tmp_path / "run")
   with Image.open(tmp_path / "run/samples.png") as image:
     assert image.size == (4 * (6 + 2) - 2, 6)
+
+
+def test_scores_of_samples_at_every_evaluation(tmp_path, monkeypatch):
+  """Of the averaged weights; the last one is that of the bundle's samples."""
+  head = jax.random.normal(jax.random.key(0), (3, 5))
+
+  def network(params, images):
+    mean = jnp.mean(images.astype(jnp.float32), axis=(1, 2))
+    return Features(mean, mean, (mean - 127) / 5 @ params["head"])
+
+  monkeypatch.setattr(sample_scores, "extract_features", network)
+  monkeypatch.setattr(sample_scores, "load_inception", lambda path: {"head": head})
+  monkeypatch.setattr(sample_scores, "BATCH_SIZE", 4)
+  (tmp_path / "inception").touch()
+  config = config_with_images(
+    tmp_path, scored=10, inception=str(tmp_path / "inception"), seed=3
+  )
+  train_gpt.train(config, tmp_path / "run")
+  rows = read_rows(tmp_path / "run/metrics.jsonl")
+  scores = [row["eval/IS"] for row in rows if "eval/IS" in row]
+  assert len(scores) == sum("eval/loss" in row for row in rows) == 2
+  gpt = bundle.load_gpt(tmp_path / "run/bundle")
+  tokenizer = bundle.load_tokenizer(tmp_path / "tokenizer")
+  labels = np.random.default_rng(3).integers(4, size=10)
+  images = sample(gpt, tokenizer, labels.tolist(), seed=3)
+  p = jax.nn.softmax((images.mean(axis=(1, 2)) - 127) / 5 @ head)
+  kl = jnp.sum(p * (jnp.log(p) - jnp.log(p.mean(axis=0))), axis=1)
+  assert scores[-1] > 1.05
+  np.testing.assert_allclose(scores[-1], jnp.exp(kl.mean()), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  "fields, words",
+  [
+    ({"scored": 8}, "images.scored=8: expected images.tokenizer and images.inception"),
+    ({"scored": 8, "inception": "no.pth"}, "images.inception=no.pth: no such file"),
+    ({"scored": -1}, "images.scored=-1: expected 0 or more"),
+  ],
+)
+def test_scores_without_weights_are_refused(tmp_path, fields, words):
+  with pytest.raises(UserError, match=words):
+    train_gpt.train(config_with_images(tmp_path, **fields), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
