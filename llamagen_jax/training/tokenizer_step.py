@@ -99,6 +99,9 @@ class TokenizerRecipe:
   guard: GuardConfig = GuardConfig()  # of both networks
   init: InitConfig = InitConfig()
 
+  def __post_init__(self):
+    self.model.require_codes("model.quantizer='none'")
+
 
 @dataclasses.dataclass(frozen=True)
 class GanPhase:
