@@ -14,7 +14,7 @@ FOLDER = pathlib.Path(__file__).parent / "golden"
 @functools.cache
 def golden() -> dict[str, np.ndarray]:
   numbers = {}
-  for name in ("golden.npz", "golden_eval.npz", "golden_beyond.npz"):
+  for name in ("golden.npz", "golden_eval.npz", "golden_beyond.npz", "golden_vae.npz"):
     with np.load(FOLDER / name) as file:
       numbers |= file
   return numbers
@@ -33,6 +33,23 @@ def eval_manifest() -> dict:
 @functools.cache
 def beyond_manifest() -> dict:
   return json.loads((FOLDER / "manifest_beyond.json").read_text())
+
+
+@functools.cache
+def vae_manifest() -> dict:
+  """Returns by network: diffusers' names -> LDM's name and the shape."""
+  return json.loads((FOLDER / "manifest_vae.json").read_text())
+
+
+def vae_state_dicts(model: str) -> dict[str, dict[str, np.ndarray]]:
+  """Returns a VAE's tensors in the layouts of diffusers and of LDM."""
+  names = vae_manifest()[model]
+  tensors = synthesize({name: shape for name, (_, shape) in names.items()})
+  ldm = {}
+  for name, (theirs, shape) in names.items():
+    is_matrix = len(shape) == 2  # of the attention: a convolution in LDM
+    ldm[theirs] = tensors[name][..., None, None] if is_matrix else tensors[name]
+  return {"diffusers": tensors, "kl": ldm}
 
 
 def state_dict(model: str) -> dict[str, np.ndarray]:

@@ -1,5 +1,7 @@
 """Measures several tokenizers on the same images: one table, one grid.
 
+The VAEs of Stable Diffusion and SDXL may be among them, as references without codes.
+
 Writes comparison.md, comparison.json and comparison.png (every original with each
 tokenizer's reconstruction and difference), and the files of `llamagen reconstruct` in a
 folder for each tokenizer.
@@ -24,7 +26,7 @@ from llamagen_jax.images import from_uint8, grid, save_png
 from llamagen_jax.options import option
 from llamagen_jax.parallel import hosts
 from llamagen_jax.storage import user_path, write_json, write_text
-from llamagen_jax.weights.published import published_tokenizer
+from llamagen_jax.weights.published import published_tokenizers
 
 SPEED_RUNS = 3  # of which the fastest counts
 AMPLIFIED = 4  # differences in the grid
@@ -89,15 +91,14 @@ def _row(outcome: reconstruct.Outcome, side: int) -> dict[str, Any]:
   tokenizer, config = outcome.tokenizer, outcome.tokenizer.config
   images = from_uint8(outcome.found.originals)
   codes = tokenizer.encode(images)
-  name, published = published_tokenizer(config)
   row = outcome.found.metrics | {
-    "codes": config.codebook_size,
-    "bits_a_pixel": math.log2(config.codebook_size) * codes[0].size / side**2,
     "encode": _images_a_second(tokenizer.encode, images),
     "decode": _images_a_second(tokenizer.decode, codes),
-    "published_as": name,
-    "published": published,
+    "published": published_tokenizers(config),
   }
+  if not config.continuous:
+    row["codes"] = config.codebook_size
+    row["bits_a_pixel"] = math.log2(config.codebook_size) * codes[0].size / side**2
   if outcome.scores is not None:
     scores = outcome.scores["scores"]
     row["rFID"] = (scores.get("rFID") or scores["FID"])["ours"]
@@ -116,20 +117,23 @@ def _images_a_second(function: Callable[[jax.Array], jax.Array], x: jax.Array) -
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-  """Returns the rows in Markdown, with the published figures in brackets."""
+  """Returns the rows in Markdown, with the published figures in brackets.
+
+  "-" stands for what was not measured, or what a continuous autoencoder has not.
+  """
   columns = [key for key in COLUMNS if any(key in row for row in rows.values())]
   titles = ["tokenizer", *(COLUMNS[key][0] for key in columns), "published as"]
   lines = [titles, ["---"] * len(titles)]
   for name, row in rows.items():
     cells = [_cell(row, key) for key in columns]
-    lines.append([name, *cells, row["published_as"] or "-"])
+    lines.append([name, *cells, " or ".join(row["published"]) or "-"])
   return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cell(row: dict[str, Any], key: str) -> str:
   text = format(row[key], COLUMNS[key][1]) if key in row else "-"
-  published = row["published"].get(key)
-  return text if published is None else f"{text} ({published:g})"
+  published = [f"{s[key]:g}" for s in row["published"].values() if key in s]
+  return f"{text} ({' or '.join(published)})" if published else text
 
 
 def _sheet(names: Sequence[str], outcomes: Sequence[reconstruct.Outcome]):

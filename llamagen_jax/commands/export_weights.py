@@ -18,7 +18,7 @@ from llamagen_jax.parallel import hosts
 from llamagen_jax.weights import bundle
 from llamagen_jax.weights.files import check_suffix, write_weights
 from llamagen_jax.weights.gpt import gpt_to_torch
-from llamagen_jax.weights.tokenizer import tokenizer_to_torch
+from llamagen_jax.weights.tokenizer import CODEBOOK, tokenizer_to_torch
 
 # The original's tokenizer counts the codes it used in a buffer, and insists on it.
 USAGE_BUFFER = ("quantize.codebook_used", 65536)
@@ -59,7 +59,7 @@ def _read(path: str):
     raise UserError(f"--bundle={path} is a {kind}: expected a transformer or tokenizer")
   tokenizer = bundle.load_tokenizer(path)
   state_dict = tokenizer_to_torch(tokenizer.config, tokenizer.params)
-  if tokenizer.config.blocks == "vqgan":
+  if CODEBOOK in state_dict and tokenizer.config.blocks != "maskgit":
     name, size = USAGE_BUFFER
     state_dict[name] = np.zeros(size, np.float32)
   return state_dict, {"config": dataclasses.asdict(tokenizer.config)}

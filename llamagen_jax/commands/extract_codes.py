@@ -72,6 +72,7 @@ class Encoder:
   """uint8 crops -> codes, on all chips of this host and no others."""
 
   def __init__(self, path: str | pathlib.Path):
+    bundle.read_tokenizer_config(path)[0].require_codes(f"--tokenizer={path}")
     loaded = bundle.load_tokenizer(path, make_mesh())
     self.config: TokenizerConfig = loaded.config
     self.identity = loaded.identity

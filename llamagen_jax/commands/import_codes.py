@@ -65,6 +65,7 @@ def run(args: Options) -> tuple[Mapping[str, Any] | None, int]:
     this host read now.
   """
   config, identity = bundle.read_tokenizer_config(args.tokenizer)
+  config.require_codes(f"--tokenizer={args.tokenizer}")
   source = open_codes(args.source)
   names = imagenet_names() if args.classes == "imagenet" else ()
   layout = CodeLayout.of(source, config.codebook_size, len(names))

@@ -1,7 +1,8 @@
 """Reads a file of weights, and writes a bundle.
 
 LlamaGen's transformers and tokenizers and what succeeded them; the tokenizers of VQGAN
-(taming), LDM, IBQ and MaskGIT; Inception.
+(taming), LDM, IBQ and MaskGIT; the VAEs of Stable Diffusion and SDXL, which have no
+codes, to compare with; Inception.
 
 llamagen import-weights --list
 llamagen import-weights --file=vq_ds16_c2i.pt --out=vq16
@@ -103,7 +104,7 @@ def _import(args: Options, out: epath.Path) -> str:
   """Writes the bundle and returns a description of it."""
   file = storage.user_path(args.file) if args.file else download(args.hub)
   weights, key, extra = read_weights(file, args.key)
-  if CODEBOOK in weights:
+  if tokenizer_kind(weights):
     text = _import_tokenizer(weights, extra, out, args)
   elif inception.SIGN in weights:
     bundle.save_judge(out, inception.KIND, inception.inception_from_torch(weights))
@@ -114,9 +115,9 @@ def _import(args: Options, out: epath.Path) -> str:
   else:
     some = ", ".join(sorted(weights)[:4])
     raise UserError(
-      f"{file}: neither a tokenizer ({CODEBOOK}) nor a transformer ({EMBEDDING}) nor"
-      f" Inception ({inception.SIGN}); it holds {len(weights)} tensors such as {some}."
-      " T5 and CLIP need no import"
+      f"{file}: neither a tokenizer ({CODEBOOK}, or encoder.mid of a VAE) nor a"
+      f" transformer ({EMBEDDING}) nor Inception ({inception.SIGN}); it holds"
+      f" {len(weights)} tensors such as {some}. T5 and CLIP need no import"
     )
   return f"{text}; from {file}" + (f", entry {key!r}" if key else "")
 
@@ -151,9 +152,11 @@ def _import_tokenizer(
   except UserError as error:
     raise UserError(f"{error} (read as {kind}; --kind says otherwise)") from error
   identity = bundle.save_tokenizer(out, config, params)
+  codes = f"{config.codebook_size} codes of width {config.codebook_dim}"
+  if config.continuous:
+    codes = f"no codes but latents of {config.codebook_dim} channels"
   return (
-    f"tokenizer of {kind}'s layout, downsampling {config.downsample},"
-    f" {config.codebook_size} codes of width {config.codebook_dim}, identity"
+    f"tokenizer in {kind} layout, downsampling {config.downsample}, {codes}, identity"
     f" {identity[:12]}"
   )
 
@@ -164,7 +167,9 @@ def _read_tokenizer(args: Options) -> tuple[TokenizerConfig, str]:
       "--tokenizer is required for a transformer: the bundle of the tokenizer whose"
       " codes it samples, such as one imported from vq_ds16_c2i.pt"
     )
-  return bundle.read_tokenizer_config(args.tokenizer)
+  config, identity = bundle.read_tokenizer_config(args.tokenizer)
+  config.require_codes(f"--tokenizer={args.tokenizer}")
+  return config, identity
 
 
 def _import_gpt(

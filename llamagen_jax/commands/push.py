@@ -78,7 +78,7 @@ def make_card(
   """Returns the text of README.md: what the model is, its settings, how to use it."""
   is_gpt = fields["kind"] == "gpt"
   licence = [f"license: {args.licence}"] if args.licence else []
-  what = "transformer over VQ codes" if is_gpt else "VQ tokenizer of images"
+  what = "transformer over VQ codes" if is_gpt else "tokenizer of images"
   lines = [
     "---", "library_name: llamagen_jax", *licence, "tags: [llamagen, jax]", "---",
     f"# {args.repo.partition('/')[2]}", "", f"A {what} for llamagen_jax.", "",

@@ -31,8 +31,8 @@ class Reconstruction:
   ssim: float  # of images in [0, 1]
   ssim_lg: float  # with the range 2 that LlamaGen's published SSIM assumes
   lpips: float | None  # where LPIPS's weights were given
-  usage: float  # share of the codebook that the set uses
-  perplexity: float  # of the codes' frequencies
+  usage: float | None  # share of the codebook that the set uses, where there is one
+  perplexity: float | None  # of the codes' frequencies
   images: int  # measured ones
   originals: np.ndarray  # the first images, uint8
   reconstructions: np.ndarray  # the same after encoding and decoding, uint8
@@ -119,10 +119,12 @@ def reconstruct(
   means = {name: total / weight for name, total in totals.items()}
   if lpips_params is None:
     means["lpips"] = None
+  means |= dict.fromkeys(("usage", "perplexity"))
+  if not config.continuous:
+    means["usage"] = np.count_nonzero(code_counts) / config.codebook_size
+    means["perplexity"] = perplexity(code_counts)
   return Reconstruction(
     **means,
-    usage=np.count_nonzero(code_counts) / config.codebook_size,
-    perplexity=perplexity(code_counts),
     images=round(weight),
     originals=originals,
     reconstructions=reconstructions,
@@ -161,11 +163,12 @@ def _compiled(config: TokenizerConfig) -> Callable[..., dict[str, jax.Array]]:
     }
     if lpips_params is not None:
       found["lpips"] = lpips(lpips_params, images, decoded, "float32")
-    weight_Bhw = jnp.broadcast_to(weight_B[:, None, None], codes.shape)
     code_counts = jnp.zeros(config.codebook_size, jnp.int32)
-    code_counts = code_counts.at[codes.ravel()].add(
-      weight_Bhw.ravel().astype(jnp.int32)
-    )
+    if not config.continuous:
+      weight_Bhw = jnp.broadcast_to(weight_B[:, None, None], codes.shape)
+      code_counts = code_counts.at[codes.ravel()].add(
+        weight_Bhw.ravel().astype(jnp.int32)
+      )
     sums = {name: jnp.sum(value_B * weight_B) for name, value_B in found.items()}
     return sums | {"code_counts": code_counts, "images": rounded}
 

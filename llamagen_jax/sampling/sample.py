@@ -330,6 +330,7 @@ def restrict_to_codebook(
   A vocabulary may be larger than the codebook it was trained with; the logits of the
   codes beyond were never a target.
   """
+  tokenizer.config.require_codes("the tokenizer")
   size, vocabulary = tokenizer.config.codebook_size, gpt.config.vocab_size
   if vocabulary <= size:
     return gpt

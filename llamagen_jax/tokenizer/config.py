@@ -22,13 +22,15 @@ class TokenizerConfig:
   width: int = 128  # channels of the first level
   res_blocks: int = 2  # residual blocks a level (the decoder has one more)
   latent_width: int = 256  # channels between encoder and quantizer
-  codebook_size: int = 16384
-  codebook_dim: int = 8
+  codebook_size: int = 16384  # 0 = no codebook, with the quantizer "none" alone
+  codebook_dim: int = 8  # channels of a latent, quantized or not
   # vqgan: attention at the lowest resolution, strided convolutions down (VQGAN,
-  # LlamaGen, IBQ); maskgit: no attention, mean pooling, convolutions without bias.
+  # LlamaGen, IBQ); ldm: as vqgan, but the middle alone has attention (Stable
+  # Diffusion's VAE); maskgit: no attention, mean pooling, convolutions without bias.
   blocks: str = "vqgan"
   # vq: a latent takes the nearest row; ibq: the row of the largest dot product, and
-  # gradients reach all rows (arXiv 2412.02692).
+  # gradients reach all rows (arXiv 2412.02692); none: a latent stays as it is, the
+  # mean of a VAE's Gaussian (arXiv 2112.10752). Such a tokenizer only reconstructs.
   quantizer: str = "vq"
   quant_conv: bool = True  # 1x1 convolutions between latent_width and codebook_dim
   pixel_range: str = "signed"  # of the network: signed = [-1, 1] | unit = [0, 1]
@@ -44,15 +46,20 @@ class TokenizerConfig:
     object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
     for name, known in (
       ("dtype", ("float32", "bfloat16")),
-      ("blocks", ("vqgan", "maskgit")),
-      ("quantizer", ("vq", "ibq")),
+      ("blocks", ("vqgan", "ldm", "maskgit")),
+      ("quantizer", ("vq", "ibq", "none")),
       ("pixel_range", ("signed", "unit")),
     ):
       if getattr(self, name) not in known:
         raise UserError(
           f"model.{name}={getattr(self, name)!r}: expected {' or '.join(known)}"
         )
-    if not 1 < self.codebook_size < 2**31:
+    if self.continuous and self.codebook_size:
+      raise UserError(
+        f"model.codebook_size={self.codebook_size}: expected 0 with"
+        " model.quantizer='none', which has no codes and cannot be trained"
+      )
+    if not self.continuous and not 1 < self.codebook_size < 2**31:
       raise UserError(
         f"model.codebook_size={self.codebook_size}: expected 2 .. {2**31 - 1}"
       )
@@ -89,6 +96,24 @@ class TokenizerConfig:
       if field.name in YOUNGER_FIELDS and fields[field.name] == field.default:
         del fields[field.name]
     return fields
+
+  def require_codes(self, where: str) -> None:
+    """Raises a UserError, which begins with `where`, for a continuous autoencoder."""
+    if self.continuous:
+      raise UserError(
+        f"{where}: a continuous autoencoder has no codes; it is only there to"
+        " reconstruct and to be compared"
+      )
+
+  @property
+  def continuous(self) -> bool:
+    """Returns whether it has latents and no codes, as a VAE has."""
+    return self.quantizer == "none"
+
+  @property
+  def moments(self) -> int:
+    """Returns the encoder's outputs for a latent: a mean, maybe a log-variance."""
+    return 2 if self.continuous else 1
 
   @property
   def channels(self) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """The VQGAN autoencoder and its relatives: images to codes and back.
 
+A continuous one, the VAE of latent diffusion, has float latents in the place of codes.
 Images are [B, H, W, 3] in [-1, 1]. The module names follow the published
 state dict of LlamaGen; level 0 of the decoder has the lowest resolution.
 """
@@ -142,7 +143,7 @@ class ResBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x_BHWC):
-    c, plain = self.config, self.config.blocks == "vqgan"
+    c, plain = self.config, self.config.blocks != "maskgit"
     conv = functools.partial(Conv, c, self.features, bias=plain)
     h = conv(name="conv1")(NormSwish(c, name="norm1")(x_BHWC))
     h = NormSwish(c, name="norm2")(h)
@@ -214,27 +215,29 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-  """Images [B, H, W, 3] -> [B, h, w, latent_width]."""
+  """Images [B, H, W, 3] -> [B, h, w, moments * latent_width]."""
 
   config: TokenizerConfig
   training: bool
 
   @nn.compact
   def __call__(self, x_BHWC):
-    c, vqgan = self.config, self.config.blocks == "vqgan"
-    x_BHWC = Conv(c, c.width, bias=vqgan, name="conv_in")(x_BHWC)
+    c, plain = self.config, self.config.blocks != "maskgit"
+    x_BHWC = Conv(c, c.width, bias=plain, name="conv_in")(x_BHWC)
     for i, features in enumerate(c.channels):
       last = i == len(c.channels) - 1
+      attention = last and c.blocks == "vqgan"
       x_BHWC = Level(
-        c, features, c.res_blocks, last and vqgan, self.training, name=f"level_{i}"
+        c, features, c.res_blocks, attention, self.training, name=f"level_{i}"
       )(x_BHWC)
-      if not last and vqgan:
+      if not last and plain:
         x_BHWC = Conv(c, features, stride=2, name=f"downsample_{i}")(x_BHWC)
       elif not last:
         x_BHWC = nn.avg_pool(x_BHWC, (2, 2), (2, 2))
     x_BHWC = Middle(c, self.training, name="mid")(x_BHWC)
     x_BHWC = NormSwish(c, name="norm_out")(x_BHWC)
-    return Conv(c, c.latent_width, size=3 if vqgan else 1, name="conv_out")(x_BHWC)
+    features, size = c.moments * c.latent_width, 3 if plain else 1
+    return Conv(c, features, size=size, name="conv_out")(x_BHWC)
 
 
 class Decoder(nn.Module):
@@ -245,15 +248,15 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(self, x_BHWC):
-    c, vqgan = self.config, self.config.blocks == "vqgan"
+    c, plain = self.config, self.config.blocks != "maskgit"
     x_BHWC = Conv(c, c.channels[-1], name="conv_in")(x_BHWC)
     x_BHWC = Middle(c, self.training, name="mid")(x_BHWC)
     for i, features in enumerate(reversed(c.channels)):
       first, last = i == 0, i == len(c.channels) - 1
+      attention = first and c.blocks == "vqgan"
       x_BHWC = Level(
-        c, features, c.res_blocks + vqgan, first and vqgan, self.training,
-        name=f"level_{i}",
-      )(x_BHWC)  # fmt: skip
+        c, features, c.res_blocks + plain, attention, self.training, name=f"level_{i}"
+      )(x_BHWC)
       if not last:
         x_BHWC = Conv(c, features, upsample=True, name=f"upsample_{i}")(x_BHWC)
     x_BHWC = NormSwish(c, name="norm_out")(x_BHWC)
@@ -271,23 +274,26 @@ class VQModel(nn.Module):
     self.encoder = Encoder(c, self.training)
     self.decoder = Decoder(c, self.training)
     if c.quant_conv:
-      self.quant_conv = Conv(c, c.codebook_dim, size=1)
+      self.quant_conv = Conv(c, c.moments * c.codebook_dim, size=1)
       self.post_quant_conv = Conv(c, c.latent_width, size=1)
-    self.codebook = self.param(
-      "codebook", _init_codebook(c), (c.codebook_size, c.codebook_dim)
-    )
+    if not c.continuous:
+      self.codebook = self.param(
+        "codebook", _init_codebook(c), (c.codebook_size, c.codebook_dim)
+      )
 
   def __call__(
     self, images_BHWC: jax.Array, perturb: Perturb | None = None
-  ) -> tuple[jax.Array, quantizer.Quantized]:
-    """Returns reconstructions [B, H, W, 3] and the quantizer's output.
+  ) -> tuple[jax.Array, quantizer.Quantized | None]:
+    """Returns reconstructions [B, H, W, 3] and the quantizer's output, if there is one.
 
     Args:
       images_BHWC: in [-1, 1].
       perturb: changes the rows that the decoder sees, in training.
     """
-    c = self.config
-    quantized = quantizer.quantize(c, self.latents(images_BHWC), self.codebook)
+    c, latents = self.config, self.latents(images_BHWC)
+    if c.continuous:
+      return self._decode_latents(latents), None
+    quantized = quantizer.quantize(c, latents, self.codebook)
     latents = quantized.latents
     if perturb is not None:
       rows_KC = self.codebook
@@ -302,15 +308,23 @@ class VQModel(nn.Module):
       images_BHWC = (images_BHWC + 1) / 2
     z_BhwC = self.encoder(images_BHWC.astype(c.dtype))
     z_BhwC = self.quant_conv(z_BhwC) if c.quant_conv else z_BhwC
-    return z_BhwC.astype(jnp.float32)
+    return z_BhwC[..., : c.codebook_dim].astype(jnp.float32)  # the means come first
 
   def encode(self, images_BHWC: jax.Array) -> jax.Array:
-    """Returns int32 codes [B, h, w] of images [B, H, W, 3] in [-1, 1]."""
-    return quantizer.codes_of(self.config, self.latents(images_BHWC), self.codebook)
+    """Returns the codes of images [B, H, W, 3] in [-1, 1].
 
-  def decode(self, codes_Bhw: jax.Array) -> jax.Array:
-    """Returns float32 images [B, H, W, 3], about [-1, 1], of codes [B, h, w]."""
-    return self._decode_latents(quantizer.lookup(self.config, codes_Bhw, self.codebook))
+    int32 [B, h, w], or the float32 latents [B, h, w, C] of a continuous autoencoder.
+    """
+    latents = self.latents(images_BHWC)
+    if self.config.continuous:
+      return latents
+    return quantizer.codes_of(self.config, latents, self.codebook)
+
+  def decode(self, codes: jax.Array) -> jax.Array:
+    """Returns float32 images [B, H, W, 3], about [-1, 1], of what `encode` returns."""
+    if self.config.continuous:
+      return self._decode_latents(codes)
+    return self._decode_latents(quantizer.lookup(self.config, codes, self.codebook))
 
   def _decode_latents(self, latents_BhwC):
     c = self.config
@@ -331,13 +345,13 @@ def _init_codebook(config: TokenizerConfig):
 
 
 def encode(config: TokenizerConfig, params: Any, images_BHWC: jax.Array) -> jax.Array:
-  """Returns int32 codes [B, h, w] of images [B, H, W, 3] in [-1, 1]."""
+  """Returns codes or latents of images [B, H, W, 3] in [-1, 1]; see `VQModel`."""
   return _apply(config, params, images_BHWC, "encode")
 
 
-def decode(config: TokenizerConfig, params: Any, codes_Bhw: jax.Array) -> jax.Array:
-  """Returns float32 images [B, H, W, 3], about [-1, 1], of integer codes [B, h, w]."""
-  return _apply(config, params, codes_Bhw, "decode")
+def decode(config: TokenizerConfig, params: Any, codes: jax.Array) -> jax.Array:
+  """Returns float32 images [B, H, W, 3], about [-1, 1], of codes or latents."""
+  return _apply(config, params, codes, "decode")
 
 
 def _apply(config, params, x, method):

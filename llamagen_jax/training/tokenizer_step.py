@@ -106,6 +106,7 @@ class TokenizerRecipe:
         f"discriminator_optimizer.kind={self.discriminator_optimizer.kind!r}:"
         " expected adamw; only the tokenizer is trained by Muon"
       )
+    self.model.require_codes("model.quantizer='none'")
 
 
 @dataclasses.dataclass(frozen=True)

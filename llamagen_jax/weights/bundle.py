@@ -46,13 +46,16 @@ class Tokenizer:
   identity: str  # content hash; code shards and transformers name it
 
   def encode(self, images: jax.Array) -> jax.Array:
-    """Images [B, H, W, 3], uint8 or in [-1, 1] -> int32 codes [B, h, w]."""
+    """Returns the codes int32 [B, h, w] of images [B, H, W, 3], uint8 or in [-1, 1].
+
+    A continuous autoencoder returns latents, float32 [B, h, w, C].
+    """
     if images.dtype == np.uint8:
       images = from_uint8(images)
     return _encode(self.config, self.params, images)
 
   def decode(self, codes: jax.Array) -> jax.Array:
-    """Integer codes [B, h, w] -> float32 images [B, H, W, 3] in about [-1, 1]."""
+    """Returns float32 images [B, H, W, 3], about [-1, 1], of what `encode` returns."""
     return _decode(self.config, self.params, codes)
 
 

@@ -109,37 +109,45 @@ PUBLISHED = {
   "ar_grpo_XL_384": Published(GRPO_REPO, "XL", 384, 2.0, file=""),
 }
 
-# Tokenizers of width 128 by downsampling, blocks, quantizer, l2 norm and codes, and
-# their scores on ImageNet's validation images at 256x256 as their papers give them.
+# Tokenizers of width 128 by downsampling, blocks, quantizer, l2 norm, codes and their
+# width, and their scores on ImageNet's validation images at 256x256 as their papers
+# give them; those of the VAEs are LlamaGen's.
 TOKENIZER_SCORES = {
-  (16, "vqgan", "vq", True, 16384): (
-    "LlamaGen VQ-16", {"rFID": 2.19, "psnr": 20.79, "ssim_lg": 0.675},
-  ),
-  (8, "vqgan", "vq", True, 16384): ("LlamaGen VQ-8", {"rFID": 0.59}),
-  (16, "vqgan", "vq", False, 1024): ("VQGAN f16 1024", {"rFID": 7.94}),
-  (16, "vqgan", "vq", False, 16384): (
-    "VQGAN f16 16384", {"rFID": 4.98, "psnr": 20.00, "ssim_lg": 0.629},
-  ),
-  (8, "vqgan", "vq", False, 16384): (
-    "LDM vq-f8 16384", {"rFID": 1.14, "psnr": 23.38, "ssim_lg": 0.762},
-  ),
-  (8, "vqgan", "vq", False, 256): ("LDM vq-f8 256", {"rFID": 1.49}),
-  (16, "vqgan", "ibq", False, 1024): ("IBQ 1024", {"rFID": 2.24, "lpips": 0.258}),
-  (16, "vqgan", "ibq", False, 8192): ("IBQ 8192", {"rFID": 1.87, "lpips": 0.244}),
-  (16, "vqgan", "ibq", False, 16384): ("IBQ 16384", {"rFID": 1.37, "lpips": 0.2235}),
-  (16, "vqgan", "ibq", False, 262144): ("IBQ 262144", {"rFID": 1.00, "lpips": 0.203}),
-  (16, "maskgit", "vq", False, 1024): ("MaskGIT VQ", {"rFID": 2.28}),
+  (16, "vqgan", "vq", True, 16384, 8): {
+    "LlamaGen VQ-16": {"rFID": 2.19, "psnr": 20.79, "ssim_lg": 0.675},
+  },
+  (8, "vqgan", "vq", True, 16384, 8): {"LlamaGen VQ-8": {"rFID": 0.59}},
+  (16, "vqgan", "vq", False, 1024, 256): {"VQGAN f16 1024": {"rFID": 7.94}},
+  (16, "vqgan", "vq", False, 16384, 256): {
+    "VQGAN f16 16384": {"rFID": 4.98, "psnr": 20.00, "ssim_lg": 0.629},
+  },
+  (8, "vqgan", "vq", False, 16384, 4): {
+    "LDM vq-f8 16384": {"rFID": 1.14, "psnr": 23.38, "ssim_lg": 0.762},
+  },
+  (8, "vqgan", "vq", False, 256, 4): {"LDM vq-f8 256": {"rFID": 1.49}},
+  (16, "vqgan", "ibq", False, 1024, 256): {"IBQ 1024": {"rFID": 2.24, "lpips": 0.258}},
+  (16, "vqgan", "ibq", False, 8192, 256): {"IBQ 8192": {"rFID": 1.87, "lpips": 0.244}},
+  (16, "vqgan", "ibq", False, 16384, 256): {
+    "IBQ 16384": {"rFID": 1.37, "lpips": 0.2235},
+  },
+  (16, "vqgan", "ibq", False, 262144, 256): {
+    "IBQ 262144": {"rFID": 1.00, "lpips": 0.203},
+  },
+  (16, "maskgit", "vq", False, 1024, 256): {"MaskGIT VQ": {"rFID": 2.28}},
+  (8, "ldm", "none", False, 0, 4): {
+    "SD VAE": {"rFID": 0.74, "psnr": 25.68, "ssim_lg": 0.820},
+    "SDXL VAE": {"rFID": 0.68, "psnr": 26.04, "ssim_lg": 0.834},
+  },
 }  # fmt: skip
 
 
-def published_tokenizer(config: TokenizerConfig) -> tuple[str, dict[str, float]]:
-  """Returns the published tokenizer of this shape and its scores, or two empty ones."""
+def published_tokenizers(config: TokenizerConfig) -> dict[str, dict[str, float]]:
+  """Returns the scores of the published tokenizers of this shape, by their names."""
   shape = (
     config.downsample, config.blocks, config.quantizer, config.l2_norm,
-    config.codebook_size,
+    config.codebook_size, config.codebook_dim,
   )  # fmt: skip
-  known = TOKENIZER_SCORES.get(shape) if config.width == 128 else None
-  return known or ("", {})
+  return TOKENIZER_SCORES.get(shape, {}) if config.width == 128 else {}
 
 
 def identify(path: str | os.PathLike) -> str | None:

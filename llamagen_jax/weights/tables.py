@@ -155,6 +155,12 @@ def kernel(path, name, shape) -> Entry:
   )  # fmt: skip
 
 
+def pointwise(path, name, shape) -> Entry:
+  """Returns the entry of a 1x1 HWIO kernel (its `shape`) <-> an [out, in] matrix."""
+  theirs = (shape[3], shape[2])
+  return Entry(path, {name: theirs}, lambda w: w.T[None, None], lambda p: (p[0, 0].T,))
+
+
 def conv(path, name, shape, bias: bool = True) -> list[Entry]:
   """Returns the entries of an OIHW weight (its `shape`) and its bias <-> ours."""
   ours = tuple(shape[i] for i in (2, 3, 1, 0))

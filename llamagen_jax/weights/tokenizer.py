@@ -1,4 +1,4 @@
-"""VQ tokenizers of others <-> ours, a table of names for each layout."""
+"""Tokenizers of others <-> ours, a table of names for each layout."""
 
 from collections.abc import Mapping
 import functools
@@ -18,13 +18,19 @@ from llamagen_jax.weights.tables import (
   Names,
   copy,
   kernel,
+  pointwise,
   read_table,
   rename,
   shape_of,
   write_table,
 )
 
-CODEBOOK = "quantize.embedding.weight"  # in every layout
+CODEBOOK = "quantize.embedding.weight"  # in every layout that has one
+# Names that tell the layouts of continuous autoencoders, which have no codebook.
+CONTINUOUS = {
+  "kl": "encoder.mid.block_1.conv1.weight",
+  "diffusers": "encoder.mid_block.resnets.0.conv1.weight",
+}
 # Names of ours -> theirs, applied in this order, after the levels of a decoder were
 # numbered as theirs are.
 COMMON: Names = (
@@ -53,8 +59,37 @@ TAMING: Names = (
   (r"\.mid\.2", ".mid.block_2"),
 )
 MASKGIT: Names = ((r"\.upsample_(\d+)", r".up.\1.upsample_conv"), *DOWN_AND_UP)
-NAMES = {"llamagen": LLAMAGEN, "taming": TAMING, "ibq": TAMING, "maskgit": MASKGIT}
+DIFFUSERS: Names = (
+  (r"^encoder\.level_(\d+)", r"encoder.down_blocks.\1"),
+  (r"^decoder\.level_(\d+)", r"decoder.up_blocks.\1"),
+  (r"\.downsample_(\d+)", r".down_blocks.\1.downsamplers.0.conv"),
+  (r"\.upsample_(\d+)", r".up_blocks.\1.upsamplers.0.conv"),
+  (r"\.res_(\d+)", r".resnets.\1"),
+  (r"\.mid\.0", ".mid_block.resnets.0"),
+  (r"\.mid\.1\.norm", ".mid_block.attentions.0.group_norm"),
+  (r"\.mid\.1\.proj_out", ".mid_block.attentions.0.to_out.0"),
+  (r"\.mid\.1\.", ".mid_block.attentions.0.to_"),
+  (r"\.mid\.2", ".mid_block.resnets.1"),
+  ("nin_shortcut", "conv_shortcut"),
+  (r"\.norm_out", ".conv_norm_out"),
+  *COMMON,
+)
+# Of files that older versions of diffusers wrote -> of those it writes now.
+OLDER_DIFFUSERS: Names = (
+  (r"\.query\.", ".to_q."),
+  (r"\.key\.", ".to_k."),
+  (r"\.value\.", ".to_v."),
+  (r"\.proj_attn\.", ".to_out.0."),
+)
+NAMES = {
+  "llamagen": LLAMAGEN, "taming": TAMING, "ibq": TAMING, "maskgit": MASKGIT,
+  "kl": TAMING, "diffusers": DIFFUSERS,
+}  # fmt: skip
 KINDS = tuple(NAMES)
+# How a kind names levels and blocks, where not ("down", "block").
+LEVELS = {"llamagen": ("conv_blocks", "res"), "diffusers": ("down_blocks", "resnets")}
+FROM_THE_LOWEST = ("llamagen", "diffusers")  # number a decoder's levels as we do
+KL = {"l2_norm": False, "quantizer": "none", "codebook_size": 0}
 # Fields that a kind's names and shapes do not tell.
 FIELDS = {
   "llamagen": {},
@@ -63,16 +98,20 @@ FIELDS = {
   "maskgit": {
     "l2_norm": False, "blocks": "maskgit", "quant_conv": False, "pixel_range": "unit",
   },
+  "kl": KL,
+  "diffusers": KL,
 }  # fmt: skip
 IBQ_BLOCKS = 4  # residual blocks a level in all published ones; VQGAN's have 2
 EMA = "model_ema."  # averages of parameters, by their names without dots
 LOSSES = "loss."
+FIRST_STAGE = "first_stage_model."  # before a tokenizer's names in a whole LDM's file
 
 
 def tokenizer_kind(state_dict: Mapping[str, Any]) -> str | None:
   """Returns which of `KINDS` the names fit, or None for no tokenizer at all."""
+  state_dict = first_stage(state_dict)
   if CODEBOOK not in state_dict:
-    return None
+    return next((k for k, name in CONTINUOUS.items() if name in state_dict), None)
   if "encoder.mid.0.conv1.weight" in state_dict and not any(
     name.startswith("encoder.conv_blocks.") for name in state_dict
   ):
@@ -83,18 +122,31 @@ def tokenizer_kind(state_dict: Mapping[str, Any]) -> str | None:
   return "llamagen"
 
 
+def first_stage(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Returns the tokenizer's tensors alone, of a latent diffusion model's file, too."""
+  found = {
+    name.removeprefix(FIRST_STAGE): value
+    for name, value in state_dict.items()
+    if name.startswith(FIRST_STAGE)
+  }
+  return found or state_dict
+
+
 def tokenizer_from_torch(
   state_dict: Mapping[str, Array], kind: str = "llamagen", **changes
 ) -> tuple[TokenizerConfig, dict[str, Any]]:
-  """Reads a VQ tokenizer.
+  """Reads a tokenizer of codes or a continuous autoencoder.
 
   Images lie in [-1, 1] on our side for every kind.
 
   Args:
-    state_dict: names -> arrays, PyTorch layouts. Loss networks are left aside; where
-      averages of the parameters are there, they are taken.
+    state_dict: names -> arrays, PyTorch layouts. Loss networks, and all but the first
+      stage of a latent diffusion model, are left aside; where averages of the
+      parameters are there, they are taken.
     kind: whose layout it is: "llamagen"; "taming" (VQGAN, and LDM's vq-f4 .. f16);
-      "ibq"; "maskgit" (as TiTok and open-MUSE publish MaskGIT's VQGAN).
+      "ibq"; "maskgit" (as TiTok and open-MUSE publish MaskGIT's VQGAN); "kl" (LDM's
+      kl-f8 and the VAEs of Stable Diffusion and SDXL); "diffusers" (the same as
+      `AutoencoderKL` of diffusers saves them).
     **changes: fields of `TokenizerConfig` that names and shapes cannot tell.
 
   Returns:
@@ -105,7 +157,9 @@ def tokenizer_from_torch(
   """
   if kind not in KINDS:
     raise UserError(f"tokenizer kind {kind!r}: expected one of {', '.join(KINDS)}")
-  state_dict = _averaged(state_dict)
+  state_dict = _averaged(first_stage(state_dict))
+  if kind == "diffusers":
+    state_dict = {rename(n, OLDER_DIFFUSERS): value for n, value in state_dict.items()}
   config = _config(state_dict, kind, changes)
   return config, read_table(_table(config, kind), state_dict)
 
@@ -113,8 +167,9 @@ def tokenizer_from_torch(
 def tokenizer_to_torch(
   config: TokenizerConfig, params: dict[str, Any]
 ) -> dict[str, Array]:
-  """Returns the tensors by LlamaGen's names, or by MaskGIT's where its blocks are."""
-  kind = "maskgit" if config.blocks == "maskgit" else "llamagen"
+  """Returns the tensors by LlamaGen's names, MaskGIT's or, of a VAE, LDM's."""
+  kind = "kl" if config.continuous else "llamagen"
+  kind = "maskgit" if config.blocks == "maskgit" else kind
   return write_table(_table(config, kind), params)
 
 
@@ -132,24 +187,37 @@ def _averaged(state_dict: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def _config(state_dict, kind: str, changes: Mapping[str, Any]) -> TokenizerConfig:
-  codebook_size, codebook_dim = shape_of(state_dict, CODEBOOK, 2)
   width = shape_of(state_dict, "encoder.conv_in.weight", 4)[0]
-  level, block = ("conv_blocks", "res") if kind == "llamagen" else ("down", "block")
+  level, block = LEVELS.get(kind, ("down", "block"))
   levels = _numbers(state_dict, rf"encoder\.{level}\.(\d+)\.")
   blocks = _numbers(state_dict, rf"encoder\.{level}\.0\.{block}\.(\d+)\.")
   channels = [
     shape_of(state_dict, f"encoder.{level}.{i}.{block}.0.conv1.weight", 4)[0]
     for i in levels
   ]
-  fields = FIELDS[kind] | {
+  attention = _numbers(state_dict, rf"encoder\.{level}\.\d+\.attn\.(\d+)\.")
+  fields = {
+    "blocks": "vqgan" if attention else "ldm",
     "channel_multipliers": tuple(c // width for c in channels),
     "width": width,
     "res_blocks": len(blocks),
-    "latent_width": shape_of(state_dict, "encoder.conv_out.weight", 4)[0],
-    "codebook_size": codebook_size,
-    "codebook_dim": codebook_dim,
+    **_latents(state_dict, kind),
+    **FIELDS[kind],
   }
   return TokenizerConfig(**(fields | changes))
+
+
+def _latents(state_dict, kind: str) -> dict[str, Any]:
+  """Returns the fields of what lies between encoder and decoder."""
+  width = shape_of(state_dict, "encoder.conv_out.weight", 4)[0]
+  if kind not in CONTINUOUS:
+    size, dim = shape_of(state_dict, CODEBOOK, 2)
+    return {"latent_width": width, "codebook_size": size, "codebook_dim": dim}
+  quant_conv = "quant_conv.weight" in state_dict  # SD 3 has none
+  dim = shape_of(state_dict, "quant_conv.weight", 4)[0] if quant_conv else width
+  return {
+    "latent_width": width // 2, "codebook_dim": dim // 2, "quant_conv": quant_conv,
+  }  # fmt: skip
 
 
 def _numbers(names: Mapping[str, Any], pattern: str) -> list[int]:
@@ -162,10 +230,13 @@ def _table(config: TokenizerConfig, kind: str) -> list[Entry]:
   table = []
   for path, leaf in flax.traverse_util.flatten_dict(unbox(shapes)).items():
     name = ".".join(path)
-    if kind != "llamagen":
+    if kind not in FROM_THE_LOWEST:
       name = _from_the_highest(name, len(config.channel_multipliers))
+    name = rename(name, NAMES[kind])
     entry = kernel if len(leaf.shape) == 4 else copy
-    table.append(entry(path, rename(name, NAMES[kind]), leaf.shape))
+    if kind == "diffusers" and re.search(r"\.to_.*weight$", name):
+      entry = pointwise  # its attention has linear layers
+    table.append(entry(path, name, leaf.shape))
   return table
 
 

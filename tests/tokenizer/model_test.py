@@ -54,6 +54,8 @@ def test_presets_take_shape(name):
     (lambda: TokenizerConfig((1,), codebook_size=2**31), [str(2**31), "2 .. 2147"]),
     (lambda: TokenizerConfig((1,), blocks="x"), ["model.blocks='x'", "maskgit"]),
     (lambda: TokenizerConfig((1,), quant_conv=False), ["model.latent_width=256"]),
+    (lambda: TokenizerConfig((1,), quantizer="none"), ["codebook_size=16384", "0"]),
+    (lambda: TokenizerConfig((1,), codebook_size=0), ["codebook_size=0", "2 .. "]),
   ],
 )
 def test_bad_shapes_are_named(make, words):
@@ -119,3 +121,38 @@ def test_tokenizers_of_others_equal_theirs(name):
     losses = run(images)[1].losses
     expected = golden[f"{name}_quant_losses"][0]
     np.testing.assert_allclose(sum(losses.values()), expected, rtol=1e-5)
+
+
+# Of the encoder's outputs the first half are means, the second log-variances.
+VAES = {
+  "vae": {"latent_width": 4, "codebook_dim": 4, "quant_conv": True},
+  "vae_bare": {"latent_width": 16, "codebook_dim": 16, "quant_conv": False},
+}
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kl"])
+@pytest.mark.parametrize("name", VAES)
+def test_vaes_equal_those_of_diffusers(name, layout):
+  golden, state_dict = parity.golden(), parity.vae_state_dicts(name)[layout]
+  assert tokenizer_kind(state_dict) == layout
+  config, params = weights.tokenizer_from_torch(state_dict, kind=layout)
+  assert config == TokenizerConfig(
+    (1, 2), width=32, blocks="ldm", quantizer="none", codebook_size=0, l2_norm=False,
+    **VAES[name],
+  )  # fmt: skip
+  images = np.tanh(parity.randn(f"{name}/image", (1, 3, 32, 32))).transpose(0, 2, 3, 1)
+  latents = model.encode(config, params, images)
+  np.testing.assert_allclose(latents, golden[f"{name}_latent"], atol=2e-4)
+  recon = model.decode(config, params, golden[f"{name}_latent"])
+  np.testing.assert_allclose(recon, golden[f"{name}_recon"], atol=2e-4)
+
+
+def test_the_vae_of_stable_diffusion_takes_shape():
+  config = TokenizerConfig(
+    (1, 2, 4, 4), latent_width=4, codebook_dim=4, blocks="ldm", quantizer="none",
+    codebook_size=0,
+  )  # fmt: skip
+  init = functools.partial(init_tokenizer, config)
+  shapes = unbox(jax.eval_shape(init, jax.random.key(0)))
+  assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 83_653_863
+  assert config.downsample == 8 and "codebook" not in shapes

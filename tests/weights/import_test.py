@@ -20,6 +20,9 @@ from llamagen_jax.weights.files import read_weights, write_weights
 from llamagen_jax.weights.published import PUBLISHED
 from tests import parity, tiny
 
+OLDER_NAMES = {  # of diffusers' attention
+  "to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn",
+}  # fmt: skip
 TINY_GPT = "--num-heads=4 --image-size=8"  # 4x4 codes
 
 
@@ -273,7 +276,9 @@ def test_tensors_of_no_known_model_are_named(tmp_path, capsys):
 
 
 @pytest.mark.extra
-@pytest.mark.parametrize("name, kind", [("taming_f8", "taming"), ("maskgit_f16",) * 2])
+@pytest.mark.parametrize(
+  "name, kind", [("taming_f8", "taming"), ("maskgit_f16", "maskgit")]
+)
 def test_tokenizers_of_others_from_lightning(tmp_path, capsys, name, kind):
   """With the loss networks beside them, and averages under names without dots."""
   torch = pytest.importorskip("torch")
@@ -290,7 +295,7 @@ def test_tokenizers_of_others_from_lightning(tmp_path, capsys, name, kind):
   command = f"import-weights --file={tmp_path}/last.ckpt --out={out}"
   code, text = llamagen(capsys, command)
   assert code == 0, text
-  assert f"tokenizer of {kind.partition('_')[0]}'s layout" in text
+  assert f"tokenizer in {kind} layout" in text
   assert "48 codes" in text and "entry 'state_dict'" in text
   tokenizer = lg.load_tokenizer(out)
   assert not tokenizer.config.l2_norm
@@ -302,6 +307,46 @@ def test_tokenizers_of_others_from_lightning(tmp_path, capsys, name, kind):
   code, text = llamagen(capsys, f"{command}2")
   assert code == 2 and "missing encoder.norm_out.bias (128,)" in text
   assert "1 problems" in text and not (tmp_path / "vq2").exists()
+
+
+@pytest.mark.extra
+def test_the_vae_inside_a_latent_diffusion_model(tmp_path, capsys):
+  torch = pytest.importorskip("torch")
+  weights = parity.vae_state_dicts("vae")["kl"]
+  tensors = {f"first_stage_model.{n}": torch.from_numpy(w) for n, w in weights.items()}
+  unet = {"model.diffusion_model.out.2.bias": torch.zeros(4), "betas": torch.zeros(9)}
+  file, out = tmp_path / "model.ckpt", tmp_path / "vae"
+  torch.save({"epoch": 9, "state_dict": unet | tensors}, file)
+  command = f"import-weights --file={file} --out={out}"
+  code, text = llamagen(capsys, command)
+  assert code == 0, text
+  assert "kl layout, downsampling 2, no codes but latents of 4 channels" in text
+  code, text = llamagen(capsys, f"export-weights --bundle={out} --out={tmp_path}/b.pt")
+  assert code == 0, text
+  assert_same(read_weights(tmp_path / "b.pt").tensors, weights)
+  del tensors["first_stage_model.encoder.mid.attn_1.k.bias"]
+  surprise = {"first_stage_model.encoder.down.1.attn.3.q.bias": torch.zeros(64)}
+  torch.save({"state_dict": unet | tensors | surprise}, file)
+  code, text = llamagen(capsys, f"{command}2")
+  assert code == 2 and "missing encoder.mid.attn_1.k.bias (64,)" in text
+  assert "unexpected encoder.down.1.attn.3.q.bias (64,)" in text
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("renamed", [{}, OLDER_NAMES])
+def test_vaes_from_diffusers(tmp_path, capsys, renamed):
+  pytest.importorskip("safetensors")
+  layouts = parity.vae_state_dicts("vae")
+  weights = layouts["diffusers"]
+  for new, old in renamed.items():
+    weights = {name.replace(new, old): value for name, value in weights.items()}
+  file, out = tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "vae"
+  write_weights(file, weights)
+  code, text = llamagen(capsys, f"import-weights --file={file} --out={out}")
+  assert code == 0 and "diffusers layout" in text, text
+  vae = lg.load_tokenizer(out)
+  found = lg.weights.tokenizer_to_torch(vae.config, vae.params)
+  assert_same(found, layouts["kl"])
 
 
 @pytest.mark.extra

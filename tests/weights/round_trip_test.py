@@ -28,6 +28,17 @@ def test_tokenizer_round_trip_is_the_identity(name):
     np.testing.assert_array_equal(back[key], value, err_msg=key)
 
 
+@pytest.mark.parametrize("name", ["vae", "vae_bare"])
+def test_a_vae_is_written_as_ldm_has_it(name):
+  layouts = parity.vae_state_dicts(name)
+  back = weights.tokenizer_to_torch(
+    *weights.tokenizer_from_torch(layouts["diffusers"], kind="diffusers")
+  )
+  assert back.keys() == layouts["kl"].keys()
+  for key, value in layouts["kl"].items():
+    np.testing.assert_array_equal(back[key], value, err_msg=key)
+
+
 def test_all_problems_are_reported_together():
   state_dict = parity.state_dict("gpt_tiny_c2i")
   del state_dict["layers.1.attention.wo.weight"]
