@@ -48,6 +48,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   }
   config.optimizer = {
     "lr": 3e-3,
+    "kind": "muon",
     "schedule": "cosine",
     "warmup_steps": min(100, steps // 10),
     "b2": 0.95,

@@ -45,7 +45,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "workers": 0,
   }
   config.optimizer = {
-    "lr": 3e-3,
+    "lr": 6e-3,
+    "kind": "muon",
     "schedule": "cosine",
     "warmup_steps": min(100, steps // 10),
     "clip": 1.0,
