@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from llamagen_jax.gpt.cache import LayerCache, SplitCache, pin_layout, write_code
+from llamagen_jax.gpt.ragged_attention import attend_ragged
 
 
 class SoftmaxPartial(NamedTuple):
@@ -27,6 +28,10 @@ class SoftmaxPartial(NamedTuple):
 
 
 Part = tuple[LayerCache, jax.Array]  # and its mask, bool [B or 1, T or 1, S]
+SUBLANES = 8  # of a TPU
+# Queries of all heads and tokens that the kernel takes: so many are compiled for heads
+# 64 wide, and the kernel's memory on the chip grows with them.
+MOST_QUERIES = 512
 
 
 def attend_prefill(
@@ -105,14 +110,71 @@ def attend_parts(q_BTKGH: jax.Array, parts: Sequence[Part]) -> jax.Array:
   Returns:
     [B, T, K, G, H] in the dtype of the queries.
   """
+  T, _, G, H = q_BTKGH.shape[1:]
+  if T > 1:
+    return _attend_rows(q_BTKGH, parts)
+  scaled_BTKGH = q_BTKGH * H**-0.5
+  heads = [
+    merge([attend_part(scaled_BTKGH[:, 0, :, g], *part) for part in parts])
+    for g in range(G)
+  ]
+  return jnp.stack(heads, axis=2)[:, None].astype(q_BTKGH.dtype)
+
+
+def attend_beside_chunk(
+  q_BTKGH: jax.Array,
+  cache: LayerCache | SplitCache,
+  mask_B1S: jax.Array,
+  chunk: Part,
+  shortest: int,
+) -> jax.Array:
+  """Attends to a cache whose rows end anywhere, and to the chunk of the last tokens.
+
+  A TPU reads the blocks that hold what the mask shows; others read the whole cache.
+
+  Args:
+    q_BTKGH: queries.
+    cache: of the tokens before the chunk.
+    mask_B1S: bool.
+    chunk: its keys and values, and their mask.
+    shortest: positions that a row with an image has written at least.
+
+  Returns:
+    [B, T, K, G, H] in the dtype of the queries.
+  """
+  *short, long = cache_parts(cache, mask_B1S)
+
+  def by_xla():
+    return attend_parts(q_BTKGH, [*short, long, chunk])
+
+  def by_kernel():
+    before = mask_B1S.shape[-1] - long[1].shape[-1]  # positions in the parts before
+    return _attend_rows(q_BTKGH, [*short, chunk], long, max(0, shortest - before))
+
+  # The compiler lays out heads of other sizes, 100 in 3B, in an order of axes that pads
+  # less, and would copy the cache for the kernel.
+  _, T, K, G, H = q_BTKGH.shape
+  if H % SUBLANES or T * K * G > MOST_QUERIES:
+    return by_xla()
+  return jax.lax.platform_dependent(tpu=by_kernel, default=by_xla)
+
+
+def _attend_rows(
+  q_BTKGH: jax.Array,
+  parts: Sequence[Part],
+  ragged: Part | None = None,
+  shortest: int = 0,
+) -> jax.Array:
+  """Attends with the tokens and query heads of a kv head as the rows of a product.
+
+  Args:
+    q_BTKGH: queries.
+    parts: for XLA.
+    ragged: one for the TPU's kernel.
+    shortest: positions that its rows hold at least.
+  """
   B, T, K, G, H = q_BTKGH.shape
   scaled_BTKGH = q_BTKGH * H**-0.5
-  if T == 1:
-    heads = [
-      _merge([_attend_part(scaled_BTKGH[:, 0, :, g], *part) for part in parts])
-      for g in range(G)
-    ]
-    return jnp.stack(heads, axis=2)[:, None].astype(q_BTKGH.dtype)
   q_BKRH = scaled_BTKGH.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
 
   def rows(mask_BTS):
@@ -121,14 +183,14 @@ def attend_parts(q_BTKGH: jax.Array, parts: Sequence[Part]) -> jax.Array:
     )
     return mask_B1GTS.reshape(-1, 1, G * T, mask_BTS.shape[-1])
 
-  merged_BKRH = _merge(
-    [_attend_part(q_BKRH, cache, rows(mask_BTS)) for cache, mask_BTS in parts]
-  )
-  mixed_BTKGH = merged_BKRH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
+  partials = [attend_part(q_BKRH, cache, rows(mask_BTS)) for cache, mask_BTS in parts]
+  if ragged is not None:
+    partials.append(SoftmaxPartial(*attend_ragged(q_BKRH, *ragged, shortest)))
+  mixed_BTKGH = merge(partials).reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
   return mixed_BTKGH.astype(q_BTKGH.dtype)
 
 
-def _attend_part(q: jax.Array, cache: LayerCache, mask: jax.Array) -> SoftmaxPartial:
+def attend_part(q: jax.Array, cache: LayerCache, mask: jax.Array) -> SoftmaxPartial:
   """Attends from scaled queries [B, K, .., H]; the mask is [B or 1, 1, .., S]."""
   f32 = {"preferred_element_type": jnp.float32}
   # A TPU reads 8 bits and converts them on the way into the product.
@@ -152,7 +214,7 @@ def _per_row(scale_BKS: jax.Array, like: jax.Array) -> jax.Array:
   return jnp.expand_dims(scale_BKS, tuple(range(2, like.ndim - 1)))
 
 
-def _merge(parts: Sequence[SoftmaxPartial]) -> jax.Array:
+def merge(parts: Sequence[SoftmaxPartial]) -> jax.Array:
   """Merges parts into mixed values [B, K, .., H] (arXiv 2205.14135, section 3.1)."""
   if len(parts) == 1:
     return parts[0].numerator / parts[0].denominator

@@ -36,7 +36,7 @@ from llamagen_jax.gpt.cache import (
   write_chunk,
 )
 from llamagen_jax.gpt.cached import prefill_forward, run_layers, to_logits
-from llamagen_jax.gpt.cached_attention import attend_parts, cache_parts
+from llamagen_jax.gpt.cached_attention import attend_beside_chunk
 from llamagen_jax.gpt.conditioning import attention_mask
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.model import embed_codes
@@ -125,6 +125,7 @@ def run_chunk(
   """
   c, rows = config, len(state.count)
   start_R = c.prefix_tokens - 1 + state.count
+  written_R = jnp.where(start_R < c.length, start_R, 0)  # complete rows need not read
 
   def forward(carry, number):
     state, recent, position_RE = carry
@@ -132,7 +133,15 @@ def run_chunk(
     at = (0, number * window)
     position_RE = jax.lax.dynamic_update_slice(position_RE, own_RL, at)
     logits_RLV, recent = _forward(
-      c, params, state, recent, number * window, start_R, own_RL, position_RE, order_RT
+      c,
+      params,
+      state,
+      recent,
+      number * window,
+      written_R,
+      own_RL,
+      position_RE,
+      order_RT,
     )
     index_RL = jnp.minimum(own_RL + 1 - c.prefix_tokens, c.image_tokens - 1)
     codes_RL = sample(logits_RLV, index_RL)
@@ -160,7 +169,7 @@ def _forward(
   state: WindowState,
   recent: Cache,
   entry: jax.Array,
-  start_R: jax.Array,
+  written_R: jax.Array,
   own_RL: jax.Array,
   position_RE: jax.Array,
   order_RT: jax.Array | None,
@@ -177,15 +186,15 @@ def _forward(
   is_first = (state.count == 0)[:, None]
   x_RLD = x_RLD.at[:, 0].set(jnp.where(is_first, state.prompt, x_RLD[:, 0]))
   cache_R1S, recent_RLE = chunk_masks(
-    state.mask, start_R, own_RL, position_RE, cache_length(state.cache)
+    state.mask, written_R, own_RL, position_RE, cache_length(state.cache)
   )
   is_condition_RL = own_RL < c.prefix_tokens
 
   def attend(q_RLKGH, k_RLKH, v_RLKH, caches):
     before, old = caches
     new = write_cache(old, as_code_cache(c, k_RLKH, v_RLKH, is_condition_RL), entry)
-    parts = [*cache_parts(before, cache_R1S), (new, recent_RLE)]
-    return attend_parts(q_RLKGH, parts), new
+    chunk, shortest = (new, recent_RLE), c.prefix_tokens - 1
+    return attend_beside_chunk(q_RLKGH, before, cache_R1S, chunk, shortest), new
 
   caches = tuple(zip(state.cache, recent, strict=True))
   position_RL = jnp.minimum(own_RL, c.length - 1)  # beyond the image nothing counts
@@ -198,7 +207,7 @@ def _forward(
 
 def chunk_masks(
   mask_RP: jax.Array | None,
-  start_R: jax.Array,
+  written_R: jax.Array,
   own_RL: jax.Array,
   position_RE: jax.Array,
   length: int,
@@ -220,7 +229,7 @@ def chunk_masks(
 
   Args:
     mask_RP: False on the padding of captions; None = there is none.
-    start_R: the position at which the chunk of a row started.
+    written_R: positions before the chunk of a row; 0 where nothing is to be read.
     own_RL: positions of the tokens of this forward.
     position_RE: positions of the entries of the chunk; WRONG hides one.
     length: of the large cache.
@@ -229,7 +238,7 @@ def chunk_masks(
     bool [R, 1, S] and [R, L, E].
   """
   key_S = jnp.arange(length)
-  cache_RS = key_S < start_R[:, None]
+  cache_RS = key_S < written_R[:, None]
   key_R1E, query_RL1 = position_RE[:, None], own_RL[..., None]
   recent_RLE = key_R1E <= query_RL1
   if mask_RP is not None:

@@ -15,6 +15,7 @@ from llamagen_jax.sampling.known_codes import KnownCodes, complete_codes
 from llamagen_jax.serving.engine import Engine
 from llamagen_jax.serving.request import Request
 from llamagen_jax.weights import bundle
+from tests.gpt.ragged_attention_test import interpreted
 
 pytestmark = pytest.mark.exact
 
@@ -87,6 +88,41 @@ def test_a_full_mixed_batch_has_the_codes_of_sample(gpt, chunk, window, cache):
   for r in requests:
     assert r.codes == generated_alone(gpt, r)
   assert engine.codes_sampled == 8 * gpt.config.image_tokens
+
+
+@pytest.mark.parametrize(
+  "config, window, cache",
+  [
+    (CAPTIONS, 1, "float"),
+    (CAPTIONS, 3, "int8"),
+    (dataclasses.replace(CLASSES, layers=1, grid=(2, 68)), 4, "float"),
+  ],
+  ids=["one-by-one", "windows-int8", "two-blocks"],
+)
+def test_the_kernel_of_a_tpu_gives_the_codes_of_sample(
+  config, window, cache, monkeypatch
+):
+  """Interpreted; in float32 no code of these models is near a tie."""
+  gpt = with_cache(transformer(config), cache)
+  requests = [request(gpt, number) for number in (1, 0, 4)]
+  expected = [generated_alone(gpt, r) for r in requests]
+  engine = Engine(gpt, slots=3, chunk=4, window=window)  # one slot stays idle
+
+  passed_over = []
+
+  def as_on_a_tpu(*arguments, tpu, default):
+    passed_over.append(default.__name__)
+    return tpu(*arguments)
+
+  monkeypatch.setattr(jax.lax, "platform_dependent", as_on_a_tpu)
+  with interpreted():
+    assert engine.join(requests[0])
+    engine.advance()
+    assert all(engine.join(r) for r in requests[1:])
+    while not engine.idle:
+      engine.advance()
+  assert [r.codes for r in requests] == expected
+  assert "by_xla" in passed_over
 
 
 def test_a_negative_prompt(gpt):
