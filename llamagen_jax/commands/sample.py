@@ -119,6 +119,8 @@ def run(args: Options) -> None:
 def _check(args: Options) -> None:
   """Refuses options that no model could follow, before any model is read."""
   generation.check(args, "fid_batch")
+  if args.fid_batch and args.count > 1:
+    raise UserError("--fid-batch chooses its classes: it takes no --count")
   if args.fid_batch and user_path(args.out).suffix != ".npz":
     raise UserError(f"--out={args.out}: expected a name that ends in .npz")
   generation.check_out(args.out)

@@ -28,6 +28,7 @@ saved = fid_batch_test.saved
     (["--order=snake"], "--order: invalid choice: 'snake'"),
     (["--kv-cache=fp8"], "--kv-cache: invalid choice: 'fp8'"),
     (["--fid-batch=4", "--out=samples_cfg1.5"], "ends in .npz"),
+    (["--fid-batch=4", "--count=2", "--out=x.npz"], "it takes no --count"),
     (["--out=x.jpg"], "ends in .png or .npz, or a folder"),
     (["--out=x.PNG"], "ends in .png or .npz, or a folder"),
     (["--out=folder.png"], "folder.png: is a folder, expected a file"),
