@@ -35,6 +35,8 @@ class ObjectiveConfig:
   patch_phases: tuple[tuple[int, int], ...] = ()
   # Random orders with probability 1 before the first step, falling to 0 at the second.
   random_order: tuple[int, int] = (0, 0)
+  # Largest share of an image's codes that are read as random ones; targets stay.
+  code_noise: float = 0.0
   contrastive_beta: float = 0.02  # of 576 codes; other sizes scale it by 576 / codes
   contrastive_lambda: float = 300.0  # weight of the wrong labels
 
@@ -47,6 +49,8 @@ class ObjectiveConfig:
         "objective: expected 0 <= label_smoothing < 1, z_loss >= 0, accumulate >= 1;"
         f" found {self}"
       )
+    if not 0 <= self.code_noise <= 1:
+      raise UserError(f"objective.code_noise={self.code_noise}: expected 0 .. 1")
     if self.kind not in KINDS:
       raise UserError(
         f"objective.kind={self.kind!r}: expected one of {', '.join(KINDS)}"
@@ -64,6 +68,8 @@ class ObjectiveConfig:
       raise UserError(
         f"objective.kind={self.kind!r} has no patch_phases and no random_order"
       )
+    if self.kind == "contrastive" and self.code_noise:
+      raise UserError("objective.kind='contrastive' has no code_noise")
 
   @property
   def until(self) -> int:
@@ -119,6 +125,21 @@ class ObjectivePhase:
     if self.patch > 1:
       return f"patches of {self.patch}x{self.patch} codes"
     return "random orders" if self.random_order else "single codes in raster order"
+
+
+def noisy_codes(
+  config: ObjectiveConfig, codes_BT: jax.Array, vocab_size: int, key: jax.Array
+) -> jax.Array:
+  """Replaces codes by random ones, a share of each image that is uniform up to a limit.
+
+  A model that reads its own mistakes in sampling has seen mistakes then, and has to
+  listen to the condition (noisy context learning, arXiv 2502.20388, section 3.3).
+  """
+  share_key, place_key, code_key = jax.random.split(key, 3)
+  share_B1 = config.code_noise * jax.random.uniform(share_key, (len(codes_BT), 1))
+  is_noise_BT = jax.random.bernoulli(place_key, share_B1, codes_BT.shape)
+  noise_BT = jax.random.randint(code_key, codes_BT.shape, 0, vocab_size)
+  return jnp.where(is_noise_BT, noise_BT, codes_BT)
 
 
 def cross_entropy(logits_BTV: jax.Array, codes_BT: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ from llamagen_jax.gpt.objective import (
   contrastive_loss,
   cross_entropy,
   guidance_free_logits,
+  noisy_codes,
   objective,
   patch_cross_entropy,
   random_orders,
@@ -178,6 +179,11 @@ def train_step(
       r.objective, extra_key, state.step, size, c.image_tokens
     )
 
+  batch["read"] = batch["codes"]
+  if r.objective.code_noise:
+    noise_key = jax.random.fold_in(step_key, 2)
+    batch["read"] = noisy_codes(r.objective, batch["codes"], c.vocab_size, noise_key)
+
   def loss_and_grads(part, number):
     key = jax.random.fold_in(dropout_key, number)
 
@@ -211,7 +217,7 @@ def _losses(
 
   def logits(training, drop_B, beta_B, params=params):
     return GPT(r.model, training).apply(
-      {"params": params}, codes_BT, condition, mask, drop_B=drop_B,
+      {"params": params}, batch["read"], condition, mask, drop_B=drop_B,
       guidance_beta=beta_B, order_BT=order_BT, patch=patch, rngs={"dropout": key},
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ from llamagen_jax.gpt.objective import (
   contrastive_loss,
   cross_entropy,
   guidance_free_logits,
+  noisy_codes,
   patch_cross_entropy,
   random_orders,
 )
@@ -241,6 +242,18 @@ def test_orders_depend_on_step_and_row_and_are_annealed():
   assert shares[2] == 0
 
 
+def test_noise_replaces_up_to_a_share_of_the_codes_of_each_image():
+  codes = jnp.full((2000, 64), 7)
+  for most in (0.0, 0.5):
+    config = ObjectiveConfig(code_noise=most)
+    noisy = np.asarray(noisy_codes(config, codes, 50, jax.random.key(0)))
+    shares = np.mean(noisy != 7, axis=1) * 50 / 49  # one code in 50 is drawn again
+    deviation = most / 12**0.5 / 2000**0.5
+    assert abs(shares.mean() - most / 2) <= 4 * deviation
+    assert shares.max() <= min(1, most + 4 * 0.5 / 8)
+    assert set(np.unique(noisy)) == (set(range(50)) if most else {7})
+
+
 def test_phases_of_a_run():
   both = ObjectiveConfig(patch_phases=((4, 10), (2, 20)), random_order=(40, 50))
   assert both.phases() == {
@@ -265,6 +278,8 @@ def test_phases_of_a_run():
     ({"kind": "guidance-free"}, {}, "expected model.guidance_embedding=True"),
     ({"kind": "contrastive"}, {"condition": "caption"}, "model.condition='class'"),
     ({"kind": "other"}, {}, "expected one of likelihood"),
+    ({"code_noise": 1.5}, {}, "code_noise=1.5: expected 0 .. 1"),
+    ({"kind": "contrastive", "code_noise": 0.1}, {}, "has no code_noise"),
     ({"kind": "contrastive", "random_order": (1, 2)}, {}, "has no patch_phases"),
   ],
 )  # fmt: skip

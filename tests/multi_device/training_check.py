@@ -65,6 +65,7 @@ RECIPES = {
   "gft": {
     "objective": {"kind": "guidance-free"}, "model": {"guidance_embedding": True},
   },
+  "noise": {"objective": {"code_noise": 0.5}},
   "muon": {"optimizer": {"kind": "muon"}},
   "lora": {"train": {"only": "table", "lora": {"rank": 2}}},
 }  # fmt: skip

@@ -62,6 +62,7 @@ RECIPES = {
     "objective": {"kind": "guidance-free"}, "model": {"guidance_embedding": True},
   },
   "cca": {"objective": {"kind": "contrastive", "accumulate": 2}},
+  "noise": {"objective": {"code_noise": 0.5}},
   "muon": {"optimizer": {"kind": "muon"}},
   "lora": {"train": {"only": "none", "lora": {"rank": 2}}},
 }  # fmt: skip
