@@ -1,6 +1,7 @@
 """What a quickstart is of, and how much fits in its minutes: kept for a rerun."""
 
 from collections.abc import Callable
+import json
 import pathlib
 import statistics
 import time
@@ -28,6 +29,7 @@ class Choices:
   """What was asked for and chosen so far, in choices.json: a rerun keeps to it."""
 
   def __init__(self, workdir: pathlib.Path, asked: dict[str, Any]):
+    asked = json.loads(json.dumps(asked))  # as it is read again: tuples are lists
     self._path = workdir / CHOICES
     self._values = read_json(self._path) if self._path.exists() else asked
     for name, value in asked.items():

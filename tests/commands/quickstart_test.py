@@ -34,6 +34,7 @@ def test_sizes_do_not_mix_in_one_folder(tmp_path):
   Choices(tmp_path / "own", {"images": "digits"} | dataclasses.asdict(quickstart.FULL))
   with pytest.raises(UserError, match="holds a run with images=digits, not my_images"):
     quickstart_folder.run(tmp_path / "own", "my_images", 20.0, quickstart._step)
+  Choices(tmp_path / "own", {"images": "digits"} | dataclasses.asdict(quickstart.FULL))
   with pytest.raises(UserError, match="holds a run with config="):
     quickstart.run(tmp_path / "own", quickstart.FAST)
 
