@@ -38,8 +38,9 @@ class Choices:
           f"--workdir={workdir} holds a run with {name}={self._values.get(name)}, not"
           f" {value}: choose another workdir, or the same {name}"
         )
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(self._path, self._values)
+    if not self._path.exists():
+      workdir.mkdir(parents=True, exist_ok=True)
+      write_json(self._path, self._values)
 
   def get(self, name: str, choose: Callable[[], Any]) -> Any:
     """Returns a choice, made by `choose` the first time."""
