@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import dataclasses
 import importlib.metadata
 import io
-import math
 import pathlib
 import sys
 
@@ -30,7 +29,7 @@ from llamagen_jax.pod.sampler import compile_sampler
 from llamagen_jax.pod.search import HEADER, Trial, search
 from llamagen_jax.pod.train_step import compile_train_step
 from llamagen_jax.serving.engine import CHUNK
-from llamagen_jax.sides import height_width, show_grid
+from llamagen_jax.sides import show_grid
 from llamagen_jax.text.t5 import PRESETS, T5Config
 from llamagen_jax.training.gpt_step import GPTRecipe
 from llamagen_jax.training.recipe import build
@@ -88,10 +87,11 @@ def main(argv: Sequence[str]) -> None:
   )
   recipe = build(GPTRecipe, config)
   grids = recipe.model.grids
-  largest = max(grids, key=lambda grid: math.prod(height_width(grid)))
+  model = max(map(recipe.model.at, grids), key=lambda model: model.image_tokens)
   if len(grids) > 1:
-    print(f"of {len(grids)} grids the largest, {show_grid(largest)}", file=sys.stderr)
-  model = recipe.model.at(largest).for_backend("tpu")
+    largest = show_grid(model.grid)
+    print(f"of {len(grids)} grids the largest, {largest}", file=sys.stderr)
+  model = model.for_backend("tpu")
   model = dataclasses.replace(model, kv_cache=values.kv_cache or model.kv_cache)
   recipe = dataclasses.replace(recipe, model=model)
   encoder = _encoder(recipe, values.t5)

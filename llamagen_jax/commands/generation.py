@@ -130,7 +130,7 @@ def check_out(name: str) -> None:
   """Refuses an --out that is no grid, no npz and no folder."""
   out = user_path(name)
   suffix = out.suffix
-  if suffix.lower() in OTHER_FILES or (suffix.lower() in FILES and suffix not in FILES):
+  if suffix not in FILES and suffix.lower() in (*FILES, *OTHER_FILES):
     raise UserError(
       f"--out={name}: expected a name that ends in .png or .npz, or a folder"
     )

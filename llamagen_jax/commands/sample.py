@@ -27,10 +27,10 @@ from llamagen_jax.sampling.prompts import write_captions
 from llamagen_jax.sampling.sample import (
   Labels,
   SamplingJob,
-  for_size,
   num_data_shards,
   sample_images,
 )
+from llamagen_jax.sampling.sizes import for_size
 from llamagen_jax.sampling.timings import Timings
 from llamagen_jax.sides import Sides
 from llamagen_jax.storage import user_path, write_json

@@ -25,9 +25,9 @@ from llamagen_jax.sampling.sample import (
   Conditions,
   SamplingJob,
   conditions_of,
-  grids_by_size,
   sample_image_codes,
 )
+from llamagen_jax.sampling.sizes import grids_by_size
 from llamagen_jax.sampling.timings import Timings
 from llamagen_jax.sides import (
   Sides,

@@ -10,7 +10,6 @@ Axes: N images of a job, B images of a batch, P condition tokens, C features, T 
 from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
-import fractions
 import functools
 import math
 from typing import Protocol
@@ -31,15 +30,9 @@ from llamagen_jax.sampling.decode import DecodeInputs, generate_codes
 from llamagen_jax.sampling.keys import as_keys, check_seed, image_keys
 from llamagen_jax.sampling.known_codes import KnownCodes, complete_codes
 from llamagen_jax.sampling.prompts import Prompts
+from llamagen_jax.sampling.sizes import for_size
 from llamagen_jax.sampling.timings import Timings
-from llamagen_jax.sides import (
-  Sides,
-  as_sides,
-  distance,
-  height_width,
-  image_size_of,
-  show_pixels,
-)
+from llamagen_jax.sides import Sides, as_sides, height_width
 from llamagen_jax.text.encoder import TextEncoder
 from llamagen_jax.tokenizer import model
 from llamagen_jax.tokenizer.config import TokenizerConfig
@@ -285,41 +278,6 @@ def check_pair(gpt: bundle.Transformer, tokenizer: bundle.Tokenizer) -> None:
       f"the tokenizer {tokenizer.identity[:12]} is not the one that the"
       f" transformer learned the codes of, {gpt.tokenizer[:12]}"
     )
-
-
-def for_size(
-  gpt: bundle.Transformer, tokenizer: bundle.Tokenizer, image_size: Sides | None
-) -> tuple[bundle.Transformer, Sides]:
-  """Returns the transformer at one of its grids, and the size that it draws there.
-
-  Args:
-    image_size: that is wanted, in pixels; None = that of the first grid. If no grid
-      has it, the nearest of the same shape is taken.
-
-  Raises:
-    UserError: no grid has the shape.
-  """
-  sizes = grids_by_size(gpt, tokenizer)
-  size = image_size or next(iter(sizes))
-  alike = [s for s in sizes if _shape(s) == _shape(size)]
-  if not alike:
-    raise UserError(
-      f"image size {show_pixels(size)}: expected the shape of the model's images,"
-      f" {' or '.join(map(show_pixels, sizes))}"
-    )
-  drawn = min(alike, key=lambda s: distance(s, size))
-  return dataclasses.replace(gpt, config=gpt.config.at(sizes[drawn])), drawn
-
-
-def grids_by_size(
-  gpt: bundle.Transformer, tokenizer: bundle.Tokenizer
-) -> dict[Sides, Sides]:
-  """Returns the model's grids by the size of their images, the first one first."""
-  return {image_size_of(g, tokenizer.config.downsample): g for g in gpt.config.grids}
-
-
-def _shape(size: Sides) -> fractions.Fraction:
-  return fractions.Fraction(*height_width(size))
 
 
 def restrict_to_codebook(

@@ -133,16 +133,9 @@ def run_chunk(
     at = (0, number * window)
     position_RE = jax.lax.dynamic_update_slice(position_RE, own_RL, at)
     logits_RLV, recent = _forward(
-      c,
-      params,
-      state,
-      recent,
-      number * window,
-      written_R,
-      own_RL,
-      position_RE,
+      c, params, state, recent, number * window, written_R, own_RL, position_RE,
       order_RT,
-    )
+    )  # fmt: skip
     index_RL = jnp.minimum(own_RL + 1 - c.prefix_tokens, c.image_tokens - 1)
     codes_RL = sample(logits_RLV, index_RL)
     state, final_R = accept(c, state, codes_RL)

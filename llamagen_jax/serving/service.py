@@ -12,6 +12,7 @@ from absl import logging
 from anyio import to_thread
 import numpy as np
 
+from llamagen_jax.errors import UserError
 from llamagen_jax.serving.api_error import APIError
 from llamagen_jax.serving.image_model import ImageModel
 from llamagen_jax.serving.metrics import Metrics
@@ -52,11 +53,17 @@ class Service:
     """Makes the service of one model or more; the first one is the default.
 
     Models of the same name are one model at several sizes, its own size first.
+
+    Raises:
+      UserError: two models of the same name and size.
     """
     self.workers, self.limits = dict(workers), limits
     self._by_size: dict[str, dict[Size, ImageModel]] = {}
     for model in workers:
       self._by_size.setdefault(model.name, {})[model.size] = model
+    if sum(map(len, self._by_size.values())) < len(self.workers):
+      names = ", ".join(model.name for model in workers)
+      raise UserError(f"models {names}: expected names that differ (--name)")
     self.models = {n: next(iter(sizes.values())) for n, sizes in self._by_size.items()}
     self.metrics = Metrics({self.label(m): worker for m, worker in workers.items()})
     self.metrics.watch_ready(lambda: self.ready)

@@ -225,10 +225,9 @@ class Worker:
     Edits do not wait for slots, nor other requests for an edit to end.
     """
     with self._state:
-      edits = [handle for handle in self._waiting if handle.request.known is not None]
-      others = [handle for handle in self._waiting if handle.request.known is None]
-    heads = [*others[:1], *edits[:1]]
-    first = next((head for head in heads if self._engine.join(head.request)), None)
+      # The first of each kind: of equal keys the last one stays.
+      heads = {h.request.known is None: h for h in reversed(self._waiting)}
+    first = next((h for h in heads.values() if self._engine.join(h.request)), None)
     if first is None:
       return False
     with self._state:

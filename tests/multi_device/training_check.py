@@ -12,6 +12,7 @@ from llamagen_jax.training.gpt_step import GPTRecipe
 from llamagen_jax.training.metrics_log import read_rows
 from llamagen_jax.training.recipe import build
 from tests import tiny
+from tests.multi_device.sampling_check import one_device
 
 MESHES = {
   "data": {"data": 8, "fsdp": 1, "tensor": 1},
@@ -31,13 +32,8 @@ def losses(module, config, workdir, mesh):
 
 
 def losses_on_one_device(module, config, workdir):
-  def one_device(**sizes):
-    return jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"),
-                         axis_types=(jax.sharding.AxisType.Auto,) * 3,
-                         devices=jax.devices()[:1])  # fmt: skip
-
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, "make_mesh", one_device)
+    patch.setattr(loop, "make_mesh", lambda **sizes: one_device())
     return losses(module, config, workdir, {"data": 1})
 
 

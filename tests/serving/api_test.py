@@ -15,6 +15,8 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
 
+from llamagen_jax.errors import UserError  # noqa: E402
+from llamagen_jax.serving.service import Service  # noqa: E402
 from llamagen_jax.serving.store import FolderStore  # noqa: E402
 from tests.serving import live  # noqa: E402
 from tests.serving.fake import codes_of  # noqa: E402
@@ -249,3 +251,7 @@ def test_several_models():
     text = live.HTTP.get(server.url + "/metrics").text
     assert 'llamagen_images_total{model="first"} 3.0' in text
     assert 'llamagen_images_total{model="second"} 1.0' in text
+    with pytest.raises(UserError, match="names that differ"):
+      Service(
+        dict.fromkeys([models[0], live.tiny_model("first")], server.worker), live.LIMITS
+      )
