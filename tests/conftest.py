@@ -10,6 +10,8 @@ import pathlib
 import signal
 import tempfile
 
+import pytest
+
 from tests.gcs import bucket, emulator  # noqa: F401, fixtures of all tests
 
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"llamagen_jax_tests_{os.getuid()}"
@@ -25,3 +27,16 @@ if not os.environ.get("LLAMAGEN_TESTS_OPTIMIZE"):
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and with them
 # every process that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file():
+  """Forgets compiled programs after a file of tests.
+
+  Linux allows a process 65 530 mappings of memory. Programs of the whole suite take
+  more, and then XLA ends with a segmentation fault (jaxlib 0.10.2).
+  """
+  yield
+  import jax  # noqa: PLC0415, after the variables above
+
+  jax.clear_caches()
