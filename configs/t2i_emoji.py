@@ -24,7 +24,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   model = GPTConfig(
     layers=4,
-    heads=8,  # a word each for some of them
+    heads=4,
     dim=128,
     grid=8,
     vocab_size=1024,
@@ -47,7 +47,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "workers": 0,
   }
   config.optimizer = {
-    "lr": 3e-3,
+    "lr": 8e-3,
     "kind": "muon",
     "schedule": "cosine",
     "warmup_steps": min(100, steps // 10),
@@ -57,7 +57,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   }
   # Makes it listen to the name, and not only to the codes before.
   config.objective = {"code_noise": 0.5}
-  config.sampling = {"guidance_scale": 2.0, "top_p": 0.2}
+  config.sampling = {"guidance_scale": 1.5, "top_p": 0.2}
   config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "slices": -1}
   config.run = {
     "steps": steps,

@@ -37,7 +37,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "source": "folder:quickstart_emoji/emoji/train",
     "eval_source": "folder:quickstart_emoji/emoji/val",
     "image_size": 32,
-    "batch_size": 32,
+    "batch_size": 16,  # 20.1 dB in 140 s on two cores; 19.0 with 32 images a step
     "max_resize": 1.1,
     "random_flip": False,
     "min_side": 16,
@@ -45,7 +45,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "workers": 0,
   }
   config.optimizer = {
-    "lr": 6e-3,
+    "lr": 1e-2,
     "kind": "muon",
     "schedule": "cosine",
     "warmup_steps": min(100, steps // 10),

@@ -1,21 +1,22 @@
 """The part of `llamagen quickstart --emoji`: names to emoji, in colour.
 
-The drawings of OpenMoji with the names that Unicode gives them -> VQ tokenizer -> codes
-and features of the names -> transformer -> emoji, within a budget of minutes. One skin
-tone of every person and some colours of shapes never occur in training. A network that
-knows real emoji only says which one a drawn one is nearest to.
+The drawings of OpenMoji with the names that Unicode gives them -> VQ tokenizer -> text
+encoder -> codes and features of the names -> transformer -> emoji, within a budget of
+minutes. One skin tone of every person and some colours of shapes never occur in
+training. A network that knows real emoji only says which one a drawn one is nearest to.
 """
 
 from collections.abc import Callable
 import dataclasses
 import functools
 import pathlib
+from typing import Any
 
 import ml_collections
 import numpy as np
 from PIL import Image
 
-from llamagen_jax.commands import budget, emoji_judge
+from llamagen_jax.commands import budget, emoji_judge, emoji_names
 from llamagen_jax.commands.budget import Choices
 from llamagen_jax.commands.generation import EXAMPLES
 from llamagen_jax.commands.quickstart_text import extract_pairs, write_t5
@@ -29,6 +30,7 @@ from llamagen_jax.images import grid, save_png
 from llamagen_jax.sampling.sample import sample
 from llamagen_jax.storage import read_json, write_json, write_text
 from llamagen_jax.text.t5 import T5Config
+from llamagen_jax.text.tokens import CaptionTokens
 from llamagen_jax.training import train_gpt, train_tokenizer
 from llamagen_jax.training.gpt_step import GPTRecipe
 from llamagen_jax.training.loop import Task
@@ -39,10 +41,11 @@ from llamagen_jax.weights.t5 import load_t5
 # 1500 pieces of words: most names are made of whole ones.
 T5 = T5Config(1500, dim=128, layers=2, heads=4, head_dim=32, ffn_dim=256)
 FAST_T5 = dataclasses.replace(T5, vocab_size=200)
-SHARES = {"tokenizer": 0.35, "gpt": 0.5}  # of the minutes; the rest is for the others
+SHARES = {"tokenizer": 0.33, "gpt": 0.45}  # of the minutes; the rest is for the others
 MOST_STEPS = 100_000
 FAST_STEPS = 5  # as the configs have it
 FAST_EMOJI = 40  # of every split, in a smoke run
+T5_EPOCHS = 25
 JUDGE_EPOCHS = 12
 SAMPLES = 300  # names of training, drawn once each
 COLOUR_SAMPLES = 8  # of every shape in a colour that it never had
@@ -77,9 +80,8 @@ def run(
       workdir / "tokenizer", train_tokenizer, TokenizerRecipe,
       functools.partial(_tokenizer_config, workdir, fast), choices, steps("tokenizer"),
     )  # fmt: skip
-  with step("text", "names to shards, codes and features"):
-    names = [path.read_text() for path in sorted((images / "train").glob("*/*.txt"))]
-    write_t5(workdir / "t5", FAST_T5 if fast else T5, names)
+  with step("text", "train the text encoder; names to codes and features"):
+    _write_t5(workdir / "t5", images / "train", fast)
     tokens = t2i_emoji.get_config().model.caption_tokens
     for split in ("train", "val"):
       extract_pairs(workdir, images / split, side, tokens)
@@ -105,6 +107,19 @@ def _tokenizer_config(
   config.data.source = f"folder:{workdir}/emoji/train"
   config.data.eval_source = f"folder:{workdir}/emoji/val"
   return config
+
+
+def _write_t5(folder: pathlib.Path, train: pathlib.Path, fast: bool) -> None:
+  paths = sorted(train.glob("*/*.txt"))
+  names = [path.read_text() for path in paths]
+  images = np.stack([_image(path.with_suffix(".png")) for path in paths])
+  epochs = 1 if fast else T5_EPOCHS
+
+  def weights(config: T5Config, tokens: CaptionTokens) -> Any:
+    params = emoji_names.fit(config, tokens, names, images, epochs=epochs, seed=0)
+    return emoji_names.encoder(params)
+
+  write_t5(folder, FAST_T5 if fast else T5, names, weights)
 
 
 def _gpt_config(
@@ -198,8 +213,11 @@ class Judge:
 def _load(folder: pathlib.Path) -> tuple[list[Emoji], np.ndarray]:
   paths = {path.stem: path for s in SPLITS for path in (folder / s).glob("*/*.png")}
   emoji = [e for e in read_emoji() if e.code in paths]
-  images = [np.asarray(Image.open(paths[e.code]).convert("RGB")) for e in emoji]
-  return emoji, np.stack(images)
+  return emoji, np.stack([_image(paths[e.code]) for e in emoji])
+
+
+def _image(path: pathlib.Path) -> np.ndarray:
+  return np.asarray(Image.open(path).convert("RGB"))
 
 
 def share_of_copies(drawn: np.ndarray, training: np.ndarray) -> float:

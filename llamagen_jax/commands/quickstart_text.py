@@ -7,9 +7,11 @@ it only gives every word a vector that depends on the words around it. Some trip
 transformer learned what the words mean.
 """
 
+from collections.abc import Callable, Sequence
 import dataclasses
 import io
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,7 +29,7 @@ from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.sampling.sample import sample
 from llamagen_jax.storage import atomic_folder, write_json
 from llamagen_jax.text.t5 import T5Config, init_t5
-from llamagen_jax.text.tokens import SENTENCEPIECE
+from llamagen_jax.text.tokens import SENTENCEPIECE, CaptionTokens
 from llamagen_jax.training import train_gpt as gpt_train
 from llamagen_jax.training import train_tokenizer as tokenizer_train
 from llamagen_jax.weights import bundle
@@ -145,12 +147,35 @@ def write_images(folder: pathlib.Path, digits: pathlib.Path) -> None:
           stem.with_suffix(".txt").write_text(triple.caption)
 
 
-def write_t5(folder: pathlib.Path, config: T5Config, captions: list[str]) -> None:
-  """Writes a T5 of fixed random weights, and a vocabulary of the captions' pieces."""
+def write_t5(
+  folder: pathlib.Path,
+  config: T5Config,
+  captions: Sequence[str],
+  weights: Callable[[T5Config, CaptionTokens], Any],
+) -> None:
+  """Writes a T5 whose vocabulary is the captions' pieces.
+
+  Args:
+    weights: returns its parameters.
+  """
   import sentencepiece
 
   if folder.exists():
     return
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(captions), model_writer=model, model_type="bpe",
+    vocab_size=config.vocab_size, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+    hard_vocab_limit=False, minloglevel=2,
+  )  # fmt: skip
+  with atomic_folder(folder) as part:
+    part.mkdir(parents=True)
+    (part / SENTENCEPIECE).write_bytes(model.getvalue())
+    save_t5(part, config, weights(config, CaptionTokens.load(part)))
+
+
+def fixed_weights(config: T5Config, tokens: CaptionTokens) -> Any:
+  """Returns random weights whose features are near the words' own vectors."""
   params = jax.device_get(unbox(init_t5(config, jax.random.key(0))))
   layers = dict(params["layers"])
   # Small queries and keys, large position biases -> a word's vector depends most on the
@@ -159,16 +184,7 @@ def write_t5(folder: pathlib.Path, config: T5Config, captions: list[str]) -> Non
   layers["out"], layers["ffn_out"] = layers["out"] / 2, layers["ffn_out"] / 2
   bias = params["position_bias"] * config.dim**0.5
   norm = params["norm"] * FEATURE_SCALE
-  params |= {"layers": layers, "position_bias": bias, "norm": norm}
-  model = io.BytesIO()
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(captions), model_writer=model, model_type="bpe",
-    vocab_size=config.vocab_size, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-    hard_vocab_limit=False, minloglevel=2,
-  )  # fmt: skip
-  with atomic_folder(folder) as part:
-    save_t5(part, config, params)
-    (part / SENTENCEPIECE).write_bytes(model.getvalue())
+  return params | {"layers": layers, "position_bias": bias, "norm": norm}
 
 
 def run(workdir: pathlib.Path, config: str, samples: int, step, train) -> dict:
@@ -187,7 +203,7 @@ def run(workdir: pathlib.Path, config: str, samples: int, step, train) -> dict:
     })  # fmt: skip
   with step("text", "captions to shards, codes and features"):
     texts = sorted((coloured / "train").glob("*.txt"))
-    write_t5(workdir / "t5", T5, [path.read_text() for path in texts])
+    write_t5(workdir / "t5", T5, [path.read_text() for path in texts], fixed_weights)
     for split in ("train", "val"):
       extract_pairs(workdir, coloured / split, SIDE, TOKENS)
   with step("gpt", "train the transformer on codes and features"):
