@@ -141,6 +141,8 @@ def _settings(
     "image_size": job.image_size,
     "sampled_size": sampled_size,
     "labels": args.labels if args.fid_batch else "given",
+    "prompts": getattr(job.conditions, "prompts", None),
+    "negative_prompt": getattr(job.conditions, "negative", None),
     "seed": job.seed,
     "sampling": dataclasses.asdict(job.sampling),
     "batch_size": job.batch_size,

@@ -18,6 +18,7 @@ from PIL import Image
 import tqdm
 
 from llamagen_jax.errors import UserError
+from llamagen_jax.evaluation.image_sets import open_image_set
 from llamagen_jax.images import save_npz, save_png
 from llamagen_jax.sampling.sample import SamplingJob, sample_batches
 from llamagen_jax.sampling.timings import Timings
@@ -26,6 +27,7 @@ from llamagen_jax.weights import bundle
 
 LABELS = ("uniform", "balanced")
 PLAN = "plan.json"
+PNG_BATCH = 100
 
 
 def choose_labels(mode: str, count: int, num_classes: int, seed: int) -> np.ndarray:
@@ -73,6 +75,8 @@ def run(
   settings = json.loads(json.dumps(settings))  # as it will be read back
   if out.exists():
     _compare(settings_path(out), settings)
+    if folder is not None and jax.process_index() == 0:
+      _write_pngs(out, folder)
     return None
   if (shards / PLAN).exists():
     _compare(shards / PLAN, settings)
@@ -136,6 +140,17 @@ def _missing(
 
 def _png(folder: epath.Path, row: int) -> epath.Path:
   return folder / f"{row:06d}.png"
+
+
+def _write_pngs(out: epath.Path, folder: epath.Path) -> None:
+  """Writes the images of a finished npz that are not in the folder yet."""
+  folder.mkdir(parents=True, exist_ok=True)
+  images, row = open_image_set("--out", out), 0
+  for batch in tqdm.tqdm(images.batches(PNG_BATCH), desc="png", unit="batch"):
+    for image in batch:
+      if not _png(folder, row).exists():
+        save_png(_png(folder, row), Image.fromarray(image))
+      row += 1
 
 
 def _shard(shards: epath.Path, batch: int) -> epath.Path:

@@ -1,6 +1,7 @@
 """Prompts: files, features, negative prompts, and the folder that is written."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -112,6 +113,16 @@ def test_the_verb_writes_images_and_captions_in_one_order(run, tmp_path, capsys)
   assert lines == ["a cat", "a cat", "two birds", "two birds"]
   first = np.asarray(Image.open(out / names[0]))
   assert (first != np.asarray(Image.open(out / names[1]))).any()
+
+
+def test_the_settings_beside_an_npz_have_the_prompts(run, tmp_path, capsys):
+  out = tmp_path / "x.npz"
+  flags = [f"--t5={run[0]}/t5", f"--out={out}", "--negative-prompt=a small book"]
+  code, err = llamagen(capsys, run[0], [*flags, "--prompts", "a cat", "two birds"])
+  assert code == 0, err
+  settings = json.loads(out.with_suffix(".json").read_text())
+  assert settings["prompts"] == ["a cat", "two birds"]
+  assert settings["negative_prompt"] == "a small book"
 
 
 def test_the_verb_reads_files_and_negative_prompts(run, tmp_path, capsys):
