@@ -1,10 +1,12 @@
 """Which real emoji a drawn one is nearest to: the judge of `quickstart --emoji`.
 
 A small network learns to tell the training emoji apart, each a class of its own, while
-they are moved, scaled, blurred and noisy. Its features then compare drawn emoji with
-all real ones, those that nobody was trained on as well. It never sees a drawn emoji.
+they are moved, scaled, blurred and noisy. Its features, whitened by those of the
+training emoji, then compare drawn emoji with all real ones, those that nobody was
+trained on as well. It never sees a drawn emoji.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +25,10 @@ LARGEST_SCALE = 0.05
 NOISE = 0.04  # standard deviation, of values in [0, 1]
 LARGEST_BLUR = 0.9  # standard deviation, pixels
 BLUR_REACH = 2  # pixels
+# Least variance of a direction when features are whitened, of the largest one. All
+# features lie near one another: 61 % of disturbed real emoji are nearest to themselves
+# as they are, 72 % whitened with 0.1, 76 % with 0.01, 78 % with 0.001.
+LEAST_VARIANCE = 1e-3
 
 
 class EmojiNetwork(nn.Module):
@@ -76,7 +82,7 @@ def disturb(images: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def fit(images: np.ndarray, *, epochs: int, seed: int) -> Any:
-  """Fits the network on uint8 images [N, S, S, 3], each its own class."""
+  """Fits the judge on uint8 images [N, S, S, 3], each its own class."""
   x, network = shrink(images), EmojiNetwork()
   batch = min(BATCH, len(x))
   steps = max(1, epochs * (len(x) // batch))
@@ -106,22 +112,37 @@ def fit(images: np.ndarray, *, epochs: int, seed: int) -> Any:
       rows = order[start : start + batch]
       key = jax.random.fold_in(keys[2], epoch * len(x) + start)
       params, state = step(params, state, x[rows], rows, key)
-  return params["network"]
+  fitted = params["network"]
+  return {"network": fitted} | whitening(_concatenated(_raw, fitted, x))
+
+
+def whitening(features_NF: np.ndarray) -> dict[str, np.ndarray]:
+  """Returns the mean [F] of features, and the map [F, F] that makes them white."""
+  mean_F = features_NF.mean(axis=0)
+  variance_F, axes_FF = np.linalg.eigh(np.cov(features_NF.T))
+  variance_F = np.maximum(variance_F, 0) + LEAST_VARIANCE * variance_F.max()
+  return {"mean": mean_F, "white": (axes_FF / np.sqrt(variance_F)).astype(np.float32)}
 
 
 def features(params: Any, images: np.ndarray) -> np.ndarray:
   """Returns unit features float32 [N, 128] of uint8 images [N, S, S, 3]."""
-  return _features(params, shrink(images))
+  return _concatenated(_white, params, shrink(images))
 
 
-def _features(params: Any, x: np.ndarray) -> np.ndarray:
-  parts = (_apply(params, x[i : i + 500]) for i in range(0, len(x), 500))
+def _concatenated(apply: Callable, params: Any, x: np.ndarray) -> np.ndarray:
+  parts = (apply(params, x[i : i + 500]) for i in range(0, len(x), 500))
   return np.concatenate([np.asarray(part) for part in parts])
 
 
 @jax.jit
-def _apply(params, x):
-  return EmojiNetwork().apply({"params": params}, x)
+def _raw(network_params, x):
+  return EmojiNetwork().apply({"params": network_params}, x)
+
+
+@jax.jit
+def _white(params, x):
+  features_BF = (_raw(params["network"], x) - params["mean"]) @ params["white"]
+  return features_BF / jnp.linalg.norm(features_BF, axis=-1, keepdims=True)
 
 
 def ranks(drawn: np.ndarray, real: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -140,5 +161,7 @@ def ranks(drawn: np.ndarray, real: np.ndarray, right: np.ndarray) -> np.ndarray:
 def jittered_accuracy(params: Any, images: np.ndarray, seed: int) -> float:
   """Returns the share of disturbed real emoji that are nearest to themselves."""
   x = np.asarray(jax.jit(disturb)(shrink(images), jax.random.key(seed)))
-  found = ranks(_features(params, x), features(params, images), np.arange(len(x)))
+  found = ranks(
+    _concatenated(_white, params, x), features(params, images), np.arange(len(x))
+  )
   return float(np.mean(found == 0))

@@ -47,3 +47,12 @@ def test_copies_are_counted_by_their_distance():
   noisy = training[:5] + rng.normal(0, 5, training[:5].shape)
   drawn = np.concatenate([np.clip(noisy, 0, 255), 255 - training[5:10]])
   assert share_of_copies(drawn.astype(np.uint8), training) == 0.5
+
+
+def test_whitened_features_have_no_mean_and_no_direction_of_their_own():
+  rng = np.random.default_rng(0)
+  rotation = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+  features = (rng.normal(size=(4000, 3)) * [5, 1, 0.5] + [7, 0, -1]) @ rotation
+  found = emoji_judge.whitening(features)
+  white = (features - found["mean"]) @ found["white"]
+  np.testing.assert_allclose(np.cov(white.T), np.eye(3), atol=0.15)
