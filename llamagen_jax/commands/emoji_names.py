@@ -35,7 +35,7 @@ FEATURE_SCALE = 8
 
 
 class NameReader(nn.Module):
-  """Token ids and mask [B, T] -> the cells of a coarse image, [B, CELLS, CELL]."""
+  """Token ids and mask [B, T] -> the cells of a coarse image, [B, GRID**2, CELL]."""
 
   config: T5Config
 
@@ -112,7 +112,7 @@ def encoder(params: Any) -> Any:
 
 
 def coarse_cells(images: np.ndarray) -> np.ndarray:
-  """Returns uint8 images [N, S, S, 3] as cells [N, CELLS, CELL] of coarse ones.
+  """Returns uint8 images [N, S, S, 3] as cells [N, GRID**2, CELL] of coarse ones.
 
   What all images have in common is taken off, and the rest has a deviation of 1.
   """

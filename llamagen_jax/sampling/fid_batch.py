@@ -6,6 +6,7 @@ with a JSON file of the settings by its side.
 """
 
 from collections.abc import Iterator
+import itertools
 import json
 import os
 from typing import Any
@@ -27,7 +28,7 @@ from llamagen_jax.weights import bundle
 
 LABELS = ("uniform", "balanced")
 PLAN = "plan.json"
-PNG_BATCH = 100
+PNG_BATCH = 100  # images of a finished npz that are read at a time
 
 
 def choose_labels(mode: str, count: int, num_classes: int, seed: int) -> np.ndarray:
@@ -145,12 +146,14 @@ def _png(folder: epath.Path, row: int) -> epath.Path:
 def _write_pngs(out: epath.Path, folder: epath.Path) -> None:
   """Writes the images of a finished npz that are not in the folder yet."""
   folder.mkdir(parents=True, exist_ok=True)
-  images, row = open_image_set("--out", out), 0
-  for batch in tqdm.tqdm(images.batches(PNG_BATCH), desc="png", unit="batch"):
-    for image in batch:
-      if not _png(folder, row).exists():
-        save_png(_png(folder, row), Image.fromarray(image))
-      row += 1
+  images = open_image_set("--out", out)
+  rows = itertools.chain.from_iterable(images.batches(PNG_BATCH))
+  bar = tqdm.tqdm(
+    rows, total=images.count, desc="png", unit="image", dynamic_ncols=True
+  )
+  for row, image in enumerate(bar):
+    if not _png(folder, row).exists():
+      save_png(_png(folder, row), Image.fromarray(image))
 
 
 def _shard(shards: epath.Path, batch: int) -> epath.Path:
