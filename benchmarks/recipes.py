@@ -2,8 +2,9 @@
 
 llamagen quickstart --workdir=quickstart
 python -m benchmarks.recipes --quickstart=quickstart --out=recipes [--seeds=3]
+    [--steps=1000]
 
-Every arm has the model FLOPs of the quickstart's 1000 plain steps. Prints a table of
+Every arm has the model FLOPs of that many plain steps. Prints a table of
 class agreement (share of images that a classifier of real digits reads as the class
 asked for), Frechet distance to real test digits, both with and without guidance, and
 images a second. What is done stays in --out, so that a stopped run goes on.
@@ -31,8 +32,7 @@ from llamagen_jax.training.gpt_step import GPTRecipe, work
 from llamagen_jax.training.recipe import build
 from llamagen_jax.weights import bundle
 
-STEPS = 1000  # of the plain arm
-ALIGN_STEPS = 100  # of contrastive alignment; they cost 8/3 of a plain step each
+ALIGN_SHARE = 0.1  # steps of contrastive alignment; they cost 8/3 of a plain step each
 SAMPLES, BATCH = 1000, 100
 GFT_BETA = 0.4  # guidance of 2.5
 
@@ -77,6 +77,7 @@ def main() -> None:
   parser.add_argument("--quickstart", default="quickstart", type=pathlib.Path)
   parser.add_argument("--out", default="recipes", type=pathlib.Path)
   parser.add_argument("--seeds", default=3, type=int)
+  parser.add_argument("--steps", default=1000, type=int, help="of the plain arm")
   parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
   args = parser.parse_args()
   judge = Judge(args.quickstart)
@@ -104,18 +105,19 @@ def run(arm: str, seed: int, args: argparse.Namespace, judge: "Judge") -> dict:
   path = folder / "scores.json"
   if path.exists():
     return json.loads(path.read_text())
-  config = recipe("plain", STEPS, args.quickstart, seed)
+  config = recipe("plain", args.steps, args.quickstart, seed)
   if arm == "aligned (CCA)":
-    steps = STEPS - round(ALIGN_STEPS * 8 / 3)
+    aligning = round(ALIGN_SHARE * args.steps)
+    steps = args.steps - round(aligning * 8 / 3)
     train_gpt.train(recipe("plain", steps, args.quickstart, seed), folder / "start")
-    config = recipe(arm, ALIGN_STEPS, args.quickstart, seed)
+    config = recipe(arm, aligning, args.quickstart, seed)
     config.init_from = str(folder / "start")
-    steps += ALIGN_STEPS
+    steps += aligning
   elif arm != "plain":
-    steps = equal_steps(arm, args.quickstart)
+    steps = equal_steps(arm, args.steps, args.quickstart)
     config = recipe(arm, steps, args.quickstart, seed)
   else:
-    steps = STEPS
+    steps = args.steps
   train_gpt.train(config, folder)
   scores = {"steps": steps} | judge(bundle.load_gpt(folder / "bundle"))
   write_json(path, scores)
@@ -134,18 +136,18 @@ def recipe(arm: str, steps: int, folder: pathlib.Path, seed: int):
   return config
 
 
-def equal_steps(arm: str, folder: pathlib.Path) -> int:
+def equal_steps(arm: str, plain_steps: int, folder: pathlib.Path) -> int:
   """Returns the steps with the model FLOPs of the plain arm."""
-  one = build(GPTRecipe, recipe("plain", STEPS, folder, 0))
-  other = build(GPTRecipe, recipe(arm, STEPS, folder, 0))
-  starts = [*other.objective.phases(), STEPS]
+  one = build(GPTRecipe, recipe("plain", plain_steps, folder, 0))
+  other = build(GPTRecipe, recipe(arm, plain_steps, folder, 0))
+  starts = [*other.objective.phases(), plain_steps]
   flops = sum(
     work(other, phase.patch).flops * (end - start)
     for (start, phase), end in zip(
       other.objective.phases().items(), starts[1:], strict=True
     )
   )
-  return round(STEPS * STEPS * work(one, 1).flops / flops)
+  return round(plain_steps * plain_steps * work(one, 1).flops / flops)
 
 
 class Judge:

@@ -57,7 +57,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   }
   # Makes it listen to the name, and not only to the codes before.
   config.objective = {"code_noise": 0.5}
-  config.sampling = {"guidance_scale": 2.0, "top_p": 0.2}
+  config.sampling = {"guidance_scale": 1.5, "top_p": 0.2}
   config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "slices": -1}
   config.run = {
     "steps": steps,

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from llamagen_jax.commands.fitting import fit, shuffled_rows
+
 BATCH = 50
 LEARNING_RATE = 2e-3
 LARGEST_SHIFT = 2  # pixels, augmentation
@@ -42,23 +44,13 @@ def fit_classifier(
     logits, _ = model.apply(params, x)
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
 
-  @jax.jit
-  def step(params, opt_state, x, y):
-    updates, opt_state = optimizer.update(
-      jax.grad(loss_fn)(params, x, y), opt_state, params
-    )
-    return optax.apply_updates(params, updates), opt_state
+  def batches():
+    for rows in shuffled_rows(len(images), BATCH, epochs, rng):
+      shift = rng.integers(-LARGEST_SHIFT, LARGEST_SHIFT + 1, 2)
+      yield np.roll(images[rows], shift, axis=(1, 2)), labels[rows]
 
   params = jax.jit(model.init)(jax.random.key(seed), images[:1])
-  opt_state = optimizer.init(params)
-  for _ in range(epochs):
-    order = rng.permutation(len(images))
-    for start in range(0, len(order) - BATCH + 1, BATCH):
-      rows = order[start : start + BATCH]
-      shift = rng.integers(-LARGEST_SHIFT, LARGEST_SHIFT + 1, 2)
-      x = np.roll(images[rows], shift, axis=(1, 2))
-      params, opt_state = step(params, opt_state, x, labels[rows])
-  return params
+  return fit(loss_fn, params, optimizer, batches(), steps=steps, name="classifier")
 
 
 def classify(params: Any, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

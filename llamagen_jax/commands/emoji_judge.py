@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from llamagen_jax.commands import fitting
+
 SIDE = 32  # pixels that the network looks at
 FEATURES = 128
 BATCH = 128
@@ -85,8 +87,8 @@ def fit(images: np.ndarray, *, epochs: int, seed: int) -> Any:
   """Fits the judge on uint8 images [N, S, S, 3], each its own class."""
   x, network = shrink(images), EmojiNetwork()
   batch = min(BATCH, len(x))
-  steps = max(1, epochs * (len(x) // batch))
-  optimizer = optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, steps))
+  steps = epochs * (len(x) // batch)
+  optimizer = optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, max(1, steps)))
   keys = jax.random.split(jax.random.key(seed), 3)
   classes = jax.random.normal(keys[1], (len(x), FEATURES))
   params = {"network": network.init(keys[0], x[:1])["params"], "classes": classes}
@@ -98,20 +100,12 @@ def fit(images: np.ndarray, *, epochs: int, seed: int) -> Any:
     logits = SHARPNESS * features @ classes.T
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, rows))
 
-  @jax.jit
-  def step(params, state, x, rows, key):
-    updates, state = optimizer.update(
-      jax.grad(loss_fn)(params, x, rows, key), state, params
-    )
-    return optax.apply_updates(params, updates), state
+  def batches():
+    rng = np.random.default_rng(seed)
+    for index, rows in enumerate(fitting.shuffled_rows(len(x), batch, epochs, rng)):
+      yield x[rows], rows, jax.random.fold_in(keys[2], index)
 
-  state, rng = optimizer.init(params), np.random.default_rng(seed)
-  for epoch in range(epochs):
-    order = rng.permutation(len(x))
-    for start in range(0, len(x) - batch + 1, batch):
-      rows = order[start : start + batch]
-      key = jax.random.fold_in(keys[2], epoch * len(x) + start)
-      params, state = step(params, state, x[rows], rows, key)
+  params = fitting.fit(loss_fn, params, optimizer, batches(), steps=steps, name="judge")
   fitted = params["network"]
   return {"network": fitted} | whitening(_concatenated(_raw, fitted, x))
 

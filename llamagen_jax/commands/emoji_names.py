@@ -8,27 +8,44 @@ their first codes, and hardly listens to the names.
 """
 
 from collections.abc import Sequence
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import tqdm
+from optax.contrib import MuonDimensionNumbers as MatrixAxes
 
+from llamagen_jax.commands import fitting
 from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.text.t5 import T5Config, T5Encoder
 from llamagen_jax.text.tokens import CaptionTokens
+from llamagen_jax.training.optimizer import (
+  OptimizerConfig,
+  learning_rate,
+  make_optimizer,
+)
 
 SIDE = 16  # pixels of the coarse image
 GRID = 8  # cells along a side
 CELL = (SIDE // GRID) ** 2 * 3  # values of a cell
 WIDTH = 256  # of the perceptron behind the attention
-ARTICLES = ("", "a ", "the ")  # one writes "a red heart" as well
+ARTICLES = ("", "a ")  # one writes "a red heart" as well
 BATCH = 64
-LEARNING_RATE = 2e-3
+# The coarse image of 91 % of the training names is found after 75 s; of 85 % with
+# 1.2e-2, of 79 % with AdamW at 2e-3 after 61 s.
+OPTIMIZER = OptimizerConfig(lr=4e-3, kind="muon", schedule="cosine", weight_decay=0.01)
 WARMUP_STEPS = 50
+MATRICES = {  # by the last names of a parameter, the axes for Muon
+  ("layers", "qkv"): MatrixAxes((1,), (3, 4)),
+  ("layers", "out"): MatrixAxes((1, 2), (3,)),
+  ("layers", "in"): MatrixAxes((1,), (3,)),
+  ("layers", "ffn_out"): MatrixAxes((1,), (2,)),
+  ("key", "kernel"): MatrixAxes((0,), (1, 2)),
+  ("value", "kernel"): MatrixAxes((0,), (1, 2)),
+  ("hidden", "kernel"): MatrixAxes((0,), (1,)),
+}
 # Of the features that are kept. The transformer's embedder starts with small weights:
 # 800 steps make a name worth 148 nats of an image with it, 125 without.
 FEATURE_SCALE = 8
@@ -54,7 +71,7 @@ class NameReader(nn.Module):
       key_BTNH, value_BTNH, mask=mask_BT[:, None, None] > 0,
     )  # fmt: skip
     x_BCD = seen_BCNH.reshape(len(ids_BT), cells, -1) + place_CD
-    return nn.Dense(CELL)(nn.gelu(nn.Dense(WIDTH)(x_BCD)))
+    return nn.Dense(CELL, name="cells")(nn.gelu(nn.Dense(WIDTH, name="hidden")(x_BCD)))
 
 
 def fit(
@@ -67,41 +84,30 @@ def fit(
   seed: int,
 ) -> Any:
   """Fits a reader on uint8 images [N, S, S, 3] of names; returns its parameters."""
-  longest = max(len(tokens.ids(f"the {name}", 1000)) for name in names)
+  longest = max(len(tokens.ids(ARTICLES[-1] + name, 1000)) for name in names)
   rows = [tokens.rows([a + name for name in names], longest) for a in ARTICLES]
   ids_ANT, mask_ANT = (np.stack(x) for x in zip(*rows, strict=True))
   cells_NCV = coarse_cells(images)
   reader, batch = NameReader(config), min(BATCH, len(names))
   steps = max(1, epochs * (len(names) // batch))
-  schedule = optax.warmup_cosine_decay_schedule(
-    0.0, LEARNING_RATE, min(WARMUP_STEPS, steps // 10), steps
-  )
-  optimizer = optax.chain(
-    optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01)
+  warmed = dataclasses.replace(OPTIMIZER, warmup_steps=min(WARMUP_STEPS, steps // 10))
+  optimizer = make_optimizer(
+    warmed, learning_rate(warmed, steps), lambda path: MATRICES.get(tuple(path[-2:]))
   )
 
   def loss_fn(params, ids_BT, mask_BT, cells_BCV):
     found_BCV = reader.apply({"params": params}, ids_BT, mask_BT)
     return jnp.mean((found_BCV - cells_BCV) ** 2)
 
-  @jax.jit
-  def step(params, state, *batch):
-    loss, gradients = jax.value_and_grad(loss_fn)(params, *batch)
-    updates, state = optimizer.update(gradients, state, params)
-    return optax.apply_updates(params, updates), state, loss
-
-  key, rng = jax.random.key(seed), np.random.default_rng(seed)
-  params = unbox(reader.init(key, ids_ANT[0, :1], mask_ANT[0, :1])["params"])
-  state = optimizer.init(params)
-  for _ in (progress := tqdm.trange(epochs, desc="t5", unit="epoch")):
-    order, losses = rng.permutation(len(names)), []
-    for start in range(0, len(names) - batch + 1, batch):
-      n = order[start : start + batch]
+  def batches():
+    rng = np.random.default_rng(seed)
+    for n in fitting.shuffled_rows(len(names), batch, epochs, rng):
       a = rng.integers(len(ARTICLES), size=batch)
-      data = ids_ANT[a, n], mask_ANT[a, n], cells_NCV[n]
-      params, state, loss = step(params, state, *data)
-      losses.append(loss)
-    progress.set_postfix(loss=f"{np.mean(losses):.3f}")
+      yield ids_ANT[a, n], mask_ANT[a, n], cells_NCV[n]
+
+  start = reader.init(jax.random.key(seed), ids_ANT[0, :1], mask_ANT[0, :1])
+  params = unbox(start["params"])
+  params = fitting.fit(loss_fn, params, optimizer, batches(), steps=steps, name="t5")
   return jax.device_get(params)
 
 

@@ -41,7 +41,7 @@ from llamagen_jax.weights.t5 import load_t5
 # 1500 pieces of words: most names are made of whole ones.
 T5 = T5Config(1500, dim=128, layers=2, heads=4, head_dim=32, ffn_dim=256)
 FAST_T5 = dataclasses.replace(T5, vocab_size=200)
-SHARES = {"tokenizer": 0.33, "gpt": 0.45}  # of the minutes; the rest is for the others
+SHARES = {"tokenizer": 0.25, "gpt": 0.53}  # of the minutes; the rest is for the others
 MOST_STEPS = 100_000
 FAST_STEPS = 5  # as the configs have it
 FAST_EMOJI = 40  # of every split, in a smoke run
@@ -95,7 +95,10 @@ def run(
   path = workdir / "metrics.json"
   if not path.exists():
     with step("judge", "draw emoji of names, seen and unseen, and look for them"):
-      metrics = Judge(workdir, epochs=1 if fast else JUDGE_EPOCHS).scores()
+      judge = Judge(workdir, epochs=1 if fast else JUDGE_EPOCHS)
+      drawn = judge.draw()
+      judge.write_grid(drawn, workdir / "samples.png")
+      metrics = judge.scores(drawn)
     write_json(path, metrics)
   return read_json(path)
 
@@ -136,13 +139,14 @@ class Judge:
   """Draws emoji of names with a workdir's models, and looks for them among real ones.
 
   Attributes:
+    gpt: what draws.
     emoji: all real emoji that were drawn, in Unicode's order.
     images: uint8 [R, S, S, 3] of them.
+    asked: rows of the emoji whose names are drawn, by kind of name.
   """
 
   def __init__(self, workdir: pathlib.Path, epochs: int):
-    self._workdir = workdir
-    self._gpt = bundle.load_gpt(workdir / "gpt" / "bundle")
+    self.gpt = bundle.load_gpt(workdir / "gpt" / "bundle")
     self._tokenizer = bundle.load_tokenizer(workdir / "tokenizer" / "bundle")
     self._encoder = load_t5(workdir / "t5", dtype="float32")
     self.emoji, self.images = _load(workdir / "emoji")
@@ -150,8 +154,8 @@ class Judge:
     self._network = emoji_judge.fit(self.images[train], epochs=epochs, seed=0)
     self._features = emoji_judge.features(self._network, self.images)
     self.accuracy = emoji_judge.jittered_accuracy(self._network, self.images, seed=1)
-    self.held_out, _ = self._reconstruct(self.rows("val"))
-    _, self._reconstructed = self._reconstruct(train)
+    self.held_out, _ = self.reconstruct(self.rows("val"))
+    _, self._reconstructed = self.reconstruct(train)
     rng = np.random.default_rng(0)
     self.asked = {
       "seen": rng.choice(train, min(SAMPLES, len(train)), replace=False),
@@ -163,7 +167,8 @@ class Judge:
     """Returns the rows of the emoji of a split."""
     return np.array([i for i, e in enumerate(self.emoji) if e.split == split])
 
-  def _reconstruct(self, rows: np.ndarray) -> tuple[Reconstruction, np.ndarray]:
+  def reconstruct(self, rows: np.ndarray) -> tuple[Reconstruction, np.ndarray]:
+    """Returns the scores of reconstructed emoji, and themselves, uint8 [N, S, S, 3]."""
     kept, parts = [], np.array_split(self.images[rows], -(-len(rows) // BATCH))
     batches = ({"image": x, "weight": np.ones(len(x), np.float32)} for x in parts)
     found = reconstruct(
@@ -172,23 +177,25 @@ class Judge:
     )  # fmt: skip
     return found, np.concatenate(kept)
 
-  def draw(self, rows: np.ndarray, **sampling: float) -> np.ndarray:
-    """Samples emoji of the names of rows, uint8 [N, S, S, 3]."""
+  def draw(self, **sampling: float) -> dict[str, np.ndarray]:
+    """Samples emoji of the names of `asked`, uint8 [N, S, S, 3] of every kind."""
+    return {kind: self._draw(rows, **sampling) for kind, rows in self.asked.items()}
+
+  def _draw(self, rows: np.ndarray, **sampling: float) -> np.ndarray:
     prompts = [self.emoji[row].phrase for row in rows]
     return sample(
-      self._gpt, self._tokenizer, prompts=prompts, text_encoder=self._encoder,
+      self.gpt, self._tokenizer, prompts=prompts, text_encoder=self._encoder,
       batch_size=BATCH, **sampling,
     )  # fmt: skip
 
-  def scores(self, **sampling: float) -> dict[str, float]:
-    """Returns what the table shows; writes samples.png."""
+  def scores(self, drawn: dict[str, np.ndarray]) -> dict[str, float]:
+    """Returns what the table shows."""
     scores = {
       "psnr": self.held_out.psnr,
       "usage": self.held_out.usage,
       "judge": self.accuracy,
       "real": len(self.emoji),
     }
-    drawn = {kind: self.draw(rows, **sampling) for kind, rows in self.asked.items()}
     for kind, rows in self.asked.items():
       found = emoji_judge.features(self._network, drawn[kind])
       ranks = emoji_judge.ranks(found, self._features, rows)
@@ -196,18 +203,17 @@ class Judge:
       scores[f"{kind}/top1"] = float(np.mean(ranks < 1))
       scores[f"{kind}/top5"] = float(np.mean(ranks < 5))
     scores["copies"] = share_of_copies(drawn["seen"], self._reconstructed)
-    self._write_grid(drawn)
     return scores
 
-  def _write_grid(self, drawn: dict[str, np.ndarray]) -> None:
+  def write_grid(self, drawn: dict[str, np.ndarray], path: pathlib.Path) -> None:
+    """Writes some of what was drawn, with its names, as a PNG."""
     images, labels = [], []
     for kind, count in SHOWN.items():
       chosen = _spread([self.emoji[row].group for row in self.asked[kind]], count)
       images += [*drawn[kind][chosen]]
       names = [self.emoji[row].phrase for row in self.asked[kind][chosen]]
       labels += names if kind == "seen" else [f"unseen: {name}" for name in names]
-    sheet = grid(np.stack(images), columns=COLUMNS, labels=labels, zoom=4)
-    save_png(self._workdir / "samples.png", sheet)
+    save_png(path, grid(np.stack(images), columns=COLUMNS, labels=labels, zoom=4))
 
 
 def _load(folder: pathlib.Path) -> tuple[list[Emoji], np.ndarray]:

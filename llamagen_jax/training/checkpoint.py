@@ -7,17 +7,16 @@ import os
 import shutil
 import sys
 import threading
-import time
 from typing import Any, TypeVar
 
 from absl import logging
 from etils import epath
 import jax
-from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
 from llamagen_jax.errors import RunFailed, UserError
-from llamagen_jax.storage import in_bucket, is_transient, read_json, write_json
+from llamagen_jax.storage import in_bucket, read_json, write_json
+from llamagen_jax.training import checkpoint_files as files
 from llamagen_jax.training.recipe import RunConfig
 
 T = TypeVar("T")
@@ -26,8 +25,6 @@ CONFIG = "config.json"
 STEP_FOLDERS = {"step_prefix": "step", "step_format_fixed_length": 9}
 # `model` is what a bundle of the weights says besides their shape, as JSON.
 ITEMS = ("state", "position", "config", "model")
-SIZES = "sizes.json"  # of a checkpoint: the bytes of every file, written last
-UNREADABLE = "unreadable_"  # put before the name of a checkpoint that is not whole
 # Fields of a config that a resumed run may have other values of; the log says so.
 # Everything else decides the numbers of a run, and another value is refused.
 MAY_CHANGE_ON_RESUME = (
@@ -50,10 +47,6 @@ MAY_CHANGE_ON_RESUME = (
   "data.workers",
   "data.max_bad_share",
 )
-# Status codes in TensorStore's errors, of storage that answers again later.
-TRANSIENT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "RESOURCE_EXHAUSTED: HTTP")
-WAIT_SECONDS = (1, 4, 15, 60)
-DAMAGED = ("DATA_LOSS", "checksum", "decod")  # in TensorStore's errors
 
 
 class Checkpoints:
@@ -68,9 +61,9 @@ class Checkpoints:
     self._workdir, self._run = epath.Path(workdir), run
     self._config = json.loads(json.dumps(config))  # as it will be read back
     self._model: dict[str, Any] = {}
-    self._folder = _checkpoint_folder(self._workdir)
+    self._folder = files.checkpoint_folder(self._workdir)
     self.previous = self._previous_config()
-    _quarantine_damaged(self._folder)
+    files.quarantine_damaged(self._folder)
     self._saving, self._failed = 0, False
     self._manager = ocp.CheckpointManager(
       self._folder,
@@ -79,7 +72,9 @@ class Checkpoints:
         max_to_keep=run.keep_last,
         keep_period=run.keep_every or None,
         async_options=ocp.AsyncOptions(
-          post_finalization_callback=lambda: _write_sizes(self._folder, self._saving),
+          post_finalization_callback=lambda: files.write_sizes(
+            self._folder, self._saving
+          ),
           barrier_sync_fn=_wait_for_hosts,
         ),
         **STEP_FOLDERS,
@@ -94,7 +89,7 @@ class Checkpoints:
       UserError: a field that may not change has changed.
     """
     path = self._workdir / CONFIG
-    if not (path.exists() and _has_checkpoints(self._folder)):
+    if not (path.exists() and files.saved_steps(self._folder)):
       return None
     previous = read_json(path)
     for name, old, new in _changes(previous, self._config):
@@ -126,7 +121,7 @@ class Checkpoints:
           f" of step {step}; expected run.steps >= {step}"
         )
       try:
-        restored = with_retries(
+        restored = files.with_retries(
           lambda step=step: self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -137,15 +132,15 @@ class Checkpoints:
           f"checkpoint of step {step}",
         )
       except (ValueError, OSError) as error:
-        folder = self._folder / _step_folder(step)
-        damage = _damage(folder) or _damage_in(error)
+        folder = self._folder / files.step_folder(step)
+        damage = files.damage_of(folder) or files.damage_in(error)
         # One host cannot go back alone: the others wait for it in a barrier.
         if damage is None or jax.process_count() > 1:
           raise RunFailed(
             f"checkpoint of step {step} in {self._folder} cannot be read:"
-            f" {_one_line(error)}"
+            f" {files.one_line(error)}"
           ) from error
-        _quarantine(folder, damage)
+        files.quarantine(folder, damage)
         self._manager.reload()
         continue
       for name, old, new in _changes(self.previous or self._config, self._config):
@@ -193,7 +188,7 @@ class Checkpoints:
       )
 
   def _last_good(self) -> str:
-    steps = _steps(self._folder)
+    steps = files.saved_steps(self._folder)
     return f"step {max(steps)}" if steps else "none was saved"
 
   def finish(self) -> None:
@@ -213,7 +208,7 @@ class Checkpoints:
       self._failed = True
       raise RunFailed(
         f"checkpoint of step {self._saving} in {self._folder} could not be saved"
-        f" ({_one_line(error)}); last good checkpoint: {self._last_good()}"
+        f" ({files.one_line(error)}); last good checkpoint: {self._last_good()}"
       ) from error
 
   def __enter__(self) -> "Checkpoints":
@@ -265,7 +260,7 @@ def restore_items(
   """
   workdir = epath.Path(workdir)
   with ocp.CheckpointManager(
-    _checkpoint_folder(workdir),
+    files.checkpoint_folder(workdir),
     options=ocp.CheckpointManagerOptions(**STEP_FOLDERS, read_only=True),
     item_names=ITEMS,
   ) as manager:
@@ -278,7 +273,9 @@ def restore_items(
     items = ocp.args.Composite(
       config=ocp.args.JsonRestore(), model=ocp.args.JsonRestore()
     )
-    about = dict(with_retries(lambda: manager.restore(step, args=items), "checkpoint"))
+    about = dict(
+      files.with_retries(lambda: manager.restore(step, args=items), "checkpoint")
+    )
     abstract = wanted(about)
     stored = ocp.args.PyTreeRestore(
       abstract, ocp.checkpoint_utils.construct_restore_args(abstract),
@@ -286,110 +283,15 @@ def restore_items(
     )  # fmt: skip
     args = ocp.args.Composite(state=stored)
     try:
-      restored = with_retries(lambda: manager.restore(step, args=args), "checkpoint")
+      restored = files.with_retries(
+        lambda: manager.restore(step, args=args), "checkpoint"
+      )
     except (ValueError, KeyError) as error:
       raise UserError(
         f"{workdir}: the checkpoint of step {step} does not fit this config:"
-        f" {_one_line(error)}"
+        f" {files.one_line(error)}"
       ) from error
   return step, about, restored.state
-
-
-def with_retries(read: Callable[[], T], name: str) -> T:
-  """Returns `read()`, tried again after a while where storage does not answer."""
-  for seconds in WAIT_SECONDS:
-    try:
-      return read()
-    except (ValueError, OSError) as error:
-      text = str(error)
-      if not (is_transient(error) or any(status in text for status in TRANSIENT)):
-        raise
-      logging.warning("%s: %s; again in %d s", name, _one_line(error), seconds)
-      time.sleep(seconds)
-  return read()
-
-
-def _has_checkpoints(folder: epath.Path) -> bool:
-  return bool(_steps(folder))
-
-
-def _steps(folder: epath.Path) -> list[int]:
-  """Returns the steps of finished checkpoints."""
-  if not folder.exists():
-    return []
-  return [int(path.name[5:]) for path in folder.glob("step_" + "[0-9]" * 9)]
-
-
-def _checkpoint_folder(workdir: epath.Path) -> epath.Path:
-  folder = workdir / "checkpoints"
-  return folder if folder.is_absolute() else folder.absolute()  # gs:// is absolute
-
-
-def _step_folder(step: int) -> str:
-  return f"step_{step:09d}"
-
-
-def _write_sizes(folder: epath.Path, step: int) -> None:
-  """Into the checkpoint that is about to be committed, still under its first name."""
-  if jax.process_index() == 0:
-    for path in folder.glob(f"{_step_folder(step)}*"):
-      write_json(path / SIZES, _sizes(path))
-
-
-def _sizes(folder: epath.Path) -> dict[str, int]:
-  sizes, folders = {}, [folder]
-  while folders:  # epath has no recursive glob
-    for path in folders.pop().iterdir():
-      if path.is_dir():
-        folders.append(path)
-      # Orbax completes its own metadata after the sizes were taken.
-      elif path.name not in (SIZES, "_CHECKPOINT_METADATA", f".{SIZES}.part"):
-        sizes[str(path.relative_to(folder))] = path.stat().length
-  return sizes
-
-
-def _quarantine_damaged(folder: epath.Path) -> None:
-  """Host 0 compares the files of the newest checkpoints with their sizes."""
-  if jax.process_index() == 0:
-    for step in sorted(_steps(folder), reverse=True):
-      path = folder / _step_folder(step)
-      damage = with_retries(lambda path=path: _damage(path), path.name)
-      if damage is None:
-        break
-      _quarantine(path, damage)
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices("checkpoints were looked at")
-
-
-def _damage(folder: epath.Path) -> str | None:
-  record = folder / SIZES
-  if not record.exists():
-    return None  # of an earlier version, or written by hand: reading it will tell
-  sizes = _sizes(folder)
-  for name, size in read_json(record).items():
-    if sizes.get(name) != size:
-      return f"{name} has {sizes.get(name, 'no')} bytes, expected {size}"
-  return None
-
-
-def _damage_in(error: Exception) -> str | None:
-  """Returns the error's text where it says that bytes are not what was written."""
-  return _one_line(error) if any(word in str(error) for word in DAMAGED) else None
-
-
-def _quarantine(folder: epath.Path, damage: str) -> None:
-  aside = folder.parent / f"{UNREADABLE}{folder.name}"
-  if aside.exists():
-    aside.rmtree()
-  folder.rename(aside)
-  logging.warning(
-    "checkpoint %s is damaged (%s): kept as %s, falling back to the one before",
-    folder, damage, aside.name,
-  )  # fmt: skip
-
-
-def _one_line(error: object) -> str:
-  return " ".join(str(error).split())[:300]
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -17,7 +17,8 @@ from llamagen_jax.data.loader import Stream
 from llamagen_jax.errors import RunFailed, Stopped
 from llamagen_jax.parallel.hosts import StopSignal
 from llamagen_jax.training import checkpoint, train_gpt
-from llamagen_jax.training.checkpoint import Checkpoints, with_retries
+from llamagen_jax.training.checkpoint import Checkpoints
+from llamagen_jax.training.checkpoint_files import with_retries
 from llamagen_jax.training.export import export_bundle, load_run
 from llamagen_jax.training.metrics_log import read_rows
 from llamagen_jax.training.recipe import RunConfig
