@@ -2,14 +2,15 @@
 
 llamagen quickstart --workdir=quickstart
 llamagen quickstart --emoji --workdir=quickstart_emoji
-python -m benchmarks.finetuning --digits=quickstart --emoji=quickstart_emoji --out=finetuning
+python -m benchmarks.finetuning --digits=quickstart --emoji=quickstart_emoji
 
 All codes are those of the emoji quickstart's tokenizer. The start is trained on eight
 classes; then it gets a class table of another size, and all weights are trained, or
 adapters and the table (LoRA), or the table alone, beside a model that starts from
-nothing and takes as many steps. Digits: share of sampled ones that a classifier of real
-digits reads as the class asked for. Emoji by group: loss on held-out ones. Writes a grid
-of samples of every arm. What is done stays in --out, so that a stopped run goes on.
+nothing and takes as many steps. Digits: share of sampled ones that a classifier of
+real digits reads as the class asked for. Emoji by group: loss on held-out ones. Writes
+a grid of samples of every arm. What is done stays in --out, so that a stopped run goes
+on.
 """
 
 import argparse

@@ -52,7 +52,7 @@ COLOUR_SAMPLES = 8  # of every shape in a colour that it never had
 BATCH = 100
 DEMO_PROMPTS = ("red heart", "flag of Japan", "woman firefighter with dark skin")
 COPY = 10.0  # grey levels, root mean square
-COLUMNS, SHOWN = 10, {"seen": 50, "tones": 10, "colours": 10}
+COLUMNS, SHOWN = 10, {"seen": 50, "tones": 14, "colours": 6}
 
 
 def run(
@@ -209,7 +209,8 @@ class Judge:
     """Writes some of what was drawn, with its names, as a PNG."""
     images, labels = [], []
     for kind, count in SHOWN.items():
-      chosen = _spread([self.emoji[row].group for row in self.asked[kind]], count)
+      rows, first = np.unique(self.asked[kind], return_index=True)
+      chosen = first[_spread([self.emoji[row].group for row in rows], count)]
       images += [*drawn[kind][chosen]]
       names = [self.emoji[row].phrase for row in self.asked[kind][chosen]]
       labels += names if kind == "seen" else [f"unseen: {name}" for name in names]
@@ -238,9 +239,10 @@ def share_of_copies(drawn: np.ndarray, training: np.ndarray) -> float:
 
 
 def _spread(groups: list[str], count: int) -> np.ndarray:
-  """Returns `count` indices, as many of each group as there are."""
+  """Returns `count` random indices, as many of each group as there are."""
   seen, turns = {}, []
-  for index, group in enumerate(groups):
+  for index in np.random.default_rng(0).permutation(len(groups)):
+    group = groups[index]
     seen[group] = seen.get(group, 0) + 1
     turns.append((seen[group], group, index))
   return np.array([index for *_, index in sorted(turns)[:count]])
