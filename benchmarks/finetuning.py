@@ -16,7 +16,6 @@ on.
 import argparse
 from collections.abc import Sequence
 import importlib
-import json
 import pathlib
 
 import ml_collections
@@ -79,7 +78,7 @@ def main() -> None:
         read = agreement(judge, folder, tokenizer, folder.with_suffix(".png"))
         cells += [f"{share:.1%}" for share in read]
       else:
-        draw(folder, tokenizer, 9, folder.with_suffix(".png"))
+        draw(folder, tokenizer, folder.with_suffix(".png"))
         losses = [row["eval/loss"] for row in read_rows(folder / "metrics.jsonl")
                   if "eval/loss" in row]  # fmt: skip
         cells.append(f"{losses[-1]:.2f}")
@@ -126,22 +125,20 @@ def train(recipe: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 
 
 def draw(
-  folder: pathlib.Path, tokenizer: pathlib.Path, classes: int, path: pathlib.Path
+  folder: pathlib.Path, tokenizer: pathlib.Path, path: pathlib.Path
 ) -> tuple[np.ndarray, np.ndarray]:
   """Samples images of all classes in turn; writes a grid, a column for a class."""
+  gpt = bundle.load_gpt(folder / "bundle")
+  classes = gpt.config.num_classes
   asked = np.arange(SAMPLES) % classes
-  images = sample(
-    bundle.load_gpt(folder / "bundle"), bundle.load_tokenizer(tokenizer), asked,
-    batch_size=BATCH,
-  )  # fmt: skip
+  images = sample(gpt, bundle.load_tokenizer(tokenizer), asked, batch_size=BATCH)
   save_png(path, grid(images[: SHOWN * classes], columns=classes, zoom=3))
   return asked, images
 
 
 def agreement(judge, folder, tokenizer, path) -> list[float]:
   """Returns the shares of 0-7 and of 8 and 9 that are read as asked; writes a grid."""
-  gpt = json.loads((folder / "bundle" / bundle.CONFIG).read_text())
-  asked, images = draw(folder, tokenizer, gpt["model"]["num_classes"], path)
+  asked, images = draw(folder, tokenizer, path)
   right = classify(judge, images)[0] == asked
   return [float(np.mean(right[part])) for part in (asked < 8, asked >= 8) if any(part)]
 
