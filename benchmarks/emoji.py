@@ -13,7 +13,6 @@ import pathlib
 import tempfile
 
 from etils import epath
-import numpy as np
 
 from llamagen_jax.commands.quickstart_emoji import JUDGE_EPOCHS, Judge
 from llamagen_jax.training.checkpoint_files import checkpoint_folder, saved_steps
@@ -48,7 +47,7 @@ def main() -> None:
 
 
 def print_row(name: str, scores: dict[str, float]) -> None:
-  cells = [f"{np.round(100 * scores[figure]):.0f} %" for figure in FIGURES]
+  cells = [f"{100 * scores[figure]:.0f} %" for figure in FIGURES]
   print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

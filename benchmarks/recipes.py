@@ -4,10 +4,10 @@ llamagen quickstart --workdir=quickstart
 python -m benchmarks.recipes --quickstart=quickstart --out=recipes [--seeds=3]
     [--steps=1000]
 
-Every arm has the model FLOPs of that many plain steps. Prints a table of
-class agreement (share of images that a classifier of real digits reads as the class
-asked for), Frechet distance to real test digits, both with and without guidance, and
-images a second. What is done stays in --out, so that a stopped run goes on.
+Every arm has the model FLOPs of that many plain steps. Prints a table of class
+agreement (share of images that a classifier of real digits reads as the class asked
+for), Frechet distance to real test digits, both with and without guidance, and images
+a second. What is done stays in --out, so that a stopped run goes on.
 """
 
 import argparse

@@ -38,9 +38,10 @@ def fit(
     return optax.apply_updates(params, updates), state, loss
 
   state = optimizer.init(params)
-  for batch in (progress := tqdm.tqdm(batches, name, steps, unit="step")):
+  progress = tqdm.tqdm(batches, name, steps, unit="step")
+  for number, batch in enumerate(progress, start=1):
     params, state, loss = step(params, state, *batch)
-    if progress.n % LOG_EVERY == 0:
+    if number % LOG_EVERY == 0:
       progress.set_postfix(loss=f"{loss:.3f}")
   return params
 

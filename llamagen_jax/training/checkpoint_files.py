@@ -40,7 +40,7 @@ def step_folder(step: int) -> str:
 
 
 def write_sizes(folder: epath.Path, step: int) -> None:
-  """Writes SIZES of the checkpoint that is about to be committed, under any name."""
+  """Writes SIZES into a checkpoint that is about to get its last name; host 0 does."""
   if jax.process_index() == 0:
     for path in folder.glob(f"{step_folder(step)}*"):
       write_json(path / SIZES, _sizes(path))
@@ -59,7 +59,7 @@ def _sizes(folder: epath.Path) -> dict[str, int]:
 
 
 def quarantine_damaged(folder: epath.Path) -> None:
-  """Sets the newest checkpoints aside whose files have not their sizes; host 0 does."""
+  """Sets damaged checkpoints aside, from the newest to the first whole one; host 0."""
   if jax.process_index() == 0:
     for step in sorted(saved_steps(folder), reverse=True):
       path = folder / step_folder(step)
