@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 
 from llamagen_jax.training.metrics_log import read_rows
 from tests import tiny
+from tests.conftest import QUICK
 
 CHILD = pathlib.Path(__file__).with_name("child.py")
 
@@ -34,12 +35,11 @@ def start(
   if hosts > 1:
     flags = [f"--coordinator=127.0.0.1:{port}", f"--hosts={hosts}", f"--host={host}"]
     commands = [[*words, *flags] for words in commands]
-  quick = "--xla_backend_optimization_level=0"
   return subprocess.Popen(
     [sys.executable, CHILD, json.dumps({"commands": commands, **spec})],
     env=os.environ
     | {
-      "XLA_FLAGS": f"{quick} --xla_force_host_platform_device_count={devices}",
+      "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices}",
       "JAX_PLATFORMS": "cpu",
     }
     | (environment or {}),
