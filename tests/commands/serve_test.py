@@ -130,6 +130,7 @@ def test_sigterm_finishes_what_was_accepted(saved):
       server.generate(prompt="1")
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(saved):
   bodies = []
   for _ in range(2):

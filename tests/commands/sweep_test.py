@@ -32,6 +32,7 @@ def run(saved, inception, cheap, tmp_path):
   return run
 
 
+@pytest.mark.slow
 def test_a_sweep_and_a_longer_one(run, cheap, tmp_path, capsys):
   assert run("guidance=1.5:2:0.5") == 0
   folder, calls = tmp_path / "sweep", len(cheap)

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 from PIL import Image
+import pytest
 
 from llamagen_jax import load_tokenizer
 from llamagen_jax.commands import cli
@@ -26,6 +27,7 @@ def pair(names: tuple[str, str]) -> np.ndarray:
   return np.concatenate([shapes[name] for name in names], axis=1)
 
 
+@pytest.mark.slow
 def test_a_trained_model_draws_its_pairs(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   images = np.stack([pair(names) for names in PAIRS])

@@ -103,6 +103,7 @@ def test_watch_gives_up_on_a_run_that_fails_for_ever(cloud):
   assert (cloud / "pod").exists()
 
 
+@pytest.mark.slow
 def test_failures_count_where_the_run_got_no_further(cloud):
   watcher = Watcher(cloud, "1:5 1:5 1:6 1:7 1 0", "--failures", "3")
   assert "failed at step 7: failure 2 of 3" in watcher.end(0)

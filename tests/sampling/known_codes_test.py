@@ -98,6 +98,7 @@ def conditional(config, params, label, given, known, scale):
   return every, p / p.sum()
 
 
+@pytest.mark.slow
 def test_many_candidates_reach_the_exact_conditional():
   """Total variation from the enumerated conditional, codes 1 and 3 of 4 known."""
   params = random_params(SMALL)

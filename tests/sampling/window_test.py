@@ -43,7 +43,11 @@ def decode(config, params, condition, mask, sampling, seed=0):
 
 
 @pytest.mark.parametrize(
-  "name, cache", [*((name, "float") for name in SETTINGS), ("filters", "int8")]
+  "name, cache",
+  [
+    *((name, "float") for name in SETTINGS),
+    pytest.param("filters", "int8", marks=pytest.mark.slow),
+  ],
 )
 def test_200_images_have_the_codes_of_the_plain_loop(name, cache):
   config = dataclasses.replace(DIGITS, kv_cache=cache)
@@ -114,6 +118,7 @@ def test_an_image_does_not_depend_on_its_neighbours():
   np.testing.assert_array_equal(apart, together[rows])
 
 
+@pytest.mark.slow
 def test_rounding_in_bfloat16_is_the_only_difference(capsys):
   """A window rounds otherwise: now and then another code wins, and the rest follows."""
   config = dataclasses.replace(DIGITS, dtype="bfloat16")

@@ -13,7 +13,9 @@ from llamagen_jax.weights.tokenizer import tokenizer_kind
 from tests import parity
 
 
-@pytest.mark.parametrize("name, side", [("VQ-16", 64), ("VQ-8", 32)])
+@pytest.mark.parametrize(
+  "name, side", [("VQ-16", 64), pytest.param("VQ-8", 32, marks=pytest.mark.slow)]
+)
 def test_published_tokenizers_equal_the_original(name, side):
   golden = parity.golden()
   config, params = weights.tokenizer_from_torch(parity.state_dict(name))

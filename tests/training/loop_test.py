@@ -24,7 +24,12 @@ TRAINERS = {
 
 
 # At the compiler's normal effort the tokenizer's steps take minutes to compile.
-@pytest.fixture(params=[pytest.param("gpt", marks=pytest.mark.exact), "tokenizer"])
+@pytest.fixture(
+  params=[
+    pytest.param("gpt", marks=pytest.mark.exact),
+    pytest.param("tokenizer", marks=pytest.mark.slow),
+  ]
+)
 def trainer(request, tmp_path):
   """(module, function from steps to its config)."""
   module, write, make_config = TRAINERS[request.param]

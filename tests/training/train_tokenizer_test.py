@@ -261,6 +261,7 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     load_weights(InitConfig(str(tmp_path / "none")), other)
 
 
+@pytest.mark.slow
 def test_lecam_adds_its_term_and_averages_logits(stepped):
   recipe, _, batch, plain, without = stepped
   loss = dataclasses.replace(recipe.loss, lecam_weight=0.5, lecam_decay=0.75)
@@ -285,6 +286,7 @@ def test_lecam_adds_its_term_and_averages_logits(stepped):
   jax.tree.map(np.testing.assert_array_equal, after.params, plain.params)
 
 
+@pytest.mark.slow
 def test_a_step_of_nan_is_skipped_and_counted(stepped):
   recipe, _, batch, _, _ = stepped
   guard = GuardConfig(skip_nonfinite=True)
@@ -306,6 +308,7 @@ def test_a_step_of_nan_is_skipped_and_counted(stepped):
   ))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_perturbed_step_differs_in_the_reconstruction_alone(stepped):
   recipe, state, batch, _, without = stepped
   perturbed = dataclasses.replace(recipe.codebook, perturbed_images=1.0)
