@@ -32,9 +32,11 @@ from llamagen_jax.training.gpt_step import GPTRecipe, work
 from llamagen_jax.training.recipe import build
 from llamagen_jax.weights import bundle
 
-ALIGN_SHARE = 0.1  # steps of contrastive alignment; they cost 8/3 of a plain step each
 SAMPLES, BATCH = 1000, 100
 GFT_BETA = 0.4  # guidance of 2.5
+# Arms that start from a plain model: steps as a share of the plain arm's, and what one
+# costs in plain steps.
+FROM_PLAIN = {"guidance-free (GFT)": (0.3, 4 / 3), "aligned (CCA)": (0.1, 8 / 3)}
 
 
 def wsd(config: ml_collections.ConfigDict, steps: int) -> None:
@@ -54,11 +56,14 @@ def annealed(config: ml_collections.ConfigDict, steps: int) -> None:
 def guidance_free(config: ml_collections.ConfigDict, steps: int) -> None:
   config.model.guidance_embedding = True
   config.objective = {"kind": "guidance-free"}
+  # From scratch at the plain arm's 4e-3 the embedding of beta drowns the class.
+  config.optimizer.update(lr=1e-3, warmup_steps=0)
 
 
 def aligned(config: ml_collections.ConfigDict, steps: int) -> None:
-  config.objective = {"kind": "contrastive", "contrastive_lambda": 300.0}
-  config.optimizer.update(lr=1e-4, schedule="constant", warmup_steps=0)
+  # Found on the first seed: 300, 30, 10 and 3 give 69, 79, 81 and 78 % as asked.
+  config.objective = {"kind": "contrastive", "contrastive_lambda": 10.0}
+  config.optimizer.update(lr=3e-4, schedule="constant", warmup_steps=0)
 
 
 def plain(config: ml_collections.ConfigDict, steps: int) -> None:
@@ -106,13 +111,14 @@ def run(arm: str, seed: int, args: argparse.Namespace, judge: "Judge") -> dict:
   if path.exists():
     return json.loads(path.read_text())
   config = recipe("plain", args.steps, args.quickstart, seed)
-  if arm == "aligned (CCA)":
-    aligning = round(ALIGN_SHARE * args.steps)
-    steps = args.steps - round(aligning * 8 / 3)
+  if arm in FROM_PLAIN:
+    share, cost = FROM_PLAIN[arm]
+    last = round(share * args.steps)
+    steps = args.steps - round(last * cost)
     train_gpt.train(recipe("plain", steps, args.quickstart, seed), folder / "start")
-    config = recipe(arm, aligning, args.quickstart, seed)
+    config = recipe(arm, last, args.quickstart, seed)
     config.init_from = str(folder / "start")
-    steps += aligning
+    steps += last
   elif arm != "plain":
     steps = equal_steps(arm, args.steps, args.quickstart)
     config = recipe(arm, steps, args.quickstart, seed)
@@ -131,8 +137,6 @@ def recipe(arm: str, steps: int, folder: pathlib.Path, seed: int):
   config.data.update(codes=f"{folder}/codes/train", eval_codes=f"{folder}/codes/val")
   config.run.update(steps=steps, seed=seed)
   ARMS[arm](config, steps)
-  if arm == "aligned (CCA)":
-    config.init_from = "later"
   return config
 
 
