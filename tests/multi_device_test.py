@@ -8,7 +8,7 @@ import sys
 import pytest
 
 FOLDER = pathlib.Path(__file__).parent / "multi_device"
-SLOW = ("recipes_check.py", "serving_check.py")
+SLOW = ("evaluation_check.py", "recipes_check.py", "serving_check.py")
 CHECKS = [
   pytest.param(path, marks=[pytest.mark.slow] * (path.name in SLOW), id=path.stem)
   for path in sorted(FOLDER.glob("*_check.py"))

@@ -75,7 +75,12 @@ def generated_alone(gpt, r: Request) -> list[int]:
 
 @pytest.mark.parametrize(
   "chunk, window, cache",
-  [(4, 1, "float"), (5, 1, "float"), (3, 4, "float"), (3, 4, "int8")],
+  [
+    (4, 1, "float"),
+    (5, 1, "float"),
+    (3, 4, "float"),
+    pytest.param(3, 4, "int8", marks=pytest.mark.slow),
+  ],
 )
 def test_a_full_mixed_batch_has_the_codes_of_sample(gpt, chunk, window, cache):
   gpt = with_cache(gpt, cache)
@@ -147,7 +152,9 @@ def test_a_negative_prompt(gpt):
   assert requests[0].codes != plain
 
 
-@pytest.mark.parametrize("cache", ["float", "int8"])
+@pytest.mark.parametrize(
+  "cache", ["float", pytest.param("int8", marks=pytest.mark.slow)]
+)
 def test_edits_beside_slots_have_the_codes_of_complete_codes(gpt, cache):
   """One after the other, with guidance and without; the slots' codes stay theirs."""
   gpt = with_cache(gpt, cache)

@@ -13,9 +13,7 @@ from llamagen_jax.weights.tokenizer import tokenizer_kind
 from tests import parity
 
 
-@pytest.mark.parametrize(
-  "name, side", [("VQ-16", 64), pytest.param("VQ-8", 32, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name, side", [("VQ-16", 64), ("VQ-8", 32)])
 def test_published_tokenizers_equal_the_original(name, side):
   golden = parity.golden()
   config, params = weights.tokenizer_from_torch(parity.state_dict(name))
@@ -24,8 +22,10 @@ def test_published_tokenizers_equal_the_original(name, side):
   images = images.transpose(0, 2, 3, 1)
 
   @functools.partial(jax.jit, static_argnames="method")
-  def apply(x, method):
+  def applied(params, x, method):
     return VQModel(config).apply({"params": params}, x, method=method)
+
+  apply = functools.partial(applied, params)
 
   latents = apply(images, "latents")
   np.testing.assert_allclose(latents, golden[f"{name}_latent"], atol=2e-4)

@@ -58,6 +58,7 @@ def test_evaluation_is_over_both(folders):
   assert [len(source) for source in evaluation.sources.values()] == [20, 12]
 
 
+@pytest.mark.slow
 def test_samples_of_either_size(trained):
   gpt = bundle.load_gpt(trained[1] / "bundle")
   assert gpt.config.grids == (3, (2, 4))

@@ -195,6 +195,7 @@ def test_images_are_fitted():
   np.testing.assert_array_equal(fit(image, 12), image)
 
 
+@pytest.mark.slow
 def test_score_in_the_verb(tmp_path, inception, cheap, capsys):
   clip, count = tmp_path / "clip", 5
   write_transformers(clip, vocab_size=526)
