@@ -110,7 +110,6 @@ def run(arm: str, seed: int, args: argparse.Namespace, judge: "Judge") -> dict:
   path = folder / "scores.json"
   if path.exists():
     return json.loads(path.read_text())
-  config = recipe("plain", args.steps, args.quickstart, seed)
   if arm in FROM_PLAIN:
     share, cost = FROM_PLAIN[arm]
     last = round(share * args.steps)
@@ -119,11 +118,9 @@ def run(arm: str, seed: int, args: argparse.Namespace, judge: "Judge") -> dict:
     config = recipe(arm, last, args.quickstart, seed)
     config.init_from = str(folder / "start")
     steps += last
-  elif arm != "plain":
+  else:
     steps = equal_steps(arm, args.steps, args.quickstart)
     config = recipe(arm, steps, args.quickstart, seed)
-  else:
-    steps = args.steps
   train_gpt.train(config, folder)
   scores = {"steps": steps} | judge(bundle.load_gpt(folder / "bundle"))
   write_json(path, scores)
