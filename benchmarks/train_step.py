@@ -12,6 +12,7 @@ before and after.
 import argparse
 import functools
 import json
+import pathlib
 import time
 
 import jax
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.machine import matmul_peak
+from benchmarks.operations import seconds_by_operation
 from llamagen_jax.gpt.config import PRESETS, GPTConfig
 from llamagen_jax.gpt.flops import train_flops
 from llamagen_jax.gpt.sampling_config import SamplingConfig
@@ -40,7 +42,12 @@ def main() -> None:
   add("--dtype", default="float32", choices=("float32", "bfloat16"))
   add("--remat", default="none", choices=("none", "dots", "full"))
   add("--steps", type=int, default=3)
-  add("--profile", help="folder for a trace of the last step, to open in XProf")
+  add(
+    "--profile",
+    type=pathlib.Path,
+    metavar="FOLDER",
+    help="print where the last step's time goes; keep its trace here, for XProf",
+  )
   args = parser.parse_args()
 
   config = GPTConfig.preset(
@@ -57,11 +64,14 @@ def main() -> None:
   print(f"matmul peak          {peak / 1e9:8.1f} GFLOP/s")
   print(f"share of the peak    {speed / peak:8.1%}")
   figures = {"seconds": seconds, "gflops": speed / 1e9, "peak_gflops": peak / 1e9}
-  print(json.dumps(vars(args) | figures | {"share": speed / peak}))
+  chosen = {name: str(value) for name, value in vars(args).items()}
+  print(json.dumps(chosen | figures | {"share": speed / peak}))
 
 
-def step_seconds(config: GPTConfig, batch: int, steps: int, profile: str | None):
-  """Median over the steps after the first."""
+def step_seconds(
+  config: GPTConfig, batch: int, steps: int, profile: pathlib.Path | None
+):
+  """Returns the median of the steps after the first; prints the last one's profile."""
   recipe = gpt_step.GPTRecipe(
     model=config,
     data=gpt_step.CodeData("", "", batch),
@@ -75,13 +85,14 @@ def step_seconds(config: GPTConfig, batch: int, steps: int, profile: str | None)
     init = functools.partial(gpt_step.init_state, recipe)
     abstract = abstract_state(init, mesh)
     state = init_state(init, jax.random.key(0), abstract)
-    step = jax.jit(functools.partial(gpt_step.train_step, recipe), donate_argnums=0)
+    train_step = functools.partial(gpt_step.train_step, recipe)
     rng = np.random.default_rng(0)
     codes = rng.integers(0, config.vocab_size, (batch, config.image_tokens))
     data = {
       "codes": jnp.asarray(codes, jnp.int32),
       "label": jnp.asarray(rng.integers(0, config.num_classes, batch), jnp.int32),
     }
+    step = jax.jit(train_step, donate_argnums=0).lower(state, data).compile()
     times = []
     for i in range(steps + 1):
       if profile and i == steps:
@@ -92,6 +103,8 @@ def step_seconds(config: GPTConfig, batch: int, steps: int, profile: str | None)
       times.append(time.perf_counter() - started)
     if profile:
       jax.profiler.stop_trace()
+      for operation, seconds in seconds_by_operation(profile, step.as_text())[:30]:
+        print(f"{seconds:8.3f} s  {operation}")
   return float(np.median(times[1:]))
 
 

@@ -19,7 +19,7 @@ from llamagen_jax.gpt.conditioning import (
   visible_tokens,
 )
 from llamagen_jax.gpt.config import KERNELS, GPTConfig
-from llamagen_jax.gpt.layers import INIT, Block, rms_norm
+from llamagen_jax.gpt.layers import INIT, Block, product, rms_norm
 from llamagen_jax.gpt.rope import rope_in_order, rope_table
 from llamagen_jax.parallel.mesh import constrain
 from llamagen_jax.sides import Sides, height_width
@@ -198,9 +198,5 @@ def embed_codes(table_VD: jax.Array, codes_BT: jax.Array, dtype: str) -> jax.Arr
 
 def project(x_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
   """Hidden states -> float32 logits [B, T, V]."""
-  return jnp.einsum(
-    "BTD,DV->BTV",
-    x_BTD,
-    head_DV.astype(x_BTD.dtype),
-    preferred_element_type=jnp.float32,
-  )
+  head_DV = head_DV.astype(x_BTD.dtype)
+  return product("BTD,DV->BTV", x_BTD, head_DV, jnp.float32)
