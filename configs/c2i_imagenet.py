@@ -115,7 +115,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
   # Optimiser and weights of the large ones are spread over all chips: XL at 384 would
   # be over a v5e's 16 GiB by 1.5 otherwise.
-  large = arg.variant in ("XL", "XXL", "XXXL", "3B", "7B") and not local
+  large = arg.variant in ("XL", "1B", "XXL", "XXXL", "3B", "7B") and not local
   config.mesh = {
     "data": 1 if large else -1,
     "fsdp": -1 if large else 1,

@@ -63,6 +63,11 @@ def run_section(steps: int) -> dict:
   }  # fmt: skip
 
 
+def recipe(config: dict):
+  """Returns a dataclass of just these fields."""
+  return dataclasses.make_dataclass("Recipe", config)(**config)
+
+
 def gpt_config(codes: pathlib.Path, steps: int, batch_size: int = 8):
   return ml_collections.ConfigDict({
     "model": dataclasses.asdict(GPT),

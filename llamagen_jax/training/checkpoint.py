@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -57,8 +58,14 @@ class Checkpoints:
   answer is asked again, and then ends the run: no checkpoint is renamed for it.
   """
 
-  def __init__(self, workdir: os.PathLike, run: RunConfig, config: dict[str, Any]):
-    self._workdir, self._run = epath.Path(workdir), run
+  def __init__(
+    self,
+    workdir: os.PathLike,
+    run: RunConfig,
+    config: dict[str, Any],
+    recipe: Callable[[dict[str, Any]], Any],
+  ):
+    self._workdir, self._run, self._recipe = epath.Path(workdir), run, recipe
     self._config = json.loads(json.dumps(config))  # as it will be read back
     self._model: dict[str, Any] = {}
     self._folder = files.checkpoint_folder(self._workdir)
@@ -86,13 +93,17 @@ class Checkpoints:
     """Returns the config of the run to resume, None where there is none.
 
     Raises:
-      UserError: a field that may not change has changed.
+      UserError: a field that may not change has changed, or does not exist any more.
     """
     path = self._workdir / CONFIG
     if not (path.exists() and files.saved_steps(self._folder)):
       return None
     previous = read_json(path)
-    for name, old, new in _changes(previous, self._config):
+    try:
+      self._recipe(previous)
+    except UserError as error:
+      raise UserError(f"{path}: {error}: use another workdir") from error
+    for name, old, new in self._changes(previous):
       free = any(name == f or name.startswith(f"{f}.") for f in MAY_CHANGE_ON_RESUME)
       if not free:
         raise UserError(
@@ -100,6 +111,16 @@ class Checkpoints:
           f" this one has {new!r}: use another workdir"
         )
     return previous
+
+  def _changes(self, previous: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Returns (name, old, new) of every field that differs.
+
+    A field that a config does not have, as it is younger, has its default.
+    """
+    old, new = (
+      _flat(dataclasses.asdict(self._recipe(c))) for c in (previous, self._config)
+    )
+    return [(n, old[n], new[n]) for n in sorted(new) if old[n] != new[n]]
 
   def begin(self, model: dict[str, Any]) -> None:
     """Writes config.json: from here on the workdir belongs to this config.
@@ -143,7 +164,7 @@ class Checkpoints:
         files.quarantine(folder, damage)
         self._manager.reload()
         continue
-      for name, old, new in _changes(self.previous or self._config, self._config):
+      for name, old, new in self._changes(self.previous or self._config):
         logging.info("config.%s: %r -> %r from step %d on", name, old, new, step)
       return restored.state, restored.position
     return None
@@ -286,19 +307,12 @@ def restore_items(
       restored = files.with_retries(
         lambda: manager.restore(step, args=args), "checkpoint"
       )
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
       raise UserError(
         f"{workdir}: the checkpoint of step {step} does not fit this config:"
         f" {files.one_line(error)}"
       ) from error
   return step, about, restored.state
-
-
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-  """Returns (name, old, new) of every field that differs."""
-  old, new = _flat(old), _flat(new)
-  names = sorted(old.keys() | new.keys())
-  return [(n, old.get(n), new.get(n)) for n in names if old.get(n) != new.get(n)]
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

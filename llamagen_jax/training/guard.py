@@ -84,13 +84,6 @@ def guard(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def guarded(
-  optimizer: optax.GradientTransformation, config: GuardConfig
-) -> optax.GradientTransformation:
-  """Returns the optimizer itself where the guard is off, so its state stays plain."""
-  return guard(optimizer, config) if config.on else optimizer
-
-
 def guarded_update(
   config: GuardConfig,
   state: TrainState,
@@ -99,7 +92,7 @@ def guarded_update(
   optimizer: optax.GradientTransformation,
   ema_decay: float,
 ) -> tuple[TrainState, jax.Array, Metrics]:
-  """Returns the state after an update by a `guarded` optimizer, and what it skipped.
+  """Returns the state after a guarded update, and what was skipped.
 
   Returns:
     the state, whose average of the weights stays on a skipped step; the update's

@@ -60,8 +60,9 @@ class Task:
   # Mesh -> what a bundle of the weights says besides the config; see `write_bundle`.
   describe: Callable[[jax.sharding.Mesh], dict[str, Any]]
   curves: tuple[str, ...]  # metrics that the loss curve shows
-  # Config -> the learning rates by name, to log how a changed config changes them.
-  schedules: Callable[[dict[str, Any]], dict[str, Callable[[int], Any]]]
+  recipe: Callable[[dict[str, Any]], Any]  # config -> its dataclass, with all defaults
+  # Recipe -> the learning rates by name, to log how a changed config changes them.
+  schedules: Callable[[Any], dict[str, Callable[[int], Any]]]
   # Fresh state -> the same with weights from elsewhere; not called on resuming.
   load: Callable[[Any], Any] | None = None
   max_skipped_in_a_row: int = 1  # skipped steps in a row that end the run
@@ -96,7 +97,7 @@ def fit(
   with (
     jax.set_mesh(mesh),
     StopSignal() as stop,
-    Checkpoints(workdir, run, config) as checkpoints,
+    Checkpoints(workdir, run, config, task.recipe) as checkpoints,
   ):
     abstract = abstract_state(task.init, mesh)
     state, start = _first_state(task, run, abstract, checkpoints)
@@ -150,7 +151,7 @@ def _log_run(
   """Logs hosts, chips and parameters, and learning rates that a resume changes."""
   step = int(state.step)
   if previous is not None:
-    old, new = task.schedules(previous), task.schedules(config)
+    old, new = (task.schedules(task.recipe(c)) for c in (previous, config))
     for name in old.keys() & new.keys():
       rates = float(old[name](step)), float(new[name](step))
       if rates[0] != rates[1]:

@@ -120,7 +120,9 @@ def _build(kind: type, section: Any, where: str, problems: list[str]) -> Any:
   try:
     return kind(**values)
   except UserError as error:
-    problems.append(str(error))
+    text, section = str(error), where.rpartition(".")[2]
+    named = where == "config" or text.startswith(section)
+    problems.append(text if named else f"{where}: {text}")
     return None
 
 

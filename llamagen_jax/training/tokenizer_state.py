@@ -96,8 +96,10 @@ def _from_run(
     fresh = getattr(state, name)
     if name not in stored:
       return fresh
-    params = stored[name]["params"]
-    opt_state = _restart_schedule(stored[name].get("opt_state", fresh.opt_state))
+    params, opt_state = stored[name]["params"], fresh.opt_state
+    if config.optimizers:  # what the guard counts starts over, too
+      inner = _restart_schedule(stored[name]["opt_state"].inner)
+      opt_state = opt_state._replace(inner=inner)
     ema = _copy_if(fresh.ema, params)
     return fresh.replace(params=params, opt_state=opt_state, ema=ema)
 

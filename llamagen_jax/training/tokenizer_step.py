@@ -37,7 +37,7 @@ from llamagen_jax.tokenizer.losses import (
 )
 from llamagen_jax.tokenizer.model import VQModel, init_tokenizer
 from llamagen_jax.tokenizer.quantizer import Quantized
-from llamagen_jax.training.guard import GuardConfig, guarded, guarded_update
+from llamagen_jax.training.guard import GuardConfig, guard, guarded_update
 from llamagen_jax.training.optimizer import (
   OptimizerConfig,
   learning_rate,
@@ -105,6 +105,11 @@ class TokenizerRecipe:
       raise UserError(
         f"discriminator_optimizer.kind={self.discriminator_optimizer.kind!r}:"
         " expected adamw; only the tokenizer is trained by Muon"
+      )
+    if self.discriminator_optimizer.ema:
+      raise UserError(
+        f"discriminator_optimizer.ema={self.discriminator_optimizer.ema}: expected 0;"
+        " only the tokenizer's weights are averaged"
       )
     self.model.require_codes("model.quantizer='none'")
 
@@ -385,10 +390,10 @@ def matrix_axes(names: Sequence[str]) -> MatrixAxes | None:
 def _optimizer(recipe: TokenizerRecipe) -> optax.GradientTransformation:
   schedule = schedules(recipe)["optimizer"]
   optimizer = make_optimizer(recipe.optimizer, schedule, matrix_axes)
-  return guarded(optimizer, recipe.guard)
+  return guard(optimizer, recipe.guard)
 
 
 def _disc_optimizer(recipe: TokenizerRecipe) -> optax.GradientTransformation:
   schedule = schedules(recipe)["discriminator_optimizer"]
   optimizer = make_optimizer(recipe.discriminator_optimizer, schedule)
-  return guarded(optimizer, recipe.guard)
+  return guard(optimizer, recipe.guard)

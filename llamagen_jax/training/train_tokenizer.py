@@ -67,7 +67,8 @@ def make_task(recipe: TokenizerRecipe) -> Task:
     ),
     evaluate=functools.partial(evaluate, r, eval_source),
     describe=lambda mesh: describe_tokenizer(),
-    schedules=lambda config: _schedules_by_step(build(TokenizerRecipe, config)),
+    recipe=functools.partial(build, TokenizerRecipe),
+    schedules=_schedules_by_step,
     curves=("loss", "reconstruction", "discriminator_loss", "usage", "eval/psnr"),
     max_skipped_in_a_row=r.guard.max_skipped_in_a_row,
   )

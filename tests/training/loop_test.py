@@ -135,12 +135,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(trainer, tmp_path):
 def test_checkpoints_hold_state_position_and_config(tmp_path):
   run = RunConfig(**tiny.run_section(steps=9))
   state = {"w": np.arange(3.0), "step": np.int32(5)}
-  with Checkpoints(tmp_path, run, {"model": {"dim": 3}}) as checkpoints:
+  with Checkpoints(tmp_path, run, {"model": {"dim": 3}}, tiny.recipe) as checkpoints:
     checkpoints.begin({"kind": "gpt"})
     checkpoints.save(state, 5, {"next_step": 5}, force=True)
   stored = tmp_path / "checkpoints" / "step_000000005"
   assert {"state", "position", "config", "model"} <= {p.name for p in stored.iterdir()}
-  with Checkpoints(tmp_path, run, {"model": {"dim": 3}}) as checkpoints:
+  with Checkpoints(tmp_path, run, {"model": {"dim": 3}}, tiny.recipe) as checkpoints:
     found, position = checkpoints.restore(jax.tree.map(np.zeros_like, state))
   np.testing.assert_array_equal(found["w"], state["w"])
   assert position == {"next_step": 5}
@@ -151,7 +151,7 @@ def test_checkpoints_hold_state_position_and_config(tmp_path):
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, damage):
   run = RunConfig(**tiny.run_section(steps=9))
   states = {step: {"w": np.arange(999.0) + step} for step in (5, 6)}
-  with Checkpoints(tmp_path, run, {}) as checkpoints:
+  with Checkpoints(tmp_path, run, {}, tiny.recipe) as checkpoints:
     for step, state in states.items():
       checkpoints.save(state, step, {"next_step": step}, force=True)
   newest = tmp_path / "checkpoints" / "step_000000006"
@@ -164,7 +164,10 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, dama
   else:
     content[len(content) // 2] ^= 255
     file.write_bytes(content)
-  with caplog.at_level("WARNING"), Checkpoints(tmp_path, run, {}) as checkpoints:
+  with (
+    caplog.at_level("WARNING"),
+    Checkpoints(tmp_path, run, {}, tiny.recipe) as checkpoints,
+  ):
     state, position = checkpoints.restore(jax.tree.map(np.zeros_like, states[5]))
     np.testing.assert_array_equal(state["w"], states[5]["w"])
     assert position == {"next_step": 5}

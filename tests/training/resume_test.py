@@ -71,11 +71,26 @@ def test_lr_clip_guard_and_logs_may_change_and_are_said(codes, tmp_path, log):
     train_gpt.train(config, workdir)
   for line in (
     "resumed from step 2 of 4", "config.optimizer.lr: 0.01 -> 0.02 from step 2 on",
-    "config.guard.skip_spike: None -> 3.0", "(optimizer) of step 2: 0.01 -> 0.02",
+    "config.guard.skip_spike: 0.0 -> 3.0", "(optimizer) of step 2: 0.01 -> 0.02",
     "1 hosts, 1 devices", "parameters:",
   ):  # fmt: skip
     assert line in log.text
   assert json.loads((workdir / "config.json").read_text())["run"]["steps"] == 4
+
+
+def test_a_field_that_a_workdir_does_not_have_has_its_default(codes, tmp_path):
+  """As in workdirs that are older than the field."""
+  workdir, config = tmp_path / "run", tiny.gpt_config(codes, 1)
+  train_gpt.train(config, workdir)
+  config.run.steps, config.objective = 2, {"z_loss": 0.0}
+  train_gpt.train(config, workdir)
+  config.objective.z_loss = 0.1
+  with pytest.raises(UserError, match=r"z_loss=0.0, this one has 0.1: use another"):
+    train_gpt.train(config, workdir)
+  path = workdir / "config.json"
+  path.write_text(path.read_text().replace('"z_loss"', '"gone"'))
+  with pytest.raises(UserError, match=r"config.json: .*unknown field gone.*another"):
+    train_gpt.train(config, workdir)
 
 
 @pytest.mark.parametrize("flags", ["", "--xla_gpu_deterministic_ops=true"])
@@ -197,10 +212,10 @@ def test_a_checkpoint_that_cannot_be_read_now_keeps_its_name(tmp_path, monkeypat
   run = RunConfig(**tiny.run_section(steps=9))
   state = {"w": np.arange(9.0)}
   for step in (5, 6):
-    with Checkpoints(tmp_path, run, {}) as checkpoints:
+    with Checkpoints(tmp_path, run, {}, tiny.recipe) as checkpoints:
       checkpoints.save(state, step, {"next_step": step}, force=True)
   monkeypatch.setattr(time, "sleep", lambda seconds: None)
-  with Checkpoints(tmp_path, run, {}) as checkpoints:
+  with Checkpoints(tmp_path, run, {}, tiny.recipe) as checkpoints:
 
     def unavailable(*args, **kwargs):
       raise ValueError("UNAVAILABLE: the server is busy")

@@ -2,9 +2,12 @@
 
 import dataclasses
 import functools
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 import pytest
@@ -115,7 +118,9 @@ def test_a_step_equals_one_written_out(stepped):
     jax.tree.map(
       lambda e, f: np.testing.assert_allclose(f, 0.1 * e, atol=1e-6),
       _clipped(grads),
-      (after.generator if name == "loss" else after.discriminator).opt_state[1].mu,
+      (after.generator if name == "loss" else after.discriminator)
+      .opt_state.inner[1]
+      .mu,
     )
   assert metrics["adaptive_weight"] == pytest.approx(float(weight), rel=1e-4)
   # The average moved by a tenth of the way.
@@ -231,13 +236,15 @@ def test_a_run_starts_from_another_ones_weights(run, optimizers):
   for name in ("generator", "discriminator"):
     found, expected = getattr(state, name), getattr(trained, name)
     jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
-    nu = (found.opt_state[1].nu, expected.opt_state[1].nu)
+    nu = (found.opt_state.inner[1].nu, expected.opt_state.inner[1].nu)
     if optimizers:
       jax.tree.map(np.testing.assert_array_equal, *nu)
-      assert int(found.opt_state[1].count) == int(expected.opt_state[1].count)
+      counts = [int(s.opt_state.inner[1].count) for s in (found, expected)]
+      assert counts[0] == counts[1]
     else:
       assert not any(leaf.any() for leaf in jax.tree.leaves(nu[0]))
-    assert int(found.opt_state[3].count) == 0  # of the learning rate
+    assert int(found.opt_state.inner[3].count) == 0  # of the learning rate
+    assert int(found.opt_state.taken) == 0  # of the guard
 
   without = InitConfig(str(folder), discriminator=False)
   other = fresh(recipe, seed=9)
@@ -248,6 +255,17 @@ def test_a_run_starts_from_another_ones_weights(run, optimizers):
   found = load_weights(from_bundle, fresh(recipe, seed=9))
   expected = bundle.load_tokenizer(folder / "bundle").params
   jax.tree.map(np.testing.assert_array_equal, found.params, expected)
+
+
+@pytest.mark.slow
+def test_a_guard_may_be_switched_on_in_a_resumed_run(run, tmp_path):
+  folder = shutil.copytree(run[1], tmp_path / "run")
+  config = json.loads((folder / "config.json").read_text())
+  config["guard"] = {"skip_nonfinite": True}
+  config["run"]["steps"] += 1
+  state = train_tokenizer.train(ml_collections.ConfigDict(config), folder)
+  assert int(state.step) == config["run"]["steps"]
+  assert int(state.generator.opt_state.skipped) == 0
 
 
 def test_weights_of_another_shape_are_refused(tmp_path):
