@@ -67,7 +67,9 @@ class Options(sampling_flags.SamplingOverrides):
     " module, state_dict", None, unit="ENTRY",
   )  # fmt: skip
   kind: str | None = option(
-    "layout of a tokenizer, where its names do not tell", None, choices=KINDS
+    "read the file as a tokenizer of this layout; default: as its names say",
+    None,
+    choices=KINDS,
   )
 
 
@@ -104,7 +106,7 @@ def _import(args: Options, out: epath.Path) -> str:
   """Writes the bundle and returns a description of it."""
   file = storage.user_path(args.file) if args.file else download(args.hub)
   weights, key, extra = read_weights(file, args.key)
-  if tokenizer_kind(weights):
+  if args.kind or tokenizer_kind(weights):
     text = _import_tokenizer(weights, extra, out, args)
   elif inception.SIGN in weights:
     bundle.save_judge(out, inception.KIND, inception.inception_from_torch(weights))
@@ -150,7 +152,9 @@ def _import_tokenizer(
     fields = _own_fields(extra, TokenizerConfig)
     config, params = tokenizer_from_torch(weights, kind, **fields)
   except UserError as error:
-    raise UserError(f"{error} (read as {kind}; --kind says otherwise)") from error
+    raise UserError(
+      f"{error} (read as {kind}; give --kind to read it as another)"
+    ) from error
   identity = bundle.save_tokenizer(out, config, params)
   codes = f"{config.codebook_size} codes of width {config.codebook_dim}"
   if config.continuous:
@@ -195,8 +199,10 @@ def _import_gpt(
       f"the transformer samples {config.vocab_size} codes, --tokenizer="
       f"{args.tokenizer} has {tokenizer_config.codebook_size}"
     )
-  best = known.sampling if known else SamplingConfig(**extra.get("sampling", {}))
+  stored = SamplingConfig.read(extra.get("sampling", {}), "sampling of the file")
+  best = known.sampling if known else stored
   sampling = dataclasses.replace(best, **sampling_flags.given(args))
+  sampling.check_model(config)
   class_names = tuple(extra.get("class_names", ()))
   if not class_names and config.condition == "class" and config.num_classes == 1000:
     class_names = imagenet_names()

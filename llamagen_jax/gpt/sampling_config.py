@@ -3,6 +3,7 @@
 Bundles store it, so it stands below `weights`; `sampling` carries it out.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import math
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from llamagen_jax.options import option
 
 # Courses of the guidance scale over an image; formulas in sampling/guidance.py.
 GUIDANCE_SCHEDULES = ("constant", "linear", "power-cosine")
-# Of the codes; all but raster are of models that were trained in random orders.
+# Orders of drawing codes; all but raster need a model trained in random orders.
 ORDERS = ("raster", "random", "known-first")
 LARGEST = 2**31 - 1  # of integer settings, which devices keep as int32
 
@@ -83,14 +84,14 @@ class SamplingConfig:
     " rounding", 1, unit="CODES",
   )  # fmt: skip
   order: str = option(
-    "of the codes; random, by the seed, and known-first, which are those that `edit`"
-    " keeps, need a model that was trained in random orders to the end", "raster",
-    choices=ORDERS,
+    "in which codes are drawn: raster; random, by the seed; or known-first, those that"
+    " `edit` keeps before the others. All but raster need a model that was trained in"
+    " random orders to the end", "raster", choices=ORDERS,
   )  # fmt: skip
 
   def __post_init__(self):
     scale, power = self.guidance_scale, self.guidance_power
-    _check("guidance_scale", scale, 1 <= scale < math.inf, "a number >= 1")
+    _check("guidance_scale", scale, 1 <= scale < math.inf, "a number >= 1 (1 = off)")
     _check("guidance_power", power, 0 < power < math.inf, "a number > 0")
     start, stop = self.guidance_start, self.guidance_stop
     _check("guidance_start", start, 0 <= start <= LARGEST, f"0 .. {LARGEST}")
@@ -98,7 +99,7 @@ class SamplingConfig:
     beta = self.guidance_beta
     _check("guidance_beta", beta, 0 < beta <= 1, "in (0, 1]")
     warm = 0 < self.temperature < math.inf
-    _check("temperature", self.temperature, warm, "a number > 0")
+    _check("temperature", self.temperature, warm, "a number > 0, or greedy")
     _check("top_k", self.top_k, 0 <= self.top_k <= LARGEST, f"0 .. {LARGEST}")
     _check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
     _check("window", self.window, 1 <= self.window <= LARGEST, "1 or more")
@@ -124,6 +125,21 @@ class SamplingConfig:
         f"guidance_beta={self.guidance_beta}: the model was not trained without"
         " guidance (GFT); set guidance_scale instead"
       )
+
+  @classmethod
+  def read(cls, fields: Mapping[str, Any], where: str) -> "SamplingConfig":
+    """Returns settings that a file holds.
+
+    Raises:
+      UserError: a setting that is unknown or refused, beginning with `where`.
+    """
+    unknown = fields.keys() - {field.name for field in dataclasses.fields(cls)}
+    if unknown:
+      raise UserError(f"{where}: written by another version, has {sorted(unknown)}")
+    try:
+      return cls(**fields)
+    except UserError as error:
+      raise UserError(f"{where}: {error}") from error
 
   def rows(self, batch: int) -> BatchSampling:
     """Returns these settings for every image of a batch, as host arrays [B]."""

@@ -54,6 +54,11 @@ class TokenizerConfig:
         raise UserError(
           f"model.{name}={getattr(self, name)!r}: expected {' or '.join(known)}"
         )
+    if min(self.channel_multipliers, default=0) < 1:
+      raise UserError(
+        f"model.channel_multipliers={self.channel_multipliers}: expected one or more"
+        " whole numbers >= 1"
+      )
     if self.continuous and self.codebook_size:
       raise UserError(
         f"model.codebook_size={self.codebook_size}: expected 0 with"

@@ -110,7 +110,7 @@ def save_gpt(path: str | os.PathLike, gpt: Transformer) -> None:
 
 
 def save_judge(path: str | os.PathLike, kind: str, params: Any, **fields) -> None:
-  """Writes a network that evaluates; its config.json holds `fields`, too."""
+  """Writes a network that evaluates, or an adapter; config.json has `fields`, too."""
   _save(path, {"kind": kind, **fields}, params)
 
 
@@ -158,7 +158,7 @@ def load_gpt(
   return Transformer(
     config,
     _load_params(path, abstract_gpt(config), mesh),
-    SamplingConfig(**fields["sampling"]),
+    SamplingConfig.read(fields["sampling"], f"{path}/{CONFIG}: sampling"),
     fields["tokenizer"],
     tuple(fields["class_names"]),
     fields.get("text_encoder", ""),

@@ -213,6 +213,6 @@ def _safetensors():
     import safetensors.numpy
   except ImportError as error:
     raise UserError(
-      "safetensors files need their library: pip install 'llamagen_jax[convert]'"
+      "safetensors files need their library: pip install safetensors"
     ) from error
   return safetensors

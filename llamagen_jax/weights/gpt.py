@@ -36,7 +36,7 @@ def gpt_from_torch(
   """Reads a transformer of the original or of its successors.
 
   Args:
-    state_dict: names -> arrays, PyTorch layouts ([out, in]).
+    state_dict: names -> arrays or torch tensors, PyTorch layouts ([out, in]).
     num_heads: needed where (layers, dim) is not a published preset's.
     image_tokens: codes an image; 256 if not given.
     **changes: fields of `GPTConfig` that shapes cannot tell.
@@ -45,7 +45,8 @@ def gpt_from_torch(
     The config and float32 parameters, stacked over layers.
 
   Raises:
-    UserError: with every missing, unexpected or misshapen tensor.
+    UserError: with every missing, unexpected or misshapen tensor; with the one that
+      tells a size, if that is missing; with values that are not finite.
   """
   config, params = defer_gpt(
     state_dict, num_heads=num_heads, image_tokens=image_tokens, **changes

@@ -78,6 +78,8 @@ def _finite(name: str, tensor: Array) -> Array:
   Raises:
     UserError: for NaN and infinity, of which a model makes images of noise.
   """
+  if hasattr(tensor, "detach"):  # of torch, which knows bfloat16 and gradients
+    tensor = tensor.detach().cpu().float().numpy()
   value = np.asarray(tensor, np.float32)
   bad = value.size - np.count_nonzero(np.isfinite(value))
   if bad:
@@ -94,7 +96,7 @@ def _check(table: list[Entry], state_dict: Mapping[str, Array]) -> None:
   for name, value in state_dict.items():
     if name in expected and tuple(value.shape) != expected[name]:
       problems.append(f"{name} is {tuple(value.shape)}, expected {expected[name]}")
-    elif name in expected and str(value.dtype) not in FLOATS:
+    elif name in expected and str(value.dtype).removeprefix("torch.") not in FLOATS:
       problems.append(f"{name} is {value.dtype}, expected {' or '.join(FLOATS)}")
     elif name not in expected and name.rpartition(".")[2] not in IGNORED:
       problems.append(f"unexpected {name} {tuple(value.shape)}")

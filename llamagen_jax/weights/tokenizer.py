@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import functools
+import itertools
 import re
 from typing import Any
 
@@ -12,6 +13,7 @@ from llamagen_jax.errors import UserError
 from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.tokenizer.config import TokenizerConfig
 from llamagen_jax.tokenizer.model import init_tokenizer
+from llamagen_jax.weights.files import LOSSES
 from llamagen_jax.weights.tables import (
   Array,
   Entry,
@@ -86,8 +88,6 @@ NAMES = {
   "kl": TAMING, "diffusers": DIFFUSERS,
 }  # fmt: skip
 KINDS = tuple(NAMES)
-# How a kind names levels and blocks, where not ("down", "block").
-LEVELS = {"llamagen": ("conv_blocks", "res"), "diffusers": ("down_blocks", "resnets")}
 FROM_THE_LOWEST = ("llamagen", "diffusers")  # number a decoder's levels as we do
 KL = {"l2_norm": False, "quantizer": "none", "codebook_size": 0}
 # Fields that a kind's names and shapes do not tell.
@@ -103,7 +103,6 @@ FIELDS = {
 }  # fmt: skip
 IBQ_BLOCKS = 4  # residual blocks a level in all published ones; VQGAN's have 2
 EMA = "model_ema."  # averages of parameters, by their names without dots
-LOSSES = "loss."
 FIRST_STAGE = "first_stage_model."  # before a tokenizer's names in a whole LDM's file
 
 
@@ -133,28 +132,30 @@ def first_stage(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def tokenizer_from_torch(
-  state_dict: Mapping[str, Array], kind: str = "llamagen", **changes
+  state_dict: Mapping[str, Array], kind: str | None = None, **changes
 ) -> tuple[TokenizerConfig, dict[str, Any]]:
   """Reads a tokenizer of codes or a continuous autoencoder.
 
   Images lie in [-1, 1] on our side for every kind.
 
   Args:
-    state_dict: names -> arrays, PyTorch layouts. Loss networks, and all but the first
-      stage of a latent diffusion model, are left aside; where averages of the
-      parameters are there, they are taken.
-    kind: whose layout it is: "llamagen"; "taming" (VQGAN, and LDM's vq-f4 .. f16);
-      "ibq"; "maskgit" (as TiTok and open-MUSE publish MaskGIT's VQGAN); "kl" (LDM's
-      kl-f8 and the VAEs of Stable Diffusion and SDXL); "diffusers" (the same as
-      `AutoencoderKL` of diffusers saves them).
+    state_dict: names -> arrays or torch tensors, PyTorch layouts. Loss networks, and
+      all but the first stage of a latent diffusion model, are left aside; where
+      averages of the parameters are there, they are taken.
+    kind: whose layout it is, None = as the names say; "llamagen"; "taming" (VQGAN, and
+      LDM's vq-f4 .. f16); "ibq"; "maskgit" (as TiTok and open-MUSE publish MaskGIT's
+      VQGAN); "kl" (LDM's kl-f8 and the VAEs of Stable Diffusion and SDXL);
+      "diffusers" (the same as `AutoencoderKL` of diffusers saves them).
     **changes: fields of `TokenizerConfig` that names and shapes cannot tell.
 
   Returns:
     The config and float32 parameters.
 
   Raises:
-    UserError: with every missing, unexpected or misshapen tensor.
+    UserError: with every missing, unexpected or misshapen tensor; with the one that
+      tells a size, if that is missing; with values that are not finite.
   """
+  kind = kind or tokenizer_kind(state_dict) or "llamagen"
   if kind not in KINDS:
     raise UserError(f"tokenizer kind {kind!r}: expected one of {', '.join(KINDS)}")
   state_dict = _averaged(first_stage(state_dict))
@@ -187,20 +188,26 @@ def _averaged(state_dict: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def _config(state_dict, kind: str, changes: Mapping[str, Any]) -> TokenizerConfig:
-  width = shape_of(state_dict, "encoder.conv_in.weight", 4)[0]
-  level, block = LEVELS.get(kind, ("down", "block"))
-  levels = _numbers(state_dict, rf"encoder\.{level}\.(\d+)\.")
-  blocks = _numbers(state_dict, rf"encoder\.{level}\.0\.{block}\.(\d+)\.")
-  channels = [
-    shape_of(state_dict, f"encoder.{level}.{i}.{block}.0.conv1.weight", 4)[0]
-    for i in levels
-  ]
-  attention = _numbers(state_dict, rf"encoder\.{level}\.\d+\.attn\.(\d+)\.")
+  def theirs(name: str) -> str:
+    return rename(name, NAMES[kind])
+
+  def count(pattern: str) -> int:
+    """Returns how many parts of this name, numbered from 0, have a tensor."""
+    found = (theirs(pattern.format(i)) for i in itertools.count())
+    there = (any(name.startswith(part) for name in state_dict) for part in found)
+    return sum(1 for _ in itertools.takewhile(bool, there))
+
+  def channels(name: str) -> int:
+    return shape_of(state_dict, theirs(name), 4)[0]
+
+  width, levels = channels("encoder.conv_in.kernel"), count("encoder.level_{}.") or 1
+  widths = [channels(f"encoder.level_{i}.res_0.conv1.kernel") for i in range(levels)]
+  attention = count(f"encoder.level_{levels - 1}.attn_{{}}.")
   fields = {
     "blocks": "vqgan" if attention else "ldm",
-    "channel_multipliers": tuple(c // width for c in channels),
+    "channel_multipliers": tuple(c // width for c in widths),
     "width": width,
-    "res_blocks": len(blocks),
+    "res_blocks": count("encoder.level_0.res_{}."),
     **_latents(state_dict, kind),
     **FIELDS[kind],
   }

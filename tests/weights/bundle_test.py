@@ -5,6 +5,7 @@ import json
 
 import jax
 import numpy as np
+import pytest
 
 import llamagen_jax as lg
 from llamagen_jax.gpt.model import init_gpt
@@ -44,3 +45,18 @@ def test_a_square_is_written_as_one_number_and_other_grids_come_back(tmp_path):
     fields = json.loads((tmp_path / "config.json").read_text())
     assert fields["config"]["grid"] == written
     assert lg.load_gpt(tmp_path).config == config
+
+
+@pytest.mark.parametrize("field, message", [
+  ({"guidance_wave": 1}, r"config.json: sampling: written by .*\['guidance_wave'\]"),
+  ({"guidance_schedule": "sawtooth"}, r"config.json: sampling: guidance_schedule=saw"),
+])  # fmt: skip
+def test_settings_that_are_not_known_name_the_file(tmp_path, field, message):
+  params = unbox(init_gpt(tiny.GPT, jax.random.key(0)))
+  lg.save_gpt(tmp_path, Transformer(tiny.GPT, params, lg.SamplingConfig(), "tiny"))
+  path = tmp_path / "config.json"
+  fields = json.loads(path.read_text())
+  fields["sampling"] |= field
+  path.write_text(json.dumps(fields))
+  with pytest.raises(lg.UserError, match=message):
+    lg.load_gpt(tmp_path)

@@ -192,7 +192,7 @@ def test_the_list_of_known_checkpoints(capsys):
     ("--tokenizer={vq} --model=c2i_X", ["--model=c2i_X", "c2i_3B_384"]),
     ("--tokenizer={vq} {tiny} --top-p=0", ["top_p=0.0"]),
     ("--hub=c2i_B_256", ["one of --file and --hub"]),
-    ("--kind=taming --tokenizer={vq} {tiny} --temperature=0", ["temperature=0.0"]),
+    ("--tokenizer={vq} {tiny} --temperature=0", ["temperature=0.0"]),
   ],
 )
 def test_bad_commands(tmp_path, capsys, tokenizer, flags, words):

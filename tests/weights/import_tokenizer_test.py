@@ -115,3 +115,39 @@ def test_vaes_from_diffusers(tmp_path, capsys, renamed):
   vae = lg.load_tokenizer(out)
   found = lg.weights.tokenizer_to_torch(vae.config, vae.params)
   assert_same(found, layouts["kl"])
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize(
+  "kind, words",
+  [
+    ("llamagen", ["no encoder.conv_blocks.0.res.0.conv1.weight", "read as llamagen"]),
+    ("diffusers", ["no encoder.down_blocks.0.resnets.0.conv1.weight"]),
+    ("maskgit", ["missing encoder.mid.0", "give --kind"]),
+  ],
+)
+def test_a_layout_that_it_is_not_is_one_line(tmp_path, capsys, kind, words):
+  weights = parity.synthesize(parity.beyond_manifest()["taming_f8"])
+  file, out = tmp_path / "vq.safetensors", tmp_path / "vq"
+  write_weights(file, weights)
+  command = f"import-weights --file={file} --out={out} --kind={kind}"
+  code, text = llamagen(capsys, command)
+  assert code == 2 and len(text.strip().splitlines()) == 1
+  assert all(word in text for word in words), text
+  assert not out.exists()
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tensors_of_torch_are_read_as_they_are(dtype):
+  """As `module.state_dict()` has them, parameters with gradients among them."""
+  torch = pytest.importorskip("torch")
+  weights = parity.synthesize(parity.beyond_manifest()["taming_f8"])
+  tensors = {
+    name: torch.nn.Parameter(torch.from_numpy(value).to(getattr(torch, dtype)))
+    for name, value in weights.items()
+  }
+  config, params = lg.weights.tokenizer_from_torch(tensors)
+  assert not config.l2_norm  # the names say that it is VQGAN's
+  expected = tensors["quantize.embedding.weight"].detach().float().numpy()
+  np.testing.assert_array_equal(params["codebook"], expected)
