@@ -76,7 +76,7 @@ def compile_sampler(
       config, sampling.active_filters, inputs, condition, order
     )
     analysis = analysed(lowered, quick)
-  guided = sampling.guidance_scale > 1
+  guided = sampling.active_filters.guidance
   flops = sampling_flops(config, batch, guided) / mesh.size
   report = CompileReport(
     topology.chip(mesh), mesh.size, topology.num_slices(mesh), flops, analysis

@@ -122,7 +122,7 @@ def sample_rows(
 ) -> jax.Array:
   """Samples codes, int32 [R, L]; both rows of a guided image get the same ones."""
   R, L, V = logits_RLV.shape
-  logits_N2MV = logits_RLV.reshape(-1, 2, L, V)
+  logits_N2LV = logits_RLV.reshape(-1, 2, L, V)
   keys_RL = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(
     as_keys(inputs.keys), index_RL
   )
@@ -134,7 +134,7 @@ def sample_rows(
     keys_M = keys_RL[row::2].reshape(-1)
     return sample_codes(logits_MV, keys_M, settings(row), ACTIVE_FILTERS)
 
-  first_MV, second_MV = (logits_N2MV[:, row].reshape(-1, V) for row in range(2))
+  first_MV, second_MV = (logits_N2LV[:, row].reshape(-1, V) for row in range(2))
   scale_M = scale_at(settings(0), index_RL[::2].reshape(-1), config.image_tokens)
   # Without guidance the scale is 1, and the other row does not count.
   first_M = sample(guide(first_MV, second_MV, scale_M), 0)

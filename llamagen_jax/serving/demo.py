@@ -186,19 +186,22 @@ def _settings(service: Service) -> tuple[list[gr.components.Component], gr.Butto
     sizes, value=sizes[0], label="Size", visible=len(sizes) > 1, elem_id="size"
   )
   guidance = gr.Slider(
-    1, HIGHEST_GUIDANCE, d.guidance_scale, step=0.1, label="Guidance", info="1: off"
-  )
+    1, max(HIGHEST_GUIDANCE, d.guidance_scale), d.guidance_scale, step=0.1,
+    label="Guidance", info="1: off",
+  )  # fmt: skip
   with gr.Accordion("More settings", open=False):
     rest = [
       gr.Dropdown(
         GUIDANCE_SCHEDULES, value=d.guidance_schedule, label="Guidance schedule"
       ),
       gr.Slider(
-        0, HIGHEST_TEMPERATURE, d.temperature, step=0.05, label="Temperature",
-        info="0: the most probable code",
+        0, max(HIGHEST_TEMPERATURE, d.temperature), 0 if d.greedy else d.temperature,
+        step=0.05, label="Temperature", info="0: the most probable code",
       ),
-      gr.Slider(0, most_k, d.top_k, step=1, label="Top k", info="0: off"),
-      gr.Slider(0.05, 1, d.top_p, step=0.05, label="Top p", info="1: off"),
+      gr.Slider(0, most_k, min(d.top_k, most_k), step=1, label="Top k", info="0: off"),
+      gr.Slider(
+        min(0.05, d.top_p), 1, d.top_p, step=0.05, label="Top p", info="1: off"
+      ),
       gr.Number(
         RANDOM_SEED, label="Seed", info="-1: another one every time", precision=0,
         minimum=RANDOM_SEED, maximum=LARGEST_SEED, elem_id="seed",

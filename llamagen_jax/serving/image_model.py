@@ -58,6 +58,7 @@ class ImageModel:
         f"{name}: the bundle has sampling.order={gpt.sampling.order}; serve draws codes"
         " in raster order only"
       )
+    gpt.sampling.check_model(gpt.config)
     self.name, self.gpt, self.tokenizer, self.encoder = name, gpt, tokenizer, encoder
     if self.of_captions:
       if encoder is None:
@@ -132,8 +133,10 @@ class ImageModel:
   def _sampling(self, body: ImageRequest) -> SamplingConfig:
     given = {field: getattr(body, field) for field in SAMPLING}
     given = {field: value for field, value in given.items() if value is not None}
-    if given.get("temperature", 1.0) < GREEDY_TEMPERATURE:
-      given |= {"temperature": 1.0, "greedy": True}
+    if "temperature" in given:
+      given["greedy"] = given["temperature"] < GREEDY_TEMPERATURE
+      if given["greedy"]:
+        given["temperature"] = 1.0
     if "guidance_scale" in given:
       given["guidance_scale"] = max(1.0, given["guidance_scale"])
     return dataclasses.replace(self.gpt.sampling, **given)

@@ -30,7 +30,7 @@ class Request:
 
   @property
   def guided(self) -> bool:
-    return self.sampling.guidance_scale > 1
+    return self.sampling.active_filters.guidance
 
   def finish(self, image: np.ndarray) -> np.ndarray:
     """Returns the image of all codes, uint8 [H, W, 3], with an edit's own pixels."""

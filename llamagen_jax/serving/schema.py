@@ -39,11 +39,6 @@ class ImageRequest(BaseModel):
     max_length=LONGEST_PROMPT,
     description="A text; for a model of classes `class:207`, an index or a name.",
   )
-  negative_prompt: str | None = Field(
-    None,
-    max_length=LONGEST_PROMPT,
-    description="What guidance leads away from; for models of prompts.",
-  )
   model: str | None = Field(None, description="One of /v1/models, or an alias.")
   n: int | None = Field(None, ge=1, description="Images of the prompt; default 1.")
   size: str | None = Field(
@@ -72,6 +67,11 @@ class ImageRequest(BaseModel):
   user: str | None = Field(None, max_length=512)
   safety_identifier: str | None = Field(None, max_length=512)
   # Ours.
+  negative_prompt: str | None = Field(
+    None,
+    max_length=LONGEST_PROMPT,
+    description="What guidance leads away from; for models of prompts.",
+  )
   seed: Seed | None = Field(
     None, description="Same seed and settings, same images; -1 or none: a random one."
   )

@@ -89,6 +89,17 @@ def test_zeros_of_other_servers(of_classes, given, expected):
   assert request.sampling == dataclasses.replace(of_classes.gpt.sampling, **expected)
 
 
+def test_a_temperature_ends_greedy_defaults(of_classes):
+  gpt = of_classes.gpt
+  greedy = dataclasses.replace(gpt.sampling, greedy=True)
+  model = ImageModel(
+    "x", dataclasses.replace(gpt, sampling=greedy), of_classes.tokenizer
+  )
+  for given, expected in (({}, True), ({"temperature": 0.9}, False)):
+    [request] = model.requests(ImageRequest(prompt="1", **given), seed=0)
+    assert request.sampling.greedy is expected
+
+
 @pytest.mark.parametrize("body, param", [
   ({"prompt": " "}, "prompt"), ({}, "prompt"), ({"class_label": 1}, "class_label"),
   ({"prompt": "a cat", "class_labels": [1]}, "class_labels"),
@@ -105,6 +116,10 @@ def test_a_class_that_is_no_number_is_refused(of_classes):
 
 
 def test_refuses_models_that_do_not_fit(of_classes, of_captions):
+  sampling = dataclasses.replace(of_classes.gpt.sampling, guidance_beta=0.5)
+  strange = dataclasses.replace(of_classes.gpt, sampling=sampling)
+  with pytest.raises(UserError, match="guidance_beta=0.5: the model was not trained"):
+    ImageModel("x", strange, of_classes.tokenizer)
   with pytest.raises(UserError, match="--t5"):
     ImageModel("x", of_captions.gpt, of_classes.tokenizer)
   stranger = dataclasses.replace(of_captions.gpt, text_encoder="another")
