@@ -2,8 +2,10 @@
 
 llamagen edit --gpt=c2i_L_256 --tokenizer=vq16 --classes=207 --image=dog.png \\
     --mask=mask.png --count=4 --out=dogs
-llamagen edit ... --image=dog.png --outpaint=left=64,right=64 --out=wide.png
-llamagen edit ... --image=dog.png --strength=0.5 --count=8 --out=variations.png
+llamagen edit --gpt=c2i_L_256 --tokenizer=vq16 --classes=207 --image=dog.png \\
+    --outpaint=left=64,right=64 --out=wide.png
+llamagen edit --gpt=c2i_L_256 --tokenizer=vq16 --classes=207 --image=dog.png \\
+    --strength=0.5 --count=8 --out=variations.png
 """
 
 from collections.abc import Sequence

@@ -3,10 +3,10 @@
 With --sweep it generates the samples itself, for each value of a sampling setting.
 With --quick it checks in minutes whether weights do what is published of them.
 
-llamagen evaluate --protocol=adm --samples=x.npz \\
+llamagen evaluate --protocol=gfid-adm-imagenet256 --samples=x.npz \\
     --reference=VIRTUAL_imagenet256_labeled.npz --inception=inception
-llamagen evaluate --protocol=adm --sweep=guidance=1.5:2.25:0.25 --gpt=c2i_L_384 \\
-    --tokenizer=vq16 --reference=VIRTUAL_imagenet256_labeled.npz \\
+llamagen evaluate --protocol=gfid-adm-imagenet256 --sweep=guidance=1.5:2.25:0.25 \\
+    --gpt=c2i_L_384 --tokenizer=vq16 --reference=VIRTUAL_imagenet256_labeled.npz \\
     --inception=inception --out=sweep
 llamagen evaluate --quick --gpt=c2i_L_256 --tokenizer=vq16 --inception=inception \\
     --reference=VIRTUAL_imagenet256_labeled.npz --source=folder:imagenet/val --out=quick
@@ -17,7 +17,7 @@ import dataclasses
 
 import jax
 
-from llamagen_jax.commands import arguments, quick, sweep
+from llamagen_jax.commands import arguments, quick, sampling_flags, sweep
 from llamagen_jax.errors import UserError
 from llamagen_jax.evaluation import score
 from llamagen_jax.evaluation.image_sets import open_image_set
@@ -61,6 +61,8 @@ def main(argv: Sequence[str]) -> None:
   if args.sweep:
     sweep.run(args)
     return
+  for name in sampling_flags.given(args):
+    raise UserError(f"--{name.replace('_', '-')} goes with --sweep or --quick")
   if not args.samples:
     raise UserError("expected --samples or --sweep")
   as_stored = args.protocol != "custom"  # published scores do not turn photographs

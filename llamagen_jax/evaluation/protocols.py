@@ -1,5 +1,6 @@
 """Named protocols: the reference that belongs to a score, and its conditions."""
 
+from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
@@ -161,12 +162,28 @@ def differences(settings: dict[str, Any] | None, model: str | None) -> list[str]
   ours, known = (settings or {}).get("sampling"), PUBLISHED.get(model or "")
   if not ours or known is None or known.is_tokenizer:
     return []
-  theirs = dataclasses.asdict(known.sampling)
+  different = different_settings(ours, dataclasses.asdict(known.sampling))
   return [
-    f"{name} is {ours[name]}, the published score's {value}"
-    for name, value in theirs.items()
-    if ours.get(name, value) != value
+    f"{name} is {value}, the published score's {other}"
+    for name, (value, other) in different.items()
   ]
+
+
+def different_settings(
+  ours: Mapping[str, Any], theirs: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+  """Returns (our value, theirs) of the sampling settings that make other images.
+
+  A window changes the speed alone, a power nothing but its own schedule.
+  """
+  alike = {"window"}
+  if "power-cosine" not in (s.get("guidance_schedule") for s in (ours, theirs)):
+    alike.add("guidance_power")
+  return {
+    name: (ours[name], value)
+    for name, value in theirs.items()
+    if name not in alike and ours.get(name, value) != value
+  }
 
 
 def _listed(value: Any) -> Any:

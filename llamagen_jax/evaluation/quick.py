@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from llamagen_jax.evaluation import statistics
+from llamagen_jax.evaluation.protocols import different_settings
 
 PUBLISHED_SAMPLES = 50_000  # of a published FID
 PASS, FAIL, ESTIMATE = "pass", "FAIL", "estimate"
@@ -117,9 +118,8 @@ def compare(
 def compare_settings(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Row:
   """Returns the row that says whether samples were made as the figures' were."""
   different = [
-    f"{name} is {ours[name]}, the figures' {value}"
-    for name, value in theirs.items()
-    if ours.get(name, value) != value
+    f"{name} is {value}, the figures' {other}"
+    for name, (value, other) in different_settings(ours, theirs).items()
   ]
   verdict = FAIL if different else PASS
   return Row(SETTINGS, None, None, None, verdict, "; ".join(different))

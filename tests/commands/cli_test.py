@@ -1,7 +1,9 @@
 """Commands as a user types them: what bad input prints, and the exit code."""
 
 import errno
+import importlib
 import json
+import shlex
 import types
 
 import numpy as np
@@ -9,7 +11,7 @@ from PIL import Image
 import pytest
 
 import llamagen_jax
-from llamagen_jax.commands import cli
+from llamagen_jax.commands import arguments, cli, config_flag
 from llamagen_jax.errors import RunFailed, Stopped, UserError
 from tests import tiny
 
@@ -85,6 +87,36 @@ def test_version_and_verbs(capsys):
   text = capsys.readouterr().out
   assert all(f"\n  {verb} " in text for verb in cli.VERBS)
   assert "75  stopped" in text
+
+
+def examples(verb: str) -> list[list[str]]:
+  """Returns the flags of each call of the verb in the text of its help."""
+  module = importlib.import_module(f"llamagen_jax.commands.{cli.VERBS[verb][0]}")
+  lines = module.__doc__.replace("\\\n", " ").splitlines()
+  calls = [line for line in lines if line.startswith(f"llamagen {verb} ")]
+  return [shlex.split(line, comments=True)[2:] for line in calls]
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_the_examples_of_the_help_are_valid(verb, monkeypatch):
+  class Parsed(Exception):
+    pass
+
+  parse = arguments.parse
+
+  def parse_and_stop(*args):
+    parse(*args)
+    raise Parsed
+
+  def stop(*args):
+    raise Parsed
+
+  monkeypatch.setattr(arguments, "parse", parse_and_stop)
+  monkeypatch.setattr(config_flag, "load", stop)  # comes after the flags
+  main = importlib.import_module(f"llamagen_jax.commands.{cli.VERBS[verb][0]}").main
+  for flags in examples(verb):
+    with pytest.raises(Parsed):
+      main(flags)
 
 
 def test_images_of_classes(trained, capsys):

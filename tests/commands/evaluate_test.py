@@ -182,6 +182,12 @@ def test_settings_that_differ_from_the_published_ones():
   assert differences({"sampling": other}, None) == []
 
 
+def test_sampling_flags_need_samples_that_are_yet_to_be_drawn(capsys):
+  flags = ["--protocol=custom", "--samples=x", "--reference=x", "--inception=x"]
+  assert cli.run(["evaluate", *flags, "--guidance-scale=3"]) == 2
+  assert "--guidance-scale goes with --sweep or --quick" in capsys.readouterr().err
+
+
 def test_published_scores_belong_to_a_protocol():
   assert published_scores("rfid-imagenet256", "vq_ds16_c2i@384") == {"rFID": 0.94}
   assert published_scores("rfid-coco", "vq_ds16_c2i") == {"rFID": 8.11}

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from llamagen_jax import GPTConfig, TokenizerConfig
+from llamagen_jax import GPTConfig, SamplingConfig, TokenizerConfig
 from llamagen_jax.commands import cli, quickstart
 from llamagen_jax.commands.extract_codes import Encoder, extract
 from llamagen_jax.data.images import CropSet, ImageDecoder
@@ -61,6 +61,17 @@ def test_fid_is_read_at_the_published_number_of_samples():
   )
   found = quick.extrapolated_fid(features, reference)
   assert abs(found) < at_4000 / 2  # of the same distribution: 0 without the bias
+
+
+def test_settings_that_make_the_same_images_do_not_fail():
+  ours, theirs = SamplingConfig(window=8, guidance_power=3.0), SamplingConfig()
+  row = quick.compare_settings(dataclasses.asdict(ours), dataclasses.asdict(theirs))
+  assert row.verdict == quick.PASS
+  ours, theirs = (
+    dataclasses.replace(c, guidance_schedule="power-cosine") for c in (ours, theirs)
+  )
+  row = quick.compare_settings(dataclasses.asdict(ours), dataclasses.asdict(theirs))
+  assert row.verdict == quick.FAIL and "guidance_power is 3.0" in row.note
 
 
 def test_settings_that_differ_are_named():
