@@ -102,7 +102,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("small", ["", ",small"])
 def test_sizes_of_a_tokenizer_come_from_the_images(folder, small, caplog):
-  caplog.set_level("INFO")
+  caplog.set_level("INFO", "absl")
   config = get_config("vq_folder", f"{folder}/train,steps=50{small}")
   recipe = build(TokenizerRecipe, config)
   assert (recipe.data.image_size, recipe.model.downsample) == (32, 4)
@@ -123,7 +123,7 @@ def test_sizes_of_a_tokenizer_come_from_the_images(folder, small, caplog):
 def test_sizes_of_a_transformer_come_from_the_codes(
   tmp_path, small, grid, shown, caplog
 ):
-  caplog.set_level("INFO")
+  caplog.set_level("INFO", "absl")
   config = dataclasses.replace(tiny.GPT, grid=grid)
   codes = tiny.write_codes(tmp_path / "codes", config=config)
   recipe = build(GPTRecipe, get_config("c2i_folder", f"{codes},steps=50{small}"))

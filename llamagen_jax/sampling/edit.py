@@ -2,7 +2,7 @@
 
 An image is put on a canvas, the canvas becomes codes, the codes of hidden cells are
 drawn around the known ones, and the image's own pixels are put back where nothing was
-hidden. A canvas that is larger than what the model draws is filled window by window.
+hidden. A canvas that is larger than what the model draws is filled tile by tile.
 
 Axes: N images that come out, H, W pixels of the canvas, h, w its cells (codes).
 """
@@ -39,7 +39,7 @@ from llamagen_jax.sides import (
 from llamagen_jax.text.encoder import TextEncoder
 from llamagen_jax.weights import bundle
 
-WINDOW_SEED = 2**32  # between the seeds of windows, beyond those that people take
+TILE_SEED = 2**32  # between the seeds of tiles, beyond those that people take
 
 
 class Borders(NamedTuple):
@@ -210,14 +210,14 @@ def edit_canvas(
   count = len(conditions)
   codes_Nhw = np.repeat(codes_hw[None], count, axis=0)
   redrawn_Nhw = redrawn_cells(unknown_hw, settings, seed, count)
-  for number, (y, x) in enumerate(windows(unknown_hw, gpt.config.grid)):
+  for number, (y, x) in enumerate(tiles(unknown_hw, gpt.config.grid)):
     at = np.s_[:, y : y + rows, x : x + columns]
     given = KnownCodes(
       codes_Nhw[at].reshape(count, -1), ~redrawn_Nhw[at].reshape(count, -1),
       settings.candidates,
     )  # fmt: skip
     job = SamplingJob(
-      conditions, sampling, (seed + number * WINDOW_SEED) % SEEDS, batch_size,
+      conditions, sampling, (seed + number * TILE_SEED) % SEEDS, batch_size,
       image_size, given,
     )  # fmt: skip
     drawn_NT = sample_image_codes(gpt, tokenizer, job, timings)
@@ -267,11 +267,11 @@ def redrawn_cells(
   return unknown_hw & below_h1 & (noise_Nhw < settings.strength)
 
 
-def windows(unknown_hw: np.ndarray, grid: Sides) -> Iterator[tuple[int, int]]:
-  """Yields corners (y, x) of windows of a grid that together cover unknown cells.
+def tiles(unknown_hw: np.ndarray, grid: Sides) -> Iterator[tuple[int, int]]:
+  """Yields corners (y, x) of tiles of a grid's size that together cover unknown cells.
 
   Each is the one with the most unknown cells of those that are half known at least,
-  after the windows before it; or, where there is none, the one that knows most.
+  after the tiles before it; or, where there is none, the one that knows most.
   """
   unknown_hw, (rows, columns) = unknown_hw.copy(), height_width(grid)
   half = rows * columns // 2

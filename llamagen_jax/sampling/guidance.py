@@ -13,6 +13,7 @@ def scale_at(rows: BatchSampling, index: jax.Array, image_tokens: int) -> jax.Ar
     constant: s
     linear: 1 + (s - 1) t / T
     power-cosine (RAR, arXiv 2411.00776): 1 + (s - 1) (1 - cos(pi (t / T)^p)) / 2
+  and 1 before guidance_start and after guidance_stop.
 
   guidance_stop counts decode steps: code 0 comes from the prefill, so step n samples
   code n + 1.

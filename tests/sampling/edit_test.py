@@ -12,7 +12,7 @@ from llamagen_jax.sampling.edit import (
   Canvas,
   EditSettings,
   redrawn_cells,
-  windows,
+  tiles,
 )
 from tests.sampling import fid_batch_test
 
@@ -117,12 +117,12 @@ def test_windows_cover_what_is_unknown_and_know_half_where_they_can():
   unknown = np.ones((8, 12), bool)
   unknown[2:6, 4:8] = False
   left = unknown.copy()
-  for y, x in windows(unknown, 4):
+  for y, x in tiles(unknown, 4):
     assert left[y : y + 4, x : x + 4].sum() <= 8
     left[y : y + 4, x : x + 4] = False
   assert not left.any()
-  assert list(windows(np.ones((4, 4), bool), 4)) == [(0, 0)]
-  assert list(windows(np.ones((2, 8), bool), (2, 4))) == [(0, 0), (0, 2), (0, 4)]
+  assert list(tiles(np.ones((4, 4), bool), 4)) == [(0, 0)]
+  assert list(tiles(np.ones((2, 8), bool), (2, 4))) == [(0, 0), (0, 2), (0, 4)]
 
 
 def test_hidden_pixels_are_filled_by_their_nearest_neighbours():
