@@ -268,7 +268,7 @@ def test_200_requests_that_come_and_go(gpt):
   assert engine.busy_rows == 0 and len(done) > 150
   assert all(r.codes == expected[r] for r in done)
   for number in range(4):  # every slot still takes a guided image
-    assert engine.join(request(gpt, 6 * number + 1))
+    assert engine.join(request(gpt, len(SETTINGS) * number + 1))
 
 
 def test_nothing_compiles_after_the_warm_up(gpt):
