@@ -83,9 +83,7 @@ def test_prefixes_of_wrappers_are_stripped(tmp_path, weights, prefix, suffix):
   np.testing.assert_array_equal(np.asarray(found[name]), weights[name])
 
 
-@pytest.mark.extra
 def test_a_part_that_alone_was_compiled(tmp_path):
-  pytest.importorskip("safetensors")
   file, values = tmp_path / "x.safetensors", np.zeros(2, np.float32)
   write_weights(file, {"encoder._orig_mod.a": values, "decoder.a": values})
   assert set(read_weights(file).tensors) == {"encoder.a", "decoder.a"}
@@ -210,9 +208,7 @@ def test_half_precision_safetensors(tmp_path, weights):
     )
 
 
-@pytest.mark.extra
 def test_folders_and_indices(tmp_path, weights):
-  pytest.importorskip("safetensors")
   tiny.write_sharded(tmp_path, weights, files=3)
   for path in (tmp_path, tmp_path / "model.safetensors.index.json"):
     found = read_weights(path).tensors
@@ -298,7 +294,6 @@ def test_broken_files(tmp_path, name, content):
 
 @pytest.mark.extra
 def test_safetensors_without_torch(tmp_path, monkeypatch, weights):
-  pytest.importorskip("safetensors")
   monkeypatch.setitem(__import__("sys").modules, "torch", None)
   write_weights(tmp_path / "x.safetensors", weights)
   found, key, _ = read_weights(tmp_path / "x.safetensors")

@@ -53,7 +53,6 @@ def assert_same(found, expected):
 def test_import_export_import_is_the_identity(
   tmp_path, capsys, tokenizer, model, suffix
 ):
-  pytest.importorskip("safetensors")
   pytest.importorskip("torch")
   golden, weights = parity.golden(), parity.state_dict(model)
   file, back, out = (tmp_path / f"a{suffix}", tmp_path / f"b{suffix}", tmp_path / "gpt")
@@ -196,7 +195,6 @@ def test_the_list_of_known_checkpoints(capsys):
   ],
 )
 def test_bad_commands(tmp_path, capsys, tokenizer, flags, words):
-  pytest.importorskip("safetensors")
   file, out = tmp_path / "x.safetensors", tmp_path / "out"
   write_weights(file, parity.state_dict("gpt_tiny_c2i"))
   flags = flags.format(vq=tokenizer, tiny=TINY_GPT)
@@ -220,9 +218,7 @@ def test_an_entry_without_weights_is_refused(tmp_path, capsys, tokenizer):
   assert code == 0 and "entry 'model'" in text
 
 
-@pytest.mark.extra
 def test_weights_that_are_not_finite_leave_no_bundle(tmp_path, capsys, tokenizer):
-  pytest.importorskip("safetensors")
   weights = parity.state_dict("gpt_tiny_c2i")
   weights["layers.1.attention.wo.weight"][3, 4] = np.nan
   file, out = tmp_path / "x.safetensors", tmp_path / "out"
@@ -233,9 +229,7 @@ def test_weights_that_are_not_finite_leave_no_bundle(tmp_path, capsys, tokenizer
   assert not out.exists()
 
 
-@pytest.mark.extra
 def test_tensors_of_no_known_model_are_named(tmp_path, capsys):
-  pytest.importorskip("safetensors")
   write_weights(tmp_path / "x.safetensors", {"unet.a": np.zeros(2, np.float32)})
   command = f"import-weights --file={tmp_path}/x.safetensors --out={tmp_path}/out"
   code, text = llamagen(capsys, command)
@@ -293,7 +287,6 @@ def test_files_and_bundles_in_a_bucket(tmp_path, capsys, bucket, tokenizer):
 
 
 def test_home_is_understood(tmp_path, capsys, monkeypatch, tokenizer):
-  pytest.importorskip("safetensors")
   monkeypatch.setenv("HOME", str(tmp_path))
   write_weights("~/x.safetensors", parity.state_dict("gpt_tiny_c2i"))
   command = f"import-weights --file=~/x.safetensors --tokenizer={tokenizer} --out=~/gpt"
@@ -317,9 +310,7 @@ def test_the_platform_is_as_before(tmp_path, capsys):
   subprocess.run([sys.executable, "-c", code], env=env, check=True)
 
 
-@pytest.mark.extra
 def test_what_does_not_fit_is_listed_and_nothing_written(tmp_path, capsys, tokenizer):
-  pytest.importorskip("safetensors")
   weights = parity.state_dict("gpt_tiny_c2i")
   gone = [name for name in weights if name.startswith("layers.1.feed")]
   weights = {name: value for name, value in weights.items() if name not in gone}
@@ -366,7 +357,6 @@ def test_the_hub_out_of_reach(tmp_path, capsys, monkeypatch, tokenizer):
 @pytest.mark.extra
 def test_the_hub_within_reach(tmp_path, capsys, monkeypatch, tokenizer):
   hub = pytest.importorskip("huggingface_hub")
-  pytest.importorskip("safetensors")
   file = tmp_path / "cached.safetensors"
   write_weights(file, parity.state_dict("gpt_tiny_c2i"))
   asked = []
@@ -385,7 +375,6 @@ def test_the_hub_within_reach(tmp_path, capsys, monkeypatch, tokenizer):
 
 def test_no_accelerator_is_needed(tmp_path, tokenizer):
   """Another process may hold the chips; here there are none of the kind asked for."""
-  pytest.importorskip("safetensors")
   write_weights(tmp_path / "x.safetensors", parity.state_dict("gpt_tiny_c2i"))
   commands = [
     f"import-weights --file={tmp_path}/x.safetensors --tokenizer={tokenizer} {TINY_GPT}"

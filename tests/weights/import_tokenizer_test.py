@@ -103,7 +103,6 @@ def test_the_vae_inside_a_latent_diffusion_model(tmp_path, capsys):
 @pytest.mark.extra
 @pytest.mark.parametrize("renamed", [{}, OLDER_NAMES])
 def test_vaes_from_diffusers(tmp_path, capsys, renamed):
-  pytest.importorskip("safetensors")
   layouts = parity.vae_state_dicts("vae")
   weights = layouts["diffusers"]
   for new, old in renamed.items():
