@@ -199,7 +199,7 @@ def test_what_chips_exchange_when_they_share_the_weights(tmp_path):
   command = (
     "compile-for-pod --config=configs/c2i_imagenet.py:B --config.model.layers=4"
     " --config.data.batch_size=16 --config.mesh.data=1 --config.mesh.fsdp=-1"
-    f" --topology=v5e:2x2 --json={tmp_path}/figures.json"
+    f" --topology=v5e:2x2 --json={tmp_path}/figures.json --quick"
   )
   assert cli.run(command.split()) == 0
   found = json.loads((tmp_path / "figures.json").read_text())
@@ -224,7 +224,7 @@ def test_logits_take_one_float32_array(tmp_path):
     command = (
       "compile-for-pod --config=configs/c2i_imagenet.py:B --config.model.layers=2"
       f" --config.model.vocab_size={vocabulary} --config.data.batch_size=64"
-      f" --topology=v5e:2x2 --json={tmp_path}/figures.json"
+      f" --topology=v5e:2x2 --json={tmp_path}/figures.json --quick"
     )
     assert cli.run(command.split()) == 0
     found = json.loads((tmp_path / "figures.json").read_text())
@@ -244,7 +244,7 @@ def test_flops_against_the_models(remat, limit, tmp_path):
   command = (
     "compile-for-pod --config=configs/c2i_imagenet.py:B --config.model.layers=4"
     f" --config.data.batch_size=16 --config.model.remat={remat}"
-    f" --topology=v5e:2x2 --json={tmp_path}/figures.json"
+    f" --topology=v5e:2x2 --json={tmp_path}/figures.json --quick"
   )
   assert cli.run(command.split()) == 0
   found = json.loads((tmp_path / "figures.json").read_text())
