@@ -208,8 +208,7 @@ def _copies(ops: dict[str, Op], op: Op) -> Mapping[tuple[str, int, str], int]:
   if op.kind == "copy-start" and not op.arrays[1].in_hbm:
     return NOTHING
   shape = f"{target.dtype}[{','.join(map(str, target.shape))}]"
-  name = re.search(r'op_name="([^"]*)"', op.attributes)
-  return collections.Counter([(shape, target.bytes, name[1] if name else "")])
+  return collections.Counter([(shape, target.bytes, op.source)])
 
 
 def _dot_flops(ops: dict[str, Op], op: Op) -> float:

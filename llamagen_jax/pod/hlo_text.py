@@ -41,6 +41,12 @@ class Op:
     found = re.search(rf"[ ,]{name}=(%?[\w.\-]+)", self.attributes)
     return found[1].lstrip("%") if found else ""
 
+  @property
+  def source(self) -> str:
+    """Returns the path of the operation that it came from, "" if that is not known."""
+    found = re.search(r'op_name="([^"]*)"', self.attributes)
+    return found[1] if found else ""
+
 
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
