@@ -61,8 +61,9 @@ def main(argv: Sequence[str]) -> None:
   if args.sweep:
     sweep.run(args)
     return
-  for name in sampling_flags.given(args):
-    raise UserError(f"--{name.replace('_', '-')} goes with --sweep or --quick")
+  if given := sampling_flags.given(args):
+    flag = next(iter(given)).replace("_", "-")
+    raise UserError(f"--{flag} goes with --sweep or --quick")
   if not args.samples:
     raise UserError("expected --samples or --sweep")
   as_stored = args.protocol != "custom"  # published scores do not turn photographs

@@ -199,8 +199,10 @@ def _import_gpt(
       f"the transformer samples {config.vocab_size} codes, --tokenizer="
       f"{args.tokenizer} has {tokenizer_config.codebook_size}"
     )
-  stored = SamplingConfig.read(extra.get("sampling", {}), "sampling of the file")
-  best = known.sampling if known else stored
+  if known:
+    best = known.sampling
+  else:
+    best = SamplingConfig.read(extra.get("sampling", {}), "sampling of the file")
   sampling = dataclasses.replace(best, **sampling_flags.given(args))
   sampling.check_model(config)
   class_names = tuple(extra.get("class_names", ()))

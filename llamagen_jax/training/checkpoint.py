@@ -100,10 +100,10 @@ class Checkpoints:
       return None
     previous = read_json(path)
     try:
-      self._recipe(previous)
+      changes = self._changes(previous)
     except UserError as error:
       raise UserError(f"{path}: {error}: use another workdir") from error
-    for name, old, new in self._changes(previous):
+    for name, old, new in changes:
       free = any(name == f or name.startswith(f"{f}.") for f in MAY_CHANGE_ON_RESUME)
       if not free:
         raise UserError(
