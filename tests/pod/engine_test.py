@@ -29,8 +29,7 @@ def test_a_chunk_reads_weights_and_cache_once_a_step(
   """Of the cache what is written, in whole blocks; with the heads of 3B, all of it."""
   pytest.importorskip("libtpu", reason="compiles for a TPU")
   config = GPTConfig.preset(preset, image_size=384, dtype="bfloat16")
-  shape = (32, 8, tensor)
-  report = run_apart(compile_engine, config, *shape, where, True, news=io.StringIO())
+  report = compile_engine(config, slots=32, steps=8, tensor=tensor, where=where)
   with capsys.disabled():
     print(f"\n{preset} at 384, 32 slots on {where}", as_text(report.rows()), sep="\n")
   found, more = report.analysis, report.more_figures
