@@ -1,4 +1,6 @@
 import json
+import os
+import subprocess
 import sys
 import types
 
@@ -9,6 +11,7 @@ from llamagen_jax.errors import UserError
 from llamagen_jax.training.metrics_log import MetricsLog, read_rows
 from llamagen_jax.training.recipe import RunConfig
 from tests import tiny
+from tests.processes import ROOT
 
 
 def test_a_resumed_log_drops_the_steps_that_are_redone(tmp_path):
@@ -39,6 +42,22 @@ def test_flushed_rows_outlive_a_kill_where_nothing_can_be_appended(bucket):
   log.flush()
   log.write(3, {"loss": 0.2})
   assert [row["step"] for row in read_rows(bucket / "run/metrics.jsonl")] == [1, 2]
+
+
+def test_a_log_does_not_import_torch(tmp_path):
+  """It takes seconds, and tensorboardX does where it can."""
+  (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+  code = f"""
+import sys
+from llamagen_jax.training.metrics_log import MetricsLog
+log = MetricsLog({str(tmp_path)!r}, start=0)
+log.write(1, {{"loss": 1.0}})
+log.close()
+assert "torch" not in sys.modules
+"""
+  environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+  subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+  assert list(tmp_path.glob("events.*"))
 
 
 def test_a_tracker_gets_every_row(tmp_path, monkeypatch):
