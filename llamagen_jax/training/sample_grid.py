@@ -24,6 +24,7 @@ class ImagesConfig:
   seed: int = 0
   scored: int = 0  # samples besides, of random classes, to log the IS of; 0 = none
   inception: str = ""  # weights for it, as of `evaluate --inception`
+  reference: str = ""  # npz or folder of real images, for their precision, too
 
   def __post_init__(self):
     object.__setattr__(self, "prompts", tuple(self.prompts))
@@ -35,6 +36,10 @@ class ImagesConfig:
       raise UserError(
         f"images.scored={self.scored}: expected images.tokenizer and images.inception,"
         f" found {self.tokenizer!r} and {self.inception!r}"
+      )
+    if self.reference and not self.scored:
+      raise UserError(
+        f"images.reference={self.reference}: expected images.scored > 0, found 0"
       )
 
 

@@ -212,9 +212,14 @@ def test_scores_of_samples_at_every_evaluation(tmp_path, monkeypatch):
   monkeypatch.setattr(sample_scores, "load_inception", lambda path: {"head": head})
   monkeypatch.setattr(sample_scores, "BATCH_SIZE", 4)
   (tmp_path / "inception").touch()
+  # Of about the colour that samples of this model have, so that some are near them.
+  colours = np.random.default_rng(5).normal((109, 130, 107), 2, (9, 1, 1, 3))
+  real = np.broadcast_to(colours, (9, 6, 6, 3)).astype(np.uint8)
+  np.savez(tmp_path / "real.npz", arr_0=real)
   config = config_with_images(
-    tmp_path, scored=10, inception=str(tmp_path / "inception"), seed=3
-  )
+    tmp_path, scored=10, inception=str(tmp_path / "inception"), seed=3,
+    reference=str(tmp_path / "real.npz"),
+  )  # fmt: skip
   train_gpt.train(config, tmp_path / "run")
   rows = read_rows(tmp_path / "run/metrics.jsonl")
   scores = [row["eval/IS"] for row in rows if "eval/IS" in row]
@@ -227,6 +232,12 @@ def test_scores_of_samples_at_every_evaluation(tmp_path, monkeypatch):
   kl = jnp.sum(p * (jnp.log(p) - jnp.log(p.mean(axis=0))), axis=1)
   assert scores[-1] > 1.05
   np.testing.assert_allclose(scores[-1], jnp.exp(kl.mean()), rtol=1e-4)
+  means = [x.mean(axis=(1, 2)) for x in (real, images)]
+  between, among = (np.linalg.norm(means[0][:, None] - x, axis=2) for x in means[::-1])
+  radii = np.sort(among, axis=1)[:, 3]  # the nearest is itself
+  share = np.mean(np.any(between <= radii[:, None], axis=0))
+  assert 0 < share < 1
+  np.testing.assert_allclose(rows[-1]["eval/precision"], share)
 
 
 @pytest.mark.parametrize(
@@ -235,6 +246,7 @@ def test_scores_of_samples_at_every_evaluation(tmp_path, monkeypatch):
     ({"scored": 8}, "images.scored=8: expected images.tokenizer and images.inception"),
     ({"scored": 8, "inception": "no.pth"}, "images.inception=no.pth: no such file"),
     ({"scored": -1}, "images.scored=-1: expected 0 or more"),
+    ({"reference": "x.npz"}, "images.reference=x.npz: expected images.scored > 0"),
   ],
 )
 def test_scores_without_weights_are_refused(tmp_path, fields, words):
