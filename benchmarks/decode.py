@@ -109,7 +109,7 @@ def compare_windows(config, params, batch, sampling, windows, repeats) -> None:
   for turn in range(repeats + 1):
     for window in windows:
       settings = dataclasses.replace(sampling, window=window)
-      inputs = DecodeInputs(params, keys, None, settings.rows(batch))
+      inputs = DecodeInputs(params, keys, None, settings.for_batch(batch))
       started = time.perf_counter()
       found = jax.block_until_ready(generate_codes(config, settings, inputs, labels))
       seconds = time.perf_counter() - started
@@ -135,7 +135,7 @@ def count_forwards(config, params, args) -> None:
   for guidance in args.guidances:
     for window in args.windows:
       settings = SamplingConfig(guidance_scale=guidance, window=window)
-      inputs = DecodeInputs(params, keys, None, settings.rows(args.batch))
+      inputs = DecodeInputs(params, keys, None, settings.for_batch(args.batch))
       _, forwards = generate_codes(config, settings, inputs, labels)
       yields[window].append(config.image_tokens / float(np.mean(forwards)))
   for window in args.windows:

@@ -127,7 +127,7 @@ def decode_case(preset: str, side: int, batch: int) -> Case:
 
   def make():
     def call(params, data, labels):
-      settings = jax.tree.map(jnp.asarray, SAMPLING.rows(batch))
+      settings = jax.tree.map(jnp.asarray, SAMPLING.for_batch(batch))
       inputs = DecodeInputs(params, as_keys(data), None, settings)
       return decode_codes(config, SAMPLING.active_filters, inputs, labels)
 

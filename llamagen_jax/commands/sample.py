@@ -164,16 +164,16 @@ def _write(
   settings: dict[str, Any],
 ) -> None:
   """Writes images as a folder, an npz or a grid, by the name of `out`."""
-  names = [job.conditions.name(row) for row in range(len(images))]
+  names = [job.conditions.name(i) for i in range(len(images))]
   prompts = getattr(job.conditions, "prompts", None)
   if out.suffix not in generation.FILES:
     out.mkdir(parents=True, exist_ok=True)
     if prompts is not None:
       names = [""] * len(images)
       write_captions(out, prompts)
-    for row, image in enumerate(images):
-      name = "_".join(names[row].split()).replace("/", "-")
-      stem = f"{row:05d}_{name}".rstrip("_")
+    for index, image in enumerate(images):
+      name = "_".join(names[index].split()).replace("/", "-")
+      stem = f"{index:05d}_{name}".rstrip("_")
       save_png(out / f"{stem}.png", Image.fromarray(image))
     return
   out.parent.mkdir(parents=True, exist_ok=True)

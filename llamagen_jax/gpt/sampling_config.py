@@ -141,7 +141,7 @@ class SamplingConfig:
     except UserError as error:
       raise UserError(f"{where}: {error}") from error
 
-  def rows(self, batch: int) -> BatchSampling:
+  def for_batch(self, batch: int) -> BatchSampling:
     """Returns these settings for every image of a batch, as host arrays [B]."""
     values = {name: getattr(self, name) for name in BatchSampling._fields}
     values["guidance_schedule"] = GUIDANCE_SCHEDULES.index(self.guidance_schedule)

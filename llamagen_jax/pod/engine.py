@@ -114,5 +114,5 @@ def _with_rates(
 def _inputs(slots: int) -> ChunkInputs:
   rows = 2 * slots
   keys = jnp.zeros((rows, 2), jnp.uint32)
-  settings = jax.tree.map(jnp.asarray, SamplingConfig().rows(rows))
+  settings = jax.tree.map(jnp.asarray, SamplingConfig().for_batch(rows))
   return ChunkInputs(jnp.zeros(slots, bool), keys, settings)

@@ -62,7 +62,7 @@ def compile_sampler(
   with jax.set_mesh(mesh):
     logging.info("tracing the sampler")
     params = abstract_params(config, mesh)
-    rows = jax.eval_shape(lambda: sampling.rows(batch))
+    rows = jax.eval_shape(lambda: sampling.for_batch(batch))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     condition, mask = _condition(config, batch, split)
     inputs = DecodeInputs(

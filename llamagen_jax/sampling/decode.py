@@ -85,7 +85,7 @@ def generate(
   if key.ndim == 0:
     key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
   inputs = DecodeInputs(
-    decoding_params(config, params), key, condition_mask, sampling.rows(batch)
+    decoding_params(config, params), key, condition_mask, sampling.for_batch(batch)
   )
   codes, _ = generate_codes(config, sampling, inputs, condition)
   return codes

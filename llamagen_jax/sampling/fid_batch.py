@@ -89,15 +89,15 @@ def run(
   _check_shared(shards / PLAN)
 
   batches, timings = _missing(shards, job, folder), Timings()
-  done = len(job.conditions) - sum(len(job.rows(batch)) for batch in batches)
+  done = len(job.conditions) - sum(len(job.indices(batch)) for batch in batches)
   with tqdm.tqdm(
     total=len(job.conditions), initial=done, desc="sample", unit="image",
     dynamic_ncols=True, disable=jax.process_index() != 0,
   ) as bar:  # fmt: skip
     for batch, images in sample_batches(gpt, tokenizer, job, batches, timings):
       if folder is not None:
-        for row, image in zip(job.rows(batch), images, strict=True):
-          save_png(_png(folder, row), Image.fromarray(image))
+        for index, image in zip(job.indices(batch), images, strict=True):
+          save_png(_png(folder, index), Image.fromarray(image))
       with atomic_write(_shard(shards, batch)) as file:
         np.save(file, images)
       # The other hosts sample at the same pace.
@@ -129,7 +129,7 @@ def _missing(
   """Returns the batches that are not done. One host decides, so that all agree."""
 
   def is_done(batch: int) -> bool:
-    last_png = None if folder is None else _png(folder, job.rows(batch)[-1])
+    last_png = None if folder is None else _png(folder, job.indices(batch)[-1])
     return _shard(shards, batch).exists() and (last_png is None or last_png.exists())
 
   missing = np.zeros(job.batches, np.int32)
@@ -139,21 +139,21 @@ def _missing(
   return [int(batch) for batch in np.flatnonzero(missing)]
 
 
-def _png(folder: epath.Path, row: int) -> epath.Path:
-  return folder / f"{row:06d}.png"
+def _png(folder: epath.Path, index: int) -> epath.Path:
+  return folder / f"{index:06d}.png"
 
 
 def _write_pngs(out: epath.Path, folder: epath.Path) -> None:
   """Writes the images of a finished npz that are not in the folder yet."""
   folder.mkdir(parents=True, exist_ok=True)
   images = open_image_set("--out", out)
-  rows = itertools.chain.from_iterable(images.batches(PNG_BATCH))
+  found = itertools.chain.from_iterable(images.batches(PNG_BATCH))
   bar = tqdm.tqdm(
-    rows, total=images.count, desc="png", unit="image", dynamic_ncols=True
+    found, total=images.count, desc="png", unit="image", dynamic_ncols=True
   )
-  for row, image in enumerate(bar):
-    if not _png(folder, row).exists():
-      save_png(_png(folder, row), Image.fromarray(image))
+  for index, image in enumerate(bar):
+    if not _png(folder, index).exists():
+      save_png(_png(folder, index), Image.fromarray(image))
 
 
 def _shard(shards: epath.Path, batch: int) -> epath.Path:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from llamagen_jax.gpt.sampling_config import GUIDANCE_SCHEDULES, BatchSampling
 
 
-def scale_at(rows: BatchSampling, index: jax.Array, image_tokens: int) -> jax.Array:
+def scale_at(settings: BatchSampling, index: jax.Array, image_tokens: int) -> jax.Array:
   """Returns the guidance scale [B] of the code with this index; 1 = no guidance.
 
   With s the guidance_scale, p the guidance_power, t the index, T image_tokens:
@@ -19,24 +19,24 @@ def scale_at(rows: BatchSampling, index: jax.Array, image_tokens: int) -> jax.Ar
   code n + 1.
 
   Args:
-    rows: settings [B], one row a code to sample: of B images, or of every code of a
+    settings: [B], one row a code to sample: of B images, or of every code of a
       window.
     index: number of the code, int32; or [B], one a row.
     image_tokens: T, the codes of an image.
   """
-  progress = jnp.broadcast_to(index / image_tokens, rows.guidance_power.shape)
+  progress = jnp.broadcast_to(index / image_tokens, settings.guidance_power.shape)
   shares = {
     "constant": jnp.ones_like(progress),
     "linear": progress,
-    "power-cosine": (1 - jnp.cos(jnp.pi * progress**rows.guidance_power)) / 2,
+    "power-cosine": (1 - jnp.cos(jnp.pi * progress**settings.guidance_power)) / 2,
   }
   share = jnp.select(
-    [rows.guidance_schedule == i for i in range(len(GUIDANCE_SCHEDULES))],
+    [settings.guidance_schedule == i for i in range(len(GUIDANCE_SCHEDULES))],
     [shares[name] for name in GUIDANCE_SCHEDULES],
   )
-  stopped = (rows.guidance_stop >= 0) & (index - 1 > rows.guidance_stop)
-  off = stopped | (index < rows.guidance_start)
-  return jnp.where(off, 1.0, 1 + (rows.guidance_scale - 1) * share)
+  stopped = (settings.guidance_stop >= 0) & (index - 1 > settings.guidance_stop)
+  off = stopped | (index < settings.guidance_start)
+  return jnp.where(off, 1.0, 1 + (settings.guidance_scale - 1) * share)
 
 
 def guide(cond_BV: jax.Array, uncond_BV: jax.Array, scale_B: jax.Array) -> jax.Array:

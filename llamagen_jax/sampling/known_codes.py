@@ -58,9 +58,11 @@ class KnownCodes:
     if self.candidates < 1:
       raise UserError(f"candidates={self.candidates}: expected 1 or more")
 
-  def take(self, rows: np.ndarray) -> "KnownCodes":
+  def take(self, indices: np.ndarray) -> "KnownCodes":
     """Returns those of some images."""
-    return dataclasses.replace(self, codes=self.codes[rows], known=self.known[rows])
+    return dataclasses.replace(
+      self, codes=self.codes[indices], known=self.known[indices]
+    )
 
 
 class Candidates(NamedTuple):

@@ -15,22 +15,25 @@ from llamagen_jax.gpt.sampling_config import ActiveFilters, BatchSampling
 
 
 def sample_codes(
-  logits_BV: jax.Array, keys_B: jax.Array, rows: BatchSampling, filters: ActiveFilters
+  logits_BV: jax.Array,
+  keys_B: jax.Array,
+  settings: BatchSampling,
+  filters: ActiveFilters,
 ) -> jax.Array:
   """Samples one code a row from float32 logits; int32 [B]."""
   best_B = _argmax(logits_BV)
   if not filters.random:
     return best_B
-  logits_BV = logits_BV / rows.temperature[:, None]
+  logits_BV = logits_BV / settings.temperature[:, None]
   if filters.top_k:
-    logits_BV = _if_any(rows.top_k > 0, keep_top_k, logits_BV, rows.top_k)
+    logits_BV = _if_any(settings.top_k > 0, keep_top_k, logits_BV, settings.top_k)
   if filters.top_p:
-    logits_BV = _if_any(rows.top_p < 1, keep_top_p, logits_BV, rows.top_p)
+    logits_BV = _if_any(settings.top_p < 1, keep_top_p, logits_BV, settings.top_p)
   noise_BV = jax.vmap(lambda key, row: jax.random.gumbel(key, row.shape))(
     keys_B, logits_BV
   )
   sampled_B = _argmax(logits_BV + noise_BV)
-  return jnp.where(rows.greedy, best_B, sampled_B)
+  return jnp.where(settings.greedy, best_B, sampled_B)
 
 
 def _argmax(x_BV: jax.Array) -> jax.Array:

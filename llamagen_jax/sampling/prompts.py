@@ -74,12 +74,12 @@ class Prompts:
   def __len__(self) -> int:
     return len(self.prompts)
 
-  def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Encodes rows: features [B, P, C] and mask [B, P], or [B, 2, ..] with a negative.
+  def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Encodes them: features [B, P, C] and mask [B, P], or [B, 2, ..] with a negative.
 
     Warns of prompts that cleaning leaves nothing of: their images show anything.
     """
-    texts = [self.prompts[row] for row in rows]
+    texts = [self.prompts[index] for index in indices]
     unique = list(dict.fromkeys(texts))
     features, mask = self._encode(unique + [""] * (len(texts) - len(unique)))
     for prompt, any_token in zip(unique, mask.any(axis=1), strict=False):
@@ -89,16 +89,16 @@ class Prompts:
           " markup and Chinese characters; its image follows no text",
           prompt[:NAME_LENGTH],
         )  # fmt: skip
-    indices = [unique.index(text) for text in texts]
-    features, mask = features[indices], mask[indices]
+    each = [unique.index(text) for text in texts]
+    features, mask = features[each], mask[each]
     if not self.negative:
       return features, mask
     other, other_mask = self._negative
     pair = np.stack([features, np.broadcast_to(other, features.shape)], axis=1)
     return pair, np.stack([mask, np.broadcast_to(other_mask, mask.shape)], axis=1)
 
-  def name(self, row: int) -> str:
-    return self.prompts[row][:NAME_LENGTH]
+  def name(self, index: int) -> str:
+    return self.prompts[index][:NAME_LENGTH]
 
   @functools.cached_property
   def _negative(self) -> tuple[np.ndarray, np.ndarray]:

@@ -45,10 +45,10 @@ class Conditions(Protocol):
   def __len__(self) -> int:
     """Returns the number of images."""
 
-  def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+  def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns conditions (labels [B] or features [B, P, C]) and their mask [B, P]."""
 
-  def name(self, row: int) -> str:
+  def name(self, index: int) -> str:
     """Returns the text to write next to an image."""
 
 
@@ -62,11 +62,11 @@ class Labels:
   def __len__(self) -> int:
     return len(self.labels)
 
-  def take(self, rows: np.ndarray) -> tuple[np.ndarray, None]:
-    return self.labels[rows], None
+  def take(self, indices: np.ndarray) -> tuple[np.ndarray, None]:
+    return self.labels[indices], None
 
-  def name(self, row: int) -> str:
-    return shown_name(self.class_names, int(self.labels[row]))
+  def name(self, index: int) -> str:
+    return shown_name(self.class_names, int(self.labels[index]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +87,8 @@ class SamplingJob:
   def batches(self) -> int:
     return math.ceil(len(self.conditions) / self.batch_size)
 
-  def rows(self, batch: int) -> range:
-    """Returns the numbers of the images of a batch."""
+  def indices(self, batch: int) -> range:
+    """Returns which images of the job a batch has."""
     start = batch * self.batch_size
     return range(start, min(start + self.batch_size, len(self.conditions)))
 
@@ -181,13 +181,13 @@ def sample_image_codes(
 def _collect(
   job: SamplingJob, groups: Iterator[tuple[Sequence[int], jax.Array]]
 ) -> np.ndarray:
-  """Returns what all hosts sampled, without the rows that filled batches up."""
+  """Returns what all hosts sampled, without the images that filled batches up."""
   parts = []
-  for group, rows in groups:
+  for group, images in groups:
     if jax.process_count() > 1:
-      rows = multihost_utils.process_allgather(rows, tiled=True)
-    count = sum(len(job.rows(batch)) for batch in group)
-    parts.append(np.asarray(rows)[:count])
+      images = multihost_utils.process_allgather(images, tiled=True)
+    count = sum(len(job.indices(batch)) for batch in group)
+    parts.append(np.asarray(images)[:count])
   return np.concatenate(parts)
 
 
@@ -210,7 +210,7 @@ def sample_batches(
     for shard in images.addressable_shards:
       number = (shard.index[0].start or 0) // job.batch_size
       if shard.replica_id == 0 and number < len(group):
-        count = len(job.rows(group[number]))
+        count = len(job.indices(group[number]))
         yield group[number], np.asarray(shard.data)[:count]
 
 
@@ -248,20 +248,20 @@ def _code_groups(
   for start in range(0, len(batches), shards):
     group = batches[start : start + shards]
     padded = [*group, *[group[-1]] * (shards - len(group))]
-    rows = np.concatenate([_padded(job.rows(b), job.batch_size) for b in padded])
-    condition, mask = job.conditions.take(rows)
+    indices = np.concatenate([_padded(job.indices(b), job.batch_size) for b in padded])
+    condition, mask = job.conditions.take(indices)
     with _on(mesh), timings.clock("decode"):
-      keys = image_keys(job.seed, rows)
+      keys = image_keys(job.seed, indices)
       if mesh is not None:
         by_batch = batch_sharding(mesh)
         keys, condition, mask = shard_tree((keys, condition, mask), by_batch)
-      settings = job.sampling.rows(len(rows))
+      settings = job.sampling.for_batch(len(indices))
       inputs = DecodeInputs(params, as_keys(keys), mask, settings)
       asked = gpt.config, job.sampling, inputs, condition
       if job.given is None:
         codes, forwards = generate_codes(*asked)
       else:
-        codes, forwards = complete_codes(*asked, job.given.take(rows))
+        codes, forwards = complete_codes(*asked, job.given.take(indices))
       jax.block_until_ready(codes)
       timings.forwards += _local(forwards).tolist()
     yield group, codes
@@ -327,8 +327,8 @@ def _local(x_B: jax.Array | np.ndarray) -> np.ndarray:
   )
 
 
-def _padded(rows: range, size: int) -> np.ndarray:
-  return np.minimum(np.arange(rows.start, rows.start + size), rows.stop - 1)
+def _padded(indices: range, size: int) -> np.ndarray:
+  return np.minimum(np.arange(indices.start, indices.start + size), indices.stop - 1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -82,7 +82,7 @@ class EditEngine:
       condition, mask = map(np.stack, pairs)
     inputs = DecodeInputs(
       self._params, as_keys(request.key[None]), None if mask is None else mask[None],
-      request.sampling.rows(1),
+      request.sampling.for_batch(1),
     )  # fmt: skip
     known = request.known[None], request.is_known[None]
     problem = make_problem(self._config, inputs, *known, self._candidates)

@@ -77,7 +77,7 @@ class Engine:
     self._row_owner: list[Request | None] = [None] * (2 * slots)
     self._least_R = np.zeros(2 * slots, np.int32)  # codes that a row has at least
     self._keys_R = np.zeros((2 * slots, 2), np.uint32)
-    self._settings = SamplingConfig().rows(2 * slots)
+    self._settings = SamplingConfig().for_batch(2 * slots)
     self._joined: dict[Request, list[int]] = {}  # rows that no prefill has started yet
     self._unread: _Chunk | None = None
     self._edits = EditEngine(c, self._params, candidates) if candidates else None
@@ -225,7 +225,7 @@ class Engine:
         self._set(row, SamplingConfig())
 
   def _set(self, row: int, sampling: SamplingConfig) -> None:
-    for all_rows, value in zip(self._settings, sampling.rows(1), strict=True):
+    for all_rows, value in zip(self._settings, sampling.for_batch(1), strict=True):
       all_rows[row] = value[0]
 
   def _pairs(self) -> list[tuple[Request | None, Request | None]]:

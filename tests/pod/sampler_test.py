@@ -45,7 +45,7 @@ def test_a_decode_step_reads_weights_and_cache_once(capsys):
     cache = abstract(lambda: init_cache(c, 2 * images, c.length))
     keys = abstract(lambda: jax.random.split(jax.random.key(0), images))
     codes = abstract(lambda: jnp.zeros(images, jnp.int32))
-    rows = abstract(lambda: sampling.rows(images))
+    rows = abstract(lambda: sampling.for_batch(images))
     start = c.image_tokens - steps
 
     @functools.partial(jax.jit, donate_argnums=2)

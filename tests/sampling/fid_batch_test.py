@@ -120,7 +120,7 @@ def test_only_missing_batches_are_sampled(models, whole, tmp_path, monkeypatch):
   assert [batch for batch, _ in parts] == [0, 2, 5]
   images = np.load(whole)["arr_0"]
   for batch, part in parts:
-    np.testing.assert_array_equal(part, images[list(JOB.rows(batch))])
+    np.testing.assert_array_equal(part, images[list(JOB.indices(batch))])
   assert len(parts[-1][1]) == 2
 
 

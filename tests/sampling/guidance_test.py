@@ -15,7 +15,7 @@ TOKENS = 16
 
 def scales(**fields):
   """The scale of each of TOKENS codes."""
-  rows = SamplingConfig(**fields).rows(1)
+  rows = SamplingConfig(**fields).for_batch(1)
   return np.array(
     [float(scale_at(rows, jnp.int32(t), TOKENS)[0]) for t in range(TOKENS)]
   )

@@ -28,7 +28,7 @@ SMALL = GPTConfig(
 def complete(config, params, labels, given, sampling=SAMPLING, seed=7):
   keys = jax.random.split(jax.random.key(seed), len(labels))
   inputs = DecodeInputs(
-    decoding_params(config, params), keys, None, sampling.rows(len(labels))
+    decoding_params(config, params), keys, None, sampling.for_batch(len(labels))
   )
   return np.asarray(complete_codes(config, sampling, inputs, labels, given)[0])
 

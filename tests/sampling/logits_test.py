@@ -43,7 +43,7 @@ def test_draws_follow_the_probabilities():
   config = SamplingConfig(temperature=1.0)
   keys = jax.random.split(jax.random.key(0), draws)
   codes = sample_codes(
-    jnp.tile(logits, (draws, 1)), keys, config.rows(draws), config.active_filters
+    jnp.tile(logits, (draws, 1)), keys, config.for_batch(draws), config.active_filters
   )
   share = np.bincount(codes, minlength=4) / draws
   np.testing.assert_allclose(share, [0.5, 0.3, 0.15, 0.05], atol=0.03)
@@ -53,7 +53,9 @@ def test_draws_what_jax_draws():
   logits = parity.randn("logits", (6, 300))
   keys = jax.random.split(jax.random.key(0), 6)
   config = SamplingConfig()
-  found = sample_codes(jnp.asarray(logits), keys, config.rows(6), config.active_filters)
+  found = sample_codes(
+    jnp.asarray(logits), keys, config.for_batch(6), config.active_filters
+  )
   expected = jax.vmap(jax.random.categorical)(keys, logits)
   np.testing.assert_array_equal(found, expected)
 
@@ -62,7 +64,7 @@ def test_the_first_of_equals_is_the_best():
   logits = jnp.array([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0], [jnp.nan, 0.0, 1.0]])
   keys = jax.random.split(jax.random.key(0), 3)
   config = SamplingConfig(greedy=True)
-  found = sample_codes(logits, keys, config.rows(3), config.active_filters)
+  found = sample_codes(logits, keys, config.for_batch(3), config.active_filters)
   assert found.tolist()[:2] == [1, 0] and 0 <= found[2] < 3
 
 
@@ -72,7 +74,7 @@ def test_temperature_comes_before_the_nucleus():
   codes = [
     int(
       sample_codes(
-        logits, jax.random.key(i)[None], config.rows(1), config.active_filters
+        logits, jax.random.key(i)[None], config.for_batch(1), config.active_filters
       )[0]
     )
     for i in range(50)

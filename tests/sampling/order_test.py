@@ -53,7 +53,7 @@ def test_known_codes_come_first_and_all_go_back(name):
 def test_the_order_of_the_raster_is_raster_order(params, window):
   plain = dataclasses.replace(SAMPLING, order="raster", window=window)
   expected = generate(ANY_ORDER, params, LABELS, KEYS, sampling=plain)
-  arrays = DecodeInputs(params, KEYS, None, plain.rows(4))
+  arrays = DecodeInputs(params, KEYS, None, plain.for_batch(4))
   identity = jnp.tile(jnp.arange(T), (4, 1))
   shape = (ANY_ORDER, plain.active_filters)
   if window == 1:
@@ -83,7 +83,7 @@ def test_random_orders_sample_what_full_forwards_do(caption):
     )
     guided = null + 2.0 * (logits - null)
     noise = jax.vmap(jax.random.fold_in, (0, None))(keys, t)
-    settings = SAMPLING.rows(len(keys))
+    settings = SAMPLING.for_batch(len(keys))
     codes[rows, order[:, t]] = sample_codes(
       guided, noise, settings, SAMPLING.active_filters
     )

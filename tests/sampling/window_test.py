@@ -38,7 +38,7 @@ def decode(config, params, condition, mask, sampling, seed=0):
   """Codes and forwards of a batch whose images have keys of their own."""
   batch = len(condition)
   keys = as_keys(image_keys(seed, range(batch)))
-  arrays = DecodeInputs(params, keys, mask, sampling.rows(batch))
+  arrays = DecodeInputs(params, keys, mask, sampling.for_batch(batch))
   return map(np.asarray, generate_codes(config, sampling, arrays, condition))
 
 

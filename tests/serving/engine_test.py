@@ -184,7 +184,7 @@ def test_edits_beside_slots_have_the_codes_of_complete_codes(gpt, cache):
     keys = jax.random.wrap_key_data(r.key[None])
     mask = None if r.condition_mask is None else r.condition_mask[None]
     params = decoding_params(c, gpt.params)
-    inputs = DecodeInputs(params, keys, mask, r.sampling.rows(1))
+    inputs = DecodeInputs(params, keys, mask, r.sampling.for_batch(1))
     given = KnownCodes(known[None], r.is_known[None], candidates=3)
     condition = np.asarray(r.condition)[None]
     codes, _ = complete_codes(c, r.sampling, inputs, condition, given)
