@@ -31,7 +31,7 @@ from llamagen_jax.gpt.cached_attention import (
 )
 from llamagen_jax.gpt.conditioning import attention_mask, embed_prefix
 from llamagen_jax.gpt.model import embed_codes
-from tests.gpt.model_test import TINY, TINY_CAPTION, inputs, random_params
+from tests.gpt.tiny_gpt import TINY, TINY_CAPTION, inputs, random_params
 
 INT8 = dataclasses.replace(TINY_CAPTION, kv_heads=2, kv_cache="int8")
 

@@ -8,7 +8,7 @@ import pytest
 from llamagen_jax import SamplingConfig, generate
 from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.gpt.quantized import Int8Matrix, matmul, quantize, quantize_params
-from tests.gpt.model_test import TINY, inputs, random_params
+from tests.gpt.tiny_gpt import TINY, inputs, random_params
 
 
 def test_a_matrix_is_rounded_to_half_a_step():

@@ -9,7 +9,7 @@ from llamagen_jax import GPT, SamplingConfig, generate, weights
 from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.sampling import decode
 from tests import parity
-from tests.gpt.model_test import TINY, TINY_CAPTION, inputs, random_params
+from tests.gpt.tiny_gpt import TINY, TINY_CAPTION, inputs, random_params
 
 pytestmark = pytest.mark.exact
 

@@ -8,7 +8,7 @@ import pytest
 from llamagen_jax import GPT, SamplingConfig, generate
 from llamagen_jax.gpt.sampling_config import GUIDANCE_SCHEDULES
 from llamagen_jax.sampling.guidance import guide, scale_at
-from tests.gpt.model_test import TINY, inputs, random_params
+from tests.gpt.tiny_gpt import TINY, inputs, random_params
 
 TOKENS = 16
 

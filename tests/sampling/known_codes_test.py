@@ -14,7 +14,7 @@ from llamagen_jax.sampling import decode
 from llamagen_jax.sampling.decode import DecodeInputs, generate
 from llamagen_jax.sampling.known_codes import KnownCodes, complete_codes, systematic
 from llamagen_jax.sampling.order import decoding_order
-from tests.gpt.model_test import TINY, random_params
+from tests.gpt.tiny_gpt import TINY, random_params
 
 pytestmark = pytest.mark.exact
 

@@ -12,7 +12,7 @@ from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.sampling.decode import DecodeInputs, decode_codes, decode_windows
 from llamagen_jax.sampling.logits import sample_codes
 from llamagen_jax.sampling.order import decoding_order, to_raster
-from tests.gpt.model_test import TINY, TINY_CAPTION, inputs, random_params
+from tests.gpt.tiny_gpt import TINY, TINY_CAPTION, inputs, random_params
 
 pytestmark = pytest.mark.exact
 

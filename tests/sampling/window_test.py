@@ -13,7 +13,7 @@ from llamagen_jax.sampling import window
 from llamagen_jax.sampling.decode import DecodeInputs, generate_codes
 from llamagen_jax.sampling.keys import as_keys, image_keys
 from llamagen_jax.sampling.window import WRONG, accept, chunk_masks
-from tests.gpt.model_test import TINY, TINY_CAPTION, inputs, random_params
+from tests.gpt.tiny_gpt import TINY, TINY_CAPTION, inputs, random_params
 
 pytestmark = pytest.mark.exact
 
