@@ -104,7 +104,8 @@ def _parse() -> argparse.Namespace:
 
 def _seen_by_all(folder: str) -> str:
   """A folder of a bucket, or one that is mounted at the same place everywhere."""
-  return os.path.abspath(folder) if folder and "://" not in folder else folder
+  elsewhere = "://" in folder or folder.startswith("hub:")
+  return folder if not folder or elsewhere else os.path.abspath(folder)
 
 
 if __name__ == "__main__":

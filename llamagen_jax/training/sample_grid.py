@@ -46,9 +46,33 @@ class ImagesConfig:
 class SampleGrid:
   """Samples the grid of a run; loads the tokenizer once."""
 
-  def __init__(self, config: ImagesConfig):
+  def __init__(self, config: ImagesConfig, identity: str, condition: str, t5: str):
+    """Checks before the run what its first evaluation needs.
+
+    Args:
+      identity: of the tokenizer whose codes the run learns.
+      condition: of the model, "class" or "caption".
+      t5: the folder of its text encoder, "" where features are stored.
+
+    Raises:
+      UserError: there is no such tokenizer, it is another one, or captions cannot be
+        encoded.
+    """
     self._config = config
     self._tokenizer: bundle.Tokenizer | None = None
+    if not config.tokenizer:
+      return
+    _, found = bundle.read_tokenizer_config(config.tokenizer)
+    if found != identity:
+      raise UserError(
+        f"images.tokenizer={config.tokenizer}: tokenizer {found[:12]}, the codes are of"
+        f" {identity[:12]}"
+      )
+    if condition == "caption" and not (t5 and config.prompts):
+      raise UserError(
+        f"images.tokenizer={config.tokenizer}: a model of captions needs data.t5 and"
+        f" images.prompts for its images, found {t5!r} and {config.prompts}"
+      )
 
   def tokenizer(self, mesh: jax.sharding.Mesh) -> bundle.Tokenizer:
     """Returns the config's tokenizer, on the mesh."""
@@ -67,8 +91,6 @@ class SampleGrid:
     if gpt.config.condition == "class":
       classes = gpt.config.num_classes
       asked = {"classes": [i * classes // c.count for i in range(c.count)]}
-    elif text_encoder is None or not c.prompts:
-      raise UserError("images: a model of captions needs data.t5 and images.prompts")
     else:
       asked = {"prompts": c.prompts, "text_encoder": text_encoder}
     images = sample(gpt, self.tokenizer(mesh), **asked, seed=c.seed)

@@ -15,7 +15,7 @@ from llamagen_jax.parallel.mesh import abstract_tree, shard_tree
 from llamagen_jax.storage import user_path
 from llamagen_jax.training.checkpoint import restore_items
 from llamagen_jax.training.state import Params, TrainState, shardings_of
-from llamagen_jax.weights import bundle
+from llamagen_jax.weights import bundle, hub
 
 
 @flax.struct.dataclass
@@ -64,11 +64,11 @@ def load_weights(config: InitConfig, state: TokenizerState) -> TokenizerState:
   path = user_path(config.source)
   if (path / "checkpoints").is_dir():
     return _from_run(config, path, state)
-  if not (path / bundle.CONFIG).is_file():
+  if not hub.is_spec(config.source) and not (path / bundle.CONFIG).is_file():
     raise UserError(
       f"--init-from={path}: expected a workdir (with checkpoints/) or a bundle"
     )
-  params = bundle.load_tokenizer(path).params
+  params = bundle.load_tokenizer(config.source).params
   _check_shapes(path, params, state.params)
   params = shard_tree(params, shardings_of(state.params))
   generator = state.generator.replace(params=params, ema=_copy_if(state.ema, params))

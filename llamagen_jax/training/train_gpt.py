@@ -81,7 +81,9 @@ def make_task(recipe: GPTRecipe) -> Task:
       held_out,
       captions,
       sources[0],
-      SampleGrid(r.images),
+      SampleGrid(
+        r.images, codes[0].manifest["tokenizer"], r.model.condition, r.data.t5
+      ),
       SampleScores(r.images, r.model),
     ),
     describe=functools.partial(describe, sources[0], captions),
@@ -261,7 +263,14 @@ def load_weights(
       f"init_from={path} knows the codes of tokenizer {loaded.tokenizer[:12]},"
       f" {codes.folder} has those of {codes.manifest['tokenizer'][:12]}"
     )
-  rows = table_rows(loaded.class_names, codes.manifest["class_names"])
+  names = codes.manifest["class_names"]
+  if 0 < len(names) < recipe.model.num_classes:
+    logging.warning(
+      "data.codes has %d classes, the model %d: a class starts from the row of its"
+      " number; --config.model.num_classes=%d takes that of its name",
+      len(names), recipe.model.num_classes, len(names),
+    )  # fmt: skip
+  rows = table_rows(loaded.class_names, names)
   params = adapted(f"init_from={path}", loaded.params, state.params, rows)
   logging.info("starts from the weights of %s", path)
   copied = functools.partial(jax.tree.map, jnp.copy)

@@ -24,9 +24,11 @@ from llamagen_jax.gpt.objective import cross_entropy, sample_weights
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.text.t5 import T5Config, init_t5, padded_features
+from llamagen_jax.tokenizer.model import init_tokenizer
 from llamagen_jax.training import train_gpt as gpt_train
 from llamagen_jax.training.captions import Captions, PairInput, PairSource
 from llamagen_jax.training.recipe import build
+from llamagen_jax.training.sample_grid import ImagesConfig, SampleGrid
 from llamagen_jax.weights import bundle
 from llamagen_jax.weights.t5 import load_t5
 from tests import tiny
@@ -308,6 +310,17 @@ def test_bad_configs(data, tmp_path, changes, words):
   with pytest.raises(UserError) as error:
     gpt_train.train(ml_collections.ConfigDict(recipe), tmp_path / "x")
   assert words in str(error.value)
+
+
+def test_images_of_captions_need_an_encoder_and_prompts(data, tmp_path):
+  tokenizer = unbox(init_tokenizer(tiny.TOKENIZER, jax.random.key(0)))
+  identity = bundle.save_tokenizer(tmp_path / "vq", tiny.TOKENIZER, tokenizer)
+  images = ImagesConfig(str(tmp_path / "vq"))
+  for prompts, t5 in ((), "t5"), (("a fox",), ""):
+    asked = dataclasses.replace(images, prompts=prompts)
+    with pytest.raises(UserError, match="captions needs data.t5 and images.prompts"):
+      SampleGrid(asked, identity, "caption", t5)
+  SampleGrid(dataclasses.replace(images, prompts=("a fox",)), identity, "caption", "t5")
 
 
 def test_extract_text_is_resumed(data, tmp_path, monkeypatch, capsys):

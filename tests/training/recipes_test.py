@@ -125,6 +125,21 @@ def test_a_class_table_of_another_size(codes, published, tmp_path):
   np.testing.assert_array_equal(new["head"], old["head"])
 
 
+def test_fewer_classes_than_rows_are_told(codes, published, tmp_path, caplog):
+  gpt = bundle.load_gpt(same_classes(published, tmp_path / "four"))
+  six = dataclasses.replace(tiny.GPT, num_classes=6)
+  table = jnp.zeros((7, 32)).at[:5].set(gpt.params["condition"]["table"])
+  params = gpt.params | {"condition": {"table": table}}
+  bundle.save_gpt(tmp_path / "six", dataclasses.replace(gpt, config=six, params=params))
+  config = tiny.gpt_config(codes, 1)
+  config.model.num_classes = 6
+  config.optimizer.update(lr=0.0, warmup_steps=0)
+  config.init_from = str(tmp_path / "six")
+  state = train_gpt.train(config, tmp_path / "run")
+  assert "--config.model.num_classes=4 takes that of its name" in caplog.text
+  np.testing.assert_array_equal(state.params["condition"]["table"], table)
+
+
 @pytest.mark.exact
 @pytest.mark.parametrize("only", ["table", "head"])
 def test_the_rest_stays_as_it_was(codes, published, tmp_path, only):
@@ -198,6 +213,18 @@ def test_images_of_fixed_classes_at_every_evaluation(tmp_path):
   train_gpt.train(config_with_images(tmp_path), tmp_path / "run")
   with Image.open(tmp_path / "run/samples.png") as image:
     assert image.size == (4 * (6 + 2) - 2, 6)
+
+
+def test_images_of_another_tokenizer_are_refused_before_the_run(tmp_path):
+  config = config_with_images(tmp_path)
+  params = unbox(init_tokenizer(tiny.TOKENIZER, jax.random.key(1)))
+  bundle.save_tokenizer(tmp_path / "other", tiny.TOKENIZER, params)
+  refused = {"other": "other: tokenizer .*, the codes are of", "none": "no config.json"}
+  for name, words in refused.items():
+    config.images.tokenizer = str(tmp_path / name)
+    with pytest.raises(UserError, match=words):
+      train_gpt.train(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
 
 
 def test_scores_of_samples_at_every_evaluation(tmp_path, monkeypatch):

@@ -11,8 +11,12 @@ constants = pytest.importorskip("huggingface_hub.constants")
 
 from llamagen_jax import UserError  # noqa: E402
 from llamagen_jax.commands import cli, import_weights  # noqa: E402
-from llamagen_jax.parallel.mesh import make_mesh  # noqa: E402
+from llamagen_jax.parallel.mesh import make_mesh, unbox  # noqa: E402
+from llamagen_jax.training.recipe import build  # noqa: E402
+from llamagen_jax.training.tokenizer_state import InitConfig, load_weights  # noqa: E402
+from llamagen_jax.training.tokenizer_step import TokenizerRecipe, init_state  # noqa: E402
 from llamagen_jax.weights import bundle, hub  # noqa: E402
+from tests import tiny  # noqa: E402
 from tests.sampling import fid_batch_test  # noqa: E402
 from tests.weights import fake_hub  # noqa: E402
 
@@ -53,6 +57,15 @@ def test_sampled_elsewhere_the_codes_are_the_same(saved, pushed, tmp_path):
     assert cli.run(["sample", *models, *flags, f"--out={tmp_path / name}.npz"]) == 0
   here, there = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in places)
   np.testing.assert_array_equal(here, there)
+
+
+def test_a_tokenizer_starts_from_its_weights(saved, pushed, tmp_path):
+  config = tiny.tokenizer_config(tmp_path, 1)
+  recipe = build(TokenizerRecipe, config)
+  fresh = unbox(init_state(recipe, jax.random.key(5)))
+  started = load_weights(InitConfig(TOKENIZER), fresh)
+  known = bundle.load_tokenizer(saved / "vq").params
+  jax.tree.map(np.testing.assert_array_equal, started.params, known)
 
 
 def test_onto_a_mesh_and_by_revision(saved, pushed):
