@@ -28,7 +28,7 @@ from llamagen_jax.evaluation.protocols import GFID, published_model
 from llamagen_jax.evaluation.reconstruction import reconstruct
 from llamagen_jax.evaluation.score import MAX_REFERENCE, SPLIT
 from llamagen_jax.options import option
-from llamagen_jax.parallel.mesh import make_mesh
+from llamagen_jax.parallel.mesh import make_data_mesh, make_mesh
 from llamagen_jax.storage import read_json, user_path, write_json, write_text
 from llamagen_jax.weights import bundle
 from llamagen_jax.weights.inception import load_inception
@@ -223,7 +223,7 @@ def _judge(
 
 
 def _inception_judge(args: Any) -> Judge:
-  values = CachedImageMap(make_mesh(), args.inception_batch, args.cache)
+  values = CachedImageMap(make_data_mesh(), args.inception_batch, args.cache)
   extract = Extractor(load_inception(args.inception), values)
 
   def judge(images: ImageSet, label: str) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ transform seeded by the position, batch. Its position is therefore the step, and
 a run continues with the same data on any number of hosts and workers.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import math
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 
 from llamagen_jax.data.workers import in_processes
 from llamagen_jax.errors import UserError
-from llamagen_jax.parallel.mesh import to_global
+from llamagen_jax.parallel.mesh import host_rows, to_global
 
 HostBatch = dict[str, np.ndarray]
 Batch = dict[str, jax.Array]
@@ -42,21 +42,19 @@ class Stream:
   workers: int = 0  # processes that read and transform; 0 = threads of this one
   max_bad_share: float = 0.0
 
-  def host_batches(self, start: int) -> Iterator[HostBatch]:
-    """This host's rows of the batches from step `start` on."""
-    hosts = jax.process_count()
-    local = self.batch_size // hosts
-    dataset = (
+  def host_batches(
+    self, start: int, rows: Sequence[int] | None = None
+  ) -> Iterator[HostBatch]:
+    """Returns some rows, by default all, of the batches from step `start` on."""
+    rows = range(self.batch_size) if rows is None else rows
+    elements = (
       grain.MapDataset.source(self.source)
       .seed(self.seed)
       .shuffle()
       .repeat()
       .random_map(self.transform)
-      .batch(local, drop_remainder=True)
     )
-    # Host h reads the h-th block of rows of every global batch, so the rows and
-    # their order in the batch are the same for any number of hosts.
-    dataset = dataset[jax.process_index() :: hosts][start:]
+    dataset = grain.MapDataset.source(_Rows(elements, self.batch_size, rows))[start:]
     threads = 0 if self.workers else READ_THREADS
     options = grain.ReadOptions(
       num_threads=threads, prefetch_buffer_size=max(threads, BUFFERED_BATCHES)
@@ -64,17 +62,21 @@ class Stream:
     batches = dataset.to_iter_dataset(options)
     if self.workers:
       batches = in_processes(batches, self.workers, BUFFERED_BATCHES)
-    return self._checked(iter(batches))
+    return self._checked(iter(batches), len(rows) / self.batch_size)
 
   def batches(self, mesh: Mesh, start: int) -> Iterator[Batch]:
-    """Global arrays, the batch axis over the mesh's data and fsdp axes."""
+    """Returns global arrays, the batch axis over the mesh's data and fsdp axes.
+
+    A host reads the rows that its chips hold, so that a batch is the same, row by row,
+    on any number of hosts.
+    """
     if self.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
       raise UserError(
         f"data.batch_size={self.batch_size} is not a multiple of the mesh's"
         f" data * fsdp = {mesh.shape['data'] * mesh.shape['fsdp']} chips"
       )
-    for batch in self.host_batches(start):
-      yield to_global(batch, mesh)
+    batches = self.host_batches(start, host_rows(mesh, self.batch_size).tolist())
+    return (to_global(batch, mesh) for batch in batches)
 
   def bucket(self, step: int) -> int:
     """Returns which of its sources a batch is of: there is one; see `SizeBuckets`."""
@@ -89,9 +91,11 @@ class Stream:
       "records": len(self.source),
     }
 
-  def _checked(self, batches: grain.DatasetIterator) -> Iterator[HostBatch]:
+  def _checked(
+    self, batches: grain.DatasetIterator, share: float
+  ) -> Iterator[HostBatch]:
     seen = bad = 0
-    own = len(self.source) / jax.process_count()  # elements of an epoch on this host
+    own = len(self.source) * share  # elements of an epoch on this host
     try:
       for batch in batches:
         seen += len(next(iter(batch.values())))
@@ -105,6 +109,23 @@ class Stream:
         yield batch
     finally:
       batches.close()  # Grain 0.2.18 prints tracebacks when Python ends before that
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+  """Some rows of every batch of elements, as a source of Grain."""
+
+  elements: grain.MapDataset
+  batch_size: int
+  rows: Sequence[int]
+
+  def __len__(self) -> int:
+    return len(self.elements) // self.batch_size
+
+  def __getitem__(self, step: int) -> HostBatch:
+    first = step * self.batch_size
+    found = [self.elements[first + row] for row in self.rows]
+    return {name: np.stack([x[name] for x in found]) for name in found[0]}
 
 
 def check_position(stream: Any, position: dict[str, Any]) -> None:
@@ -132,18 +153,15 @@ def epoch_batches(
   dataset = grain.MapDataset.source(source)
   if shuffle:
     dataset = dataset.shuffle(seed=0)
-  count, hosts = len(source), jax.process_count()
+  count = len(source)
 
   def row(index: int) -> HostBatch:
     element = transform(dataset[min(index, count - 1)])
     weight = np.float32(element.get("weight", 1) * (index < count))
     return element | {"weight": weight}
 
-  rows = (
-    grain.MapDataset.range(-(-count // batch_size) * batch_size)
-    .map(row)
-    .batch(batch_size // hosts)[jax.process_index() :: hosts]
-    .to_iter_dataset(grain.ReadOptions(READ_THREADS, READ_THREADS))
-  )
-  for batch in rows:
+  elements = grain.MapDataset.range(-(-count // batch_size) * batch_size).map(row)
+  own = _Rows(elements, batch_size, host_rows(mesh, batch_size).tolist())
+  options = grain.ReadOptions(READ_THREADS, READ_THREADS)
+  for batch in grain.MapDataset.source(own).to_iter_dataset(options):
     yield to_global(batch, mesh)

@@ -37,7 +37,7 @@ class CachedImageMap:
   """
 
   def __init__(self, mesh: Mesh, batch_size: int, cache: str | os.PathLike):
-    """Takes the mesh of all devices, images at a time on each, and a folder."""
+    """Takes `make_data_mesh()`, images at a time on every device, and a folder."""
     self.mesh, self._batch_size = mesh, batch_size * mesh.size
     self._cache = user_path(cache)
 

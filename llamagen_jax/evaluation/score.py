@@ -23,7 +23,7 @@ from llamagen_jax.evaluation.protocols import (
   published_scores,
 )
 from llamagen_jax.options import option
-from llamagen_jax.parallel.mesh import make_mesh
+from llamagen_jax.parallel.mesh import make_data_mesh
 from llamagen_jax.storage import user_path, write_json
 from llamagen_jax.vision.inception import FEATURES
 from llamagen_jax.weights.inception import load_inception
@@ -71,7 +71,7 @@ class Evaluator:
     self.name, self._model = args.protocol, args.model
     self._mismatched = args.mismatched
     params = load_inception(args.inception)
-    values = CachedImageMap(make_mesh(), args.inception_batch, args.cache)
+    values = CachedImageMap(make_data_mesh(), args.inception_batch, args.cache)
     self._extract = Extractor(params, values)
     needed = "CLIP score" in PROTOCOLS[self.name].metrics and not self._mismatched
     if needed and not args.clip:

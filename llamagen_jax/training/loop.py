@@ -207,7 +207,7 @@ class _Loop:
         self._flush_metrics()
         self.trace.turn()
       waited = time.perf_counter()
-      batch = self._next_batch(batches, state, step)
+      batch = self._next_batch(batches, state, step, save=step > start)
       waited = time.perf_counter() - waited
       phase = self.task.phase_at(step)
       if phase.step not in begun:
@@ -229,8 +229,10 @@ class _Loop:
     position = self.task.stream.position(step)
     self.checkpoints.save(state, step, position, force)
 
-  def _next_batch(self, batches: Iterator[Batch], state: Any, step: int) -> Batch:
-    """Returns the next batch; where the data fails, saves before the run ends.
+  def _next_batch(
+    self, batches: Iterator[Batch], state: Any, step: int, *, save: bool
+  ) -> Batch:
+    """Returns the next batch; where the data fails, may save before the run ends.
 
     With several hosts it does not save: the others are not told to.
     """
@@ -238,7 +240,7 @@ class _Loop:
       return next(batches)
     except Exception as error:
       saved = ""
-      if jax.process_count() == 1:
+      if save and jax.process_count() == 1:
         self._save(state, step, force=True)
         self.checkpoints.finish()
         saved = "; saved, resume with the same command"

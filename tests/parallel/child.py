@@ -29,8 +29,8 @@ def recording_read(source, index):
   return record
 
 
-def recording_batches(stream, start):
-  for batch in host_batches(stream, start):
+def recording_batches(stream, *where):
+  for batch in host_batches(stream, *where):
     time.sleep(spec.get("delay", 0))
     rows.append(batch["codes"].tolist())
     yield batch

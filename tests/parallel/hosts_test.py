@@ -5,6 +5,8 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -14,6 +16,7 @@ import pytest
 from llamagen_jax.parallel import hosts as cluster
 from llamagen_jax.training.metrics_log import read_rows
 from tests import tiny
+from tests.conftest import QUICK
 from tests.parallel.runs import (
   command,
   final_state,
@@ -22,9 +25,12 @@ from tests.parallel.runs import (
   start,
   wait_for_rows,
 )
-from tests.processes import free_port
+from tests.processes import ROOT, free_port
 
-MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (2, 1, 4), "mix": (2, 2, 2)}
+MESHES = {
+  "data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (2, 1, 4), "mix": (2, 2, 2),
+  "wide": (1, 1, 8),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -80,12 +86,33 @@ def test_two_hosts_train_what_one_does(folder, one_device, name):
   assert len(expected) == 6
   np.testing.assert_allclose(losses(folder / f"two-{name}"), expected, atol=1e-4)
 
-  # Every host read its half of every batch, and nothing of the other's.
+  # Every host read its half of every batch, and nothing of the other's; both read all
+  # where `tensor` lies over both.
   first, second = (json.loads(record.read_text()) for record in records)
+  if name == "wide":
+    assert first["rows"] == second["rows"] == read_by_one["rows"]
+    return
   assert not set(first["keys"]) & set(second["keys"])
   together = zip(first["rows"], second["rows"], read_by_one["rows"], strict=True)
   for top, bottom, whole in together:
     assert top + bottom == whole
+
+
+def test_rows_of_hosts_make_the_whole_batch():
+  """Where chips of a host are no neighbours, and where both hosts hold all rows."""
+  port = free_port()
+  flags = f"{QUICK} --xla_force_host_platform_device_count=4"
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-m", "tests.parallel.rows", f"127.0.0.1:{port}", str(host)],
+      env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, cwd=ROOT,
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
+    for host in range(2)
+  ]  # fmt: skip
+  for process in processes:
+    output = finish(process)
+    assert re.findall(r"rows of .*: (\d+)\.", output) == ["8", "8", "16", "16"], output
 
 
 @pytest.mark.slow

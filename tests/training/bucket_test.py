@@ -23,8 +23,8 @@ def test_a_run_in_a_bucket_equals_a_local_one(bucket, tmp_path, monkeypatch):
   local = train_gpt.train(config, tmp_path / "run")
   host_batches = Stream.host_batches
 
-  def failing(stream, start):
-    for index, batch in enumerate(host_batches(stream, start)):
+  def failing(stream, *where):
+    for index, batch in enumerate(host_batches(stream, *where)):
       if index == 3:
         raise RuntimeError("killed")
       yield batch

@@ -138,8 +138,8 @@ def test_ctrl_c_saves_as_sigterm_does(codes, tmp_path, monkeypatch, number):
   workdir, config = tmp_path / "run", tiny.gpt_config(codes, 50)
   host_batches = Stream.host_batches
 
-  def signalled(stream, start):
-    for index, batch in enumerate(host_batches(stream, start)):
+  def signalled(stream, *where):
+    for index, batch in enumerate(host_batches(stream, *where)):
       if index == 2:
         os.kill(os.getpid(), number)
       yield batch
@@ -160,8 +160,8 @@ def test_ctrl_c_saves_as_sigterm_does(codes, tmp_path, monkeypatch, number):
 def test_data_that_fails_leaves_a_checkpoint_and_one_line(codes, tmp_path, monkeypatch):
   host_batches = Stream.host_batches
 
-  def failing(stream, start):
-    for index, batch in enumerate(host_batches(stream, start)):
+  def failing(stream, *where):
+    for index, batch in enumerate(host_batches(stream, *where)):
       if index == 2:
         raise RuntimeError("worker 0\nwas killed")
       yield batch
