@@ -1,6 +1,7 @@
 """Batches of images of several sizes: each batch is of one size, a bucket."""
 
 from collections.abc import Iterator, Sequence
+import itertools
 from typing import Any
 
 from jax.sharding import Mesh
@@ -32,14 +33,12 @@ class SizeBuckets:
     return int(self._order[step % len(self._order)])
 
   def batches(self, mesh: Mesh, start: int) -> Iterator[Batch]:
-    """Yields global arrays from step `start` on, as `Stream.batches` does."""
-    iterators = [
+    """Returns global arrays from step `start` on, as `Stream.batches` does."""
+    parts = [
       stream.batches(mesh, self._batches_before(start, number))
       for number, stream in enumerate(self._streams)
     ]
-    while True:
-      yield next(iterators[self.bucket(start)])
-      start += 1
+    return (next(parts[self.bucket(step)]) for step in itertools.count(start))
 
   def position(self, step: int) -> dict[str, Any]:
     """What a checkpoint stores, and what a resumed stream must agree with."""

@@ -76,8 +76,11 @@ def run(
   settings = json.loads(json.dumps(settings))  # as it will be read back
   if out.exists():
     _compare(settings_path(out), settings)
-    if folder is not None and jax.process_index() == 0:
-      _write_pngs(out, folder)
+    if jax.process_index() == 0:
+      if folder is not None:
+        _write_pngs(out, folder)
+      if shards.exists():  # a kill came between the npz and their removal
+        shards.rmtree()
     return None
   if (shards / PLAN).exists():
     _compare(shards / PLAN, settings)

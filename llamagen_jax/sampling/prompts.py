@@ -10,6 +10,7 @@ import re
 from absl import logging
 from etils import epath
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 
 from llamagen_jax.errors import UserError
@@ -107,7 +108,11 @@ class Prompts:
   def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     e = self.encoder
     ids, mask = e.tokens.rows(texts, self.tokens)
-    return jax.device_get(padded_features(e.config, e.params, ids, mask))
+    found = padded_features(e.config, e.params, ids, mask)
+    # In training the encoder lies over all hosts, and so does what it returns.
+    if not all(x.is_fully_addressable for x in found):
+      found = multihost_utils.process_allgather(found, tiled=True)
+    return jax.device_get(found)
 
 
 def read_prompts(spec: str) -> list[str]:

@@ -96,8 +96,8 @@ class FeatureStream(Stream):
   captions: "Captions | None" = None
 
   def batches(self, mesh: Mesh, start: int) -> Iterator[Batch]:
-    for batch in super().batches(mesh, start):
-      yield self.captions.features(batch, mesh)
+    batches = super().batches(mesh, start)
+    return (self.captions.features(batch, mesh) for batch in batches)
 
 
 class Captions:

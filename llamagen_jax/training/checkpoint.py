@@ -78,6 +78,7 @@ class Checkpoints:
         save_interval_steps=run.save_every,
         max_to_keep=run.keep_last,
         keep_period=run.keep_every or None,
+        cleanup_tmp_directories=True,  # of saves that a kill cut short
         async_options=ocp.AsyncOptions(
           post_finalization_callback=lambda: files.write_sizes(
             self._folder, self._saving

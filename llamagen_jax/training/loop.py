@@ -195,7 +195,7 @@ class _Loop:
       stopped = self.stop.should_stop(step) and not final
       if final or (step > start and run.eval_every and step % run.eval_every == 0):
         self._flush_metrics()
-        self.reporter.log_evaluation(step, self.task.evaluate(state, self.mesh))
+        self.reporter.log_evaluation(step, self._evaluate(state, step))
       if final or stopped or (step > start and step % run.save_every == 0):
         self._save(state, step, force=final or stopped)
       if final:
@@ -228,6 +228,19 @@ class _Loop:
     self.reporter.flush()  # before it: a resumed run cannot write the rows again
     position = self.task.stream.position(step)
     self.checkpoints.save(state, step, position, force)
+
+  def _evaluate(self, state: Any, step: int) -> Evaluation:
+    """Returns the evaluation; where it fails, saves before the run ends.
+
+    With several hosts it does not save: the others are not told to.
+    """
+    try:
+      return self.task.evaluate(state, self.mesh)
+    except Exception:
+      if jax.process_count() == 1:
+        self._save(state, step, force=True)
+        self.checkpoints.finish()
+      raise
 
   def _next_batch(
     self, batches: Iterator[Batch], state: Any, step: int, *, save: bool

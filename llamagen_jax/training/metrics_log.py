@@ -1,6 +1,7 @@
 """What a run leaves to look at: metrics.jsonl, event files, a loss curve."""
 
 from collections.abc import Mapping, Sequence
+import hashlib
 import importlib
 import json
 import math
@@ -39,7 +40,7 @@ class MetricsLog:
       self._temporary = tempfile.TemporaryDirectory()
       self._events_folder = pathlib.Path(self._temporary.name)
     self._write_rows()
-    self._tracker = _start_tracker(tracker, self._workdir.name)
+    self._tracker = _start_tracker(tracker, self._workdir)
     self._events = _tensorboard().SummaryWriter(
       os.fspath(self._events_folder), purge_step=start + 1
     )
@@ -125,8 +126,11 @@ def _tensorboard():
       del sys.modules["torch"]
 
 
-def _start_tracker(name: str, run: str):
-  """Returns the package that shows runs, begun or resumed; None for "none"."""
+def _start_tracker(name: str, workdir: epath.Path):
+  """Returns the package that shows runs, begun or resumed; None for "none".
+
+  A run is known by its workdir, so that a resumed one is the same run.
+  """
   if name == "none":
     return None
   try:
@@ -135,7 +139,10 @@ def _start_tracker(name: str, run: str):
     raise UserError(f"run.tracker={name!r} is not installed: pip install {name}") from (
       error
     )
-  tracker.init(project="llamagen_jax", name=run, resume="allow")
+  place = os.fspath(workdir if in_bucket(workdir) else workdir.resolve())
+  run = f"{workdir.name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
+  same = {"id": run} if name == "wandb" else {}  # trackio knows runs by their names
+  tracker.init(project="llamagen_jax", name=run, resume="allow", **same)
   return tracker
 
 

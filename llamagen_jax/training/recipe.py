@@ -17,6 +17,11 @@ from llamagen_jax.errors import UserError
 
 T = TypeVar("T")
 TRACKERS = ("wandb", "trackio")  # with the same functions init, log and finish
+# Fields of `run` -> their least values.
+LEAST = {
+  "steps": 1, "log_every": 1, "eval_every": 0, "save_every": 1, "keep_last": 1,
+  "keep_every": 0,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +48,9 @@ class RunConfig:
   tracker: str = "none"  # none | wandb | trackio; a package that shows runs, installed
 
   def __post_init__(self):
+    for name, least in LEAST.items():
+      if getattr(self, name) < least:
+        raise UserError(f"run.{name}={getattr(self, name)}: expected {least} or more")
     if self.tracker not in ("none", *TRACKERS):
       raise UserError(
         f"run.tracker={self.tracker!r}: expected none or {' or '.join(TRACKERS)}"

@@ -1,6 +1,7 @@
 """Starting a training state's codebook from data, and replacing its dead rows."""
 
 import jax
+import jax.numpy as jnp
 
 from llamagen_jax.tokenizer import codebook
 from llamagen_jax.tokenizer.model import VQModel
@@ -46,4 +47,5 @@ def revive(recipe, generator: TrainState, latents_NC, counts_K, key) -> TrainSta
     )
 
   due = generator.step % r.codebook.restart_every == 0
+  due &= jnp.all(jnp.isfinite(latents_NC))  # a step that is skipped may have others
   return jax.lax.cond(due, revived, lambda g: g, generator)

@@ -194,10 +194,11 @@ def train_step(
   discriminator, lecam = state.discriminator, state.lecam
   if phase.discriminator:
     metrics["discriminator_grad_norm"] = optax.global_norm(disc_grads)
-    discriminator, metrics["discriminator_update_norm"], _ = guarded_update(
+    discriminator, metrics["discriminator_update_norm"], also = guarded_update(
       r.guard, discriminator, disc_grads, metrics["discriminator_loss"],
       _disc_optimizer(r), 0.0,
     )  # fmt: skip
+    metrics |= jax.tree.map(jnp.maximum, skipped, also)
     lecam = _averaged_logits(r.loss, lecam, metrics)
 
   window = codebook.push(state.window, codes)

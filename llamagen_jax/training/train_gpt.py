@@ -90,7 +90,9 @@ def make_task(recipe: GPTRecipe) -> Task:
     recipe=functools.partial(build, GPTRecipe),
     schedules=lambda recipe: {"optimizer": schedule(recipe)},
     curves=("loss", "eval/loss"),
-    load=functools.partial(load_weights, r, sources[0]) if r.init_from else None,
+    load=functools.partial(load_weights, r, sources[0], captions)
+    if r.init_from
+    else None,
     max_skipped_in_a_row=r.guard.max_skipped_in_a_row,
   )
 
@@ -238,7 +240,10 @@ def _eval_step(config: GPTConfig, params: Any, batch: Batch):
 
 
 def load_weights(
-  recipe: GPTRecipe, source: CodeSource | PairSource, state: TrainState
+  recipe: GPTRecipe,
+  source: CodeSource | PairSource,
+  captions: Captions | None,
+  state: TrainState,
 ) -> TrainState:
   """Returns the fresh state with a bundle's weights, also of another image size.
 
@@ -262,6 +267,16 @@ def load_weights(
     raise UserError(
       f"init_from={path} knows the codes of tokenizer {loaded.tokenizer[:12]},"
       f" {codes.folder} has those of {codes.manifest['tokenizer'][:12]}"
+    )
+  encoder = (
+    ""
+    if captions is None
+    else captions.encoder_identity(source, state.step.sharding.mesh)
+  )
+  if loaded.text_encoder and encoder and loaded.text_encoder != encoder:
+    raise UserError(
+      f"init_from={path} knows the features of text encoder {loaded.text_encoder[:12]},"
+      f" data.texts has those of {encoder[:12]}"
     )
   names = codes.manifest["class_names"]
   if 0 < len(names) < recipe.model.num_classes:

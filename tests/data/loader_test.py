@@ -1,9 +1,12 @@
+import types
+
 import jax
 import numpy as np
 import pytest
 
 from llamagen_jax import UserError
 from llamagen_jax.data.loader import Stream, check_position, epoch_batches
+from llamagen_jax.data.size_buckets import SizeBuckets
 from llamagen_jax.parallel.mesh import make_mesh
 
 RECORDS = 12
@@ -56,6 +59,15 @@ def test_rows_of_hosts_are_those_of_the_whole_batches():
   for rows in ([0, 1], [2, 3], [0, 3], [1], [0, 1, 2, 3]):
     part = take(stream().host_batches(2, rows), 4)
     assert_equal([{n: x[rows] for n, x in b.items()} for b in whole[2:]], part)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_batch_that_the_mesh_does_not_divide_is_refused_at_once(several):
+  """Before anything of the run is written."""
+  mesh = types.SimpleNamespace(shape={"data": 3, "fsdp": 1})
+  source = SizeBuckets([stream(), stream()]) if several else stream()
+  with pytest.raises(UserError, match="batch_size=4 is not a multiple .* = 3 chips"):
+    source.batches(mesh, 0)
 
 
 def test_bad_elements_are_counted_over_the_source_not_the_batch():

@@ -107,7 +107,9 @@ def test_killed_and_resumed(models, whole, tmp_path, monkeypatch):
     assert path.name == f"{row:06d}.png"
     np.testing.assert_array_equal(np.asarray(Image.open(path)), images[row])
 
+  shards.mkdir()  # as a kill would leave it
   assert run(models, out, folder=tmp_path / "later") is None  # finished
+  assert not shards.exists()
   later = [np.asarray(Image.open(p)) for p in sorted((tmp_path / "later").iterdir())]
   np.testing.assert_array_equal(later, images)
   with pytest.raises(UserError, match="other settings"):

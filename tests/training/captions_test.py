@@ -290,6 +290,12 @@ def test_training_stage_one_and_two(data, tmp_path):
   second.optimizer.weight_decay = 0.0
   begun = gpt_train.train(second, tmp_path / "second")
   jax.tree.map(np.testing.assert_array_equal, begun.params, gpt.params)
+  about = tmp_path / "stored/bundle/config.json"
+  stored = json.loads(about.read_text())
+  about.write_text(json.dumps(stored | {"text_encoder": "another"}))
+  with pytest.raises(UserError, match="the features of text encoder another, data.tex"):
+    gpt_train.train(second, tmp_path / "third")
+  about.write_text(json.dumps(stored))
   second.model.dim = 64
   with pytest.raises(UserError, match="code_embedding is .50, 32., this"):
     gpt_train.train(second, tmp_path / "third")

@@ -147,6 +147,15 @@ def test_checkpoints_hold_state_position_and_config(tmp_path):
   assert json.loads((tmp_path / "config.json").read_text()) == {"model": {"dim": 3}}
 
 
+def test_what_a_kill_left_of_a_save_is_removed(tmp_path):
+  run, state = RunConfig(**tiny.run_section(steps=9)), {"w": np.arange(3.0)}
+  left = tmp_path / "checkpoints" / "step_000000005.orbax-checkpoint-tmp"
+  (left / "state").mkdir(parents=True)
+  with Checkpoints(tmp_path, run, {}, tiny.recipe) as checkpoints:
+    checkpoints.save(state, 7, {"next_step": 7}, force=True)
+  assert [p.name for p in left.parent.iterdir()] == ["step_000000007"]
+
+
 @pytest.mark.parametrize("damage", ["truncated", "missing", "flipped"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, damage):
   run = RunConfig(**tiny.run_section(steps=9))

@@ -72,12 +72,31 @@ def test_a_tracker_gets_every_row(tmp_path, monkeypatch):
   log = MetricsLog(tmp_path / "run", 0, "trackio")
   log.write(3, {"loss": 0.5})
   log.close()
-  assert calls == [
-    {"project": "llamagen_jax", "name": "run", "resume": "allow"},
-    (3, {"loss": 0.5}), "finished",
-  ]  # fmt: skip
+  (begun, *rest) = calls
+  assert begun["project"] == "llamagen_jax" and begun["name"].startswith("run-")
+  assert rest == [(3, {"loss": 0.5}), "finished"]
   monkeypatch.setitem(sys.modules, "wandb", None)
   with pytest.raises(UserError, match="'wandb' is not installed: pip install wandb"):
     MetricsLog(tmp_path, 0, "wandb")
   with pytest.raises(UserError, match="'x': expected none or wandb or trackio"):
     RunConfig(**tiny.run_section(1), tracker="x")
+
+
+def test_a_tracker_knows_a_resumed_run_by_its_workdir(tmp_path, monkeypatch):
+  """wandb by an id; two runs of the same name elsewhere are others."""
+  begun = []
+  tracker = types.SimpleNamespace(
+    init=lambda **fields: begun.append(fields), finish=lambda: None
+  )
+  monkeypatch.setitem(sys.modules, "wandb", tracker)
+  for place in ("a/gpt", "a/gpt", "b/gpt"):
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    MetricsLog(tmp_path / place, 0, "wandb").close()
+  ids = [fields["id"] for fields in begun]
+  assert ids[0] == ids[1] != ids[2] and all(id.startswith("gpt-") for id in ids)
+
+
+@pytest.mark.parametrize("field", ["steps", "log_every", "save_every", "keep_last"])
+def test_periods_have_to_be_positive(field):
+  with pytest.raises(UserError, match=f"run.{field}=0: expected 1 or more"):
+    RunConfig(**{**tiny.run_section(1), field: 0})

@@ -157,6 +157,16 @@ def test_ctrl_c_saves_as_sigterm_does(codes, tmp_path, monkeypatch, number):
   train_gpt.train(config, tmp_path / "other")
 
 
+def test_an_evaluation_that_fails_leaves_a_checkpoint(codes, tmp_path, monkeypatch):
+  def failing(*_):
+    raise OSError("the disk is gone")
+
+  monkeypatch.setattr(train_gpt.GPTEvaluation, "__call__", failing)
+  with pytest.raises(OSError, match="the disk is gone"):
+    train_gpt.train(tiny.gpt_config(codes, 2), tmp_path / "run")
+  assert (tmp_path / "run/checkpoints/step_000000002").is_dir()
+
+
 def test_data_that_fails_leaves_a_checkpoint_and_one_line(codes, tmp_path, monkeypatch):
   host_batches = Stream.host_batches
 

@@ -19,6 +19,7 @@ from llamagen_jax.training import train_tokenizer
 from llamagen_jax.training.guard import GuardConfig
 from llamagen_jax.training.metrics_log import read_rows
 from llamagen_jax.training.recipe import build
+from llamagen_jax.training.tokenizer_codebook import revive
 from llamagen_jax.training.tokenizer_state import InitConfig, load_weights
 from llamagen_jax.training.tokenizer_step import (
   GanPhase,
@@ -301,6 +302,38 @@ def test_lecam_adds_its_term_and_averages_logits(stepped):
   term = jnp.mean(jnp.maximum(0, real) ** 2) + jnp.mean(jnp.maximum(0, -fake) ** 2)
   assert metrics["lecam"] == pytest.approx(0.5 * float(term), rel=1e-4)
   jax.tree.map(np.testing.assert_array_equal, after.params, plain.params)
+
+
+def test_latents_that_are_not_finite_revive_no_rows():
+  recipe = make_recipe()
+  recipe = dataclasses.replace(
+    recipe, codebook=dataclasses.replace(recipe.codebook, restart_every=1)
+  )
+  generator, key = fresh(recipe).generator, jax.random.key(1)
+  size, width = recipe.model.codebook_size, recipe.model.codebook_dim
+  latents, unused = jnp.ones((20, width)), jnp.zeros(size)
+  found = [
+    revive(recipe, generator, x, unused, key).params["codebook"]
+    for x in (latents, latents.at[3].set(jnp.nan))
+  ]
+  assert (found[0] != generator.params["codebook"]).all()
+  np.testing.assert_array_equal(found[1], generator.params["codebook"])
+
+
+@pytest.mark.slow
+def test_a_discriminator_of_nan_alone_is_skipped_and_counted(stepped):
+  recipe, _, batch, _, _ = stepped
+  recipe = dataclasses.replace(recipe, guard=GuardConfig(skip_nonfinite=True))
+  state = fresh(recipe)
+  optimizer = jax.tree.map(
+    lambda leaf: leaf * jnp.nan if leaf.ndim else leaf, state.discriminator.opt_state
+  )
+  spoiled = state.replace(
+    discriminator=state.discriminator.replace(opt_state=optimizer)
+  )
+  after, metrics = jax.jit(functools.partial(train_step, recipe, BOTH))(spoiled, batch)
+  assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (1, 1)
+  assert int(after.generator.opt_state.skipped) == 0
 
 
 @pytest.mark.slow
