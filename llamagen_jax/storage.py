@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
+import errno
 import hashlib
 import json
 import logging as python_logging
@@ -19,10 +20,12 @@ from absl import logging
 from etils import epath
 import fsspec
 
-from llamagen_jax.errors import UserError
+from llamagen_jax.errors import RunFailed, UserError, first_line
 
 BUCKET = "gs://"
 RETRY_SECONDS = 600  # that a bucket may be out of order
+# Status codes in errors of TensorStore and ArrayRecord, of storage that is down.
+TRANSIENT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "RESOURCE_EXHAUSTED: HTTP")
 T = TypeVar("T")
 
 # gcsfs 2026.10 remembers listings for ever, so a host would not see the files that
@@ -155,24 +158,28 @@ def cache_folder() -> pathlib.Path:
   return pathlib.Path(named).expanduser()
 
 
+class StorageDown(OSError):
+  """A bucket was out of order for RETRY_SECONDS."""
+
+
 def retry(operation: Callable[[], T]) -> T:
   """Does what reads or writes a bucket, again while the storage is out of order.
 
   gcsfs itself tries six times, for about half a minute; an outage may take longer.
 
   Raises:
-    OSError: the storage was out of order for RETRY_SECONDS.
+    StorageDown: the storage was out of order for RETRY_SECONDS.
   """
   deadline, pause = time.monotonic() + RETRY_SECONDS, 1.0
   while True:
     try:
       return operation()
     except Exception as error:
-      if not is_transient(error):
+      if not is_transient(error) or isinstance(error, StorageDown):
         raise
       reason = " ".join(str(error).split())[:200] or type(error).__name__
       if time.monotonic() + pause > deadline:
-        raise OSError(f"no storage for {RETRY_SECONDS} s: {reason}") from error
+        raise StorageDown(f"no storage for {RETRY_SECONDS} s: {reason}") from error
       logging.warning("storage: %s; again in %.0f s", reason, pause)
       time.sleep(pause * random.uniform(0.8, 1.2))
       pause = min(2 * pause, 60)
@@ -180,13 +187,23 @@ def retry(operation: Callable[[], T]) -> T:
 
 def is_transient(error: BaseException) -> bool:
   """Returns whether a storage's error passes by itself: HTTP 5xx, a cut connection."""
-  if isinstance(error, (ConnectionError, TimeoutError)):
+  if isinstance(error, (ConnectionError, TimeoutError, StorageDown)):
+    return True
+  if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+    return True
+  if any(status in str(error) for status in TRANSIENT):
     return True
   try:
     from gcsfs.retry import is_retriable
   except ImportError:
     return False
   return is_retriable(error)
+
+
+def fail_if_down(path: str | os.PathLike, error: BaseException) -> None:
+  """Raises RunFailed where an error says nothing of what was to be read."""
+  if is_transient(error):
+    raise RunFailed(f"{path}: storage is down ({first_line(error)})") from error
 
 
 def _filesystem():

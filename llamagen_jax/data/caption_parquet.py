@@ -18,7 +18,7 @@ from llamagen_jax.data.caption_records import (
 )
 from llamagen_jax.data.sources import PATH_KEYS
 from llamagen_jax.errors import UserError, first_line
-from llamagen_jax.storage import user_path
+from llamagen_jax.storage import fail_if_down, user_path
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "image", "picture", "img", *PATH_KEYS)
 
@@ -67,6 +67,7 @@ class Parquets:
             key = str(row.get("key") or f"{name}:{next(row_number)}")
             yield from self._records(row, column, CaptionedImage(key, name), root)
     except (ArrowException, OSError, ValueError, OverflowError) as error:
+      fail_if_down(path, error)
       yield CaptionedImage(name, name, problem=f"broken files: {first_line(error)}")
 
   def _records(

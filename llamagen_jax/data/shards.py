@@ -24,6 +24,7 @@ import grain
 from llamagen_jax.errors import UserError, first_line
 from llamagen_jax.storage import (
   cache_folder,
+  fail_if_down,
   in_bucket,
   read_json,
   sha256,
@@ -277,6 +278,7 @@ class Records(Generic[T]):
     try:
       return self._unpack(self._source[index])
     except Exception as error:  # of ArrayRecord's library, or of the record
+      fail_if_down(self._folder, error)
       raise UserError(
         f"{self._folder}: {self._kind} record {index} is damaged"
         f" ({first_line(error)}); copy or write the folder again"

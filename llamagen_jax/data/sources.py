@@ -30,7 +30,7 @@ from llamagen_jax.data.file_names import (
   natural_order,
 )
 from llamagen_jax.errors import UserError, first_line
-from llamagen_jax.storage import in_bucket, user_path
+from llamagen_jax.storage import fail_if_down, in_bucket, retry, user_path
 
 NO_LABEL = -1
 MAX_LABEL = 2**31 - 1  # records store labels in 32 bits
@@ -151,12 +151,13 @@ def read_image(path: epath.Path) -> tuple[bytes, str]:
         return b"", "not a file"
       if status.st_size > MAX_FILE_BYTES:
         return b"", f"{status.st_size} bytes, expected at most {MAX_FILE_BYTES}"
-    image = path.read_bytes()
+    image = retry(path.read_bytes)
   except FileNotFoundError:
     return b"", "no such file"
   except ValueError:  # whose words differ between versions of Python
     return b"", "a null byte in its path"
   except OSError as error:
+    fail_if_down(path, error)
     return b"", error.strerror or str(error)
   return image, "" if image else "an empty file"
 

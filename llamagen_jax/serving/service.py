@@ -9,7 +9,7 @@ import secrets
 import time
 
 from absl import logging
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 import numpy as np
 
 from llamagen_jax.errors import UserError
@@ -27,6 +27,7 @@ from llamagen_jax.serving.worker import (
   Worker,
 )
 
+UPLOADS_AT_ONCE = 2  # that are decoded; others wait, so that memory is bounded
 WARM_UP_SECONDS = 10  # to try again after, when the programs are not compiled yet
 # OpenAI's names, which clients send unless they are told another one.
 OPENAI_NAMES = ("dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-1-mini")
@@ -68,6 +69,7 @@ class Service:
     self.metrics = Metrics({self.label(m): worker for m, worker in workers.items()})
     self.metrics.watch_ready(lambda: self.ready)
     self.draining = self._warm = self._failed = False
+    self._opening = CapacityLimiter(UPLOADS_AT_ONCE)
 
   @property
   def default_model(self) -> ImageModel:
@@ -164,8 +166,9 @@ class Service:
     canvas = None
     if upload is not None:
       canvas, fitted = await to_thread.run_sync(
-        open_canvas, upload, model.size, body.settings.keeps_some
-      )
+        open_canvas, upload, model.size, body.settings.keeps_some,
+        limiter=self._opening,
+      )  # fmt: skip
       resized = [*resized, *fitted]
     requests = await to_thread.run_sync(model.requests, body, seed, canvas)
     self._check_open()

@@ -1,5 +1,7 @@
 """A form with an image and a mask -> fields, and the canvas that they make."""
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 import io
 from typing import Any
@@ -18,6 +20,7 @@ FILES = {"image": "image", "image[]": "image", "mask": "mask"}
 LISTS = {"class_labels": "class_labels", "class_labels[]": "class_labels"}
 MOST_FILES, MOST_FIELDS = 17, 100  # OpenAI's clients may send 16 images
 LONGEST_FIELD = 200_000  # bytes
+MAX_PIXELS = 2**26  # a small file may hold as many: 0.6 GB while it is read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +96,7 @@ def open_canvas(
   warnings = []
   if image.size != size:
     warnings = [f"'image' {text(image.size)}: scaled and cropped to {text(size)}."]
-    white = Image.fromarray(np.where(mask, 255, 0).astype(np.uint8))
+    white = Image.fromarray(mask.astype(np.uint8) * 255)
     image, white = (
       ImageOps.fit(part, size, Image.Resampling.LANCZOS) for part in (image, white)
     )
@@ -104,16 +107,25 @@ def open_canvas(
 
 
 def _decode(name: str, file: bytes) -> Image.Image:
-  try:
-    return ImageDecoder().decode(io.BytesIO(file), name)
-  except BadImage as error:
-    raise _invalid(name, str(error).removeprefix(f"{name}: ")) from error
+  with _opened(name, file) as (decoder, stream):
+    return decoder.decode(stream, name)
 
 
 def _hidden(name: str, file: bytes) -> np.ndarray | None:
   """Returns where to draw, bool [H, W]: transparent, or white in a mask without."""
+  with _opened(name, file) as (decoder, stream):
+    return decoder.hidden(stream, name, is_mask=name == "mask")
+
+
+@contextlib.contextmanager
+def _opened(name: str, file: bytes) -> Iterator[tuple[ImageDecoder, io.BytesIO]]:
+  decoder, stream = ImageDecoder(), io.BytesIO(file)
   try:
-    return ImageDecoder().hidden(io.BytesIO(file), name, is_mask=name == "mask")
+    width, height = decoder.size(stream, name)
+    if width * height > MAX_PIXELS:
+      found = f"{text((width, height))}, more than {MAX_PIXELS} pixels"
+      raise BadImage(f"{name}: {found}")
+    yield decoder, io.BytesIO(file)
   except BadImage as error:
     raise _invalid(name, str(error).removeprefix(f"{name}: ")) from error
 

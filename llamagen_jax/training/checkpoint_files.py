@@ -15,8 +15,6 @@ T = TypeVar("T")
 
 SIZES = "sizes.json"  # of a checkpoint: the bytes of every file, written last
 UNREADABLE = "unreadable_"  # put before the name of a checkpoint that is not whole
-# Status codes in TensorStore's errors, of storage that answers again later.
-TRANSIENT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "RESOURCE_EXHAUSTED: HTTP")
 WAIT_SECONDS = (1, 4, 15, 60)
 DAMAGED = ("DATA_LOSS", "checksum", "decod")  # in TensorStore's errors
 
@@ -111,8 +109,7 @@ def with_retries(read: Callable[[], T], name: str) -> T:
     try:
       return read()
     except (ValueError, OSError) as error:
-      text = str(error)
-      if not (is_transient(error) or any(status in text for status in TRANSIENT)):
+      if not is_transient(error):
         raise
       logging.warning("%s: %s; again in %d s", name, one_line(error), seconds)
       time.sleep(seconds)

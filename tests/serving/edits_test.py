@@ -31,6 +31,7 @@ def png(pixels: np.ndarray, hidden: np.ndarray | None = None, side=SIDE) -> byte
 
 
 IMAGE, CLEAR = png(PIXELS), png(PIXELS, HIDDEN)
+HUGE = png(PIXELS[..., 0] > 255, side=9111)  # in 10 kB
 MASK = png(np.where(HIDDEN, 255, 0).astype(np.uint8))
 
 
@@ -134,6 +135,8 @@ def test_an_image_of_another_size_is_fitted_and_said(server):
     ({"prompt": "1"}, {"image": IMAGE, "mask": png(0 * PIXELS, ~HIDDEN & HIDDEN)}, 400,
      "mask"),
     ({"prompt": "1"}, {"image": b"0" * 60_000}, 413, None),
+    ({"prompt": "1"}, {"image": HUGE}, 400, "image"),
+    ({"prompt": "1"}, {"image": IMAGE, "mask": HUGE}, 400, "mask"),
     ({}, {"image": CLEAR}, 400, "prompt"),
     ({"prompt": "99"}, {"image": CLEAR}, 400, "prompt"),
     ({"prompt": "1", "n": "9"}, {"image": CLEAR}, 400, "n"),
