@@ -13,7 +13,7 @@ llamagen train-gpt --config=configs/finetune.py:L --config.data.codes=codes \\
     --config.images.tokenizer=vq16 --init-from=L256 --workdir=run
 llamagen sample --gpt=run/bundle --tokenizer=vq16 --classes=0,1,2 --out=images
 
-With another number of classes, a class starts with the row of the published class of
+A class starts with the row of the published class of
 the same name (the name of its folder), or else with the mean of all rows; the log
 says how many do. Look at run/samples.png: every evaluation writes it anew.
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llamagen_jax.data.classes import imagenet_classes, imagenet_names
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.lora import LoRAConfig, add_adapters, init_adapters
@@ -92,8 +93,15 @@ def frozen_stopped(config: TrainableConfig, params: Any) -> Any:
 
 
 def table_rows(old_names: Sequence[str], new_names: Sequence[str]) -> list[int]:
-  """Returns the old row of every new class, that of the same name; -1 = none."""
-  rows = {name: row for row, name in enumerate(old_names)}
+  """Returns the old row of every new class, that of the same name; -1 = none.
+
+  ImageNet's names may also be WordNet's ids, which its folders have.
+  """
+  imagenet = tuple(old_names) == imagenet_names()
+  rows: dict[str, int] = {}
+  for names in (old_names, imagenet_classes() if imagenet else ()):
+    for row, name in enumerate(names):
+      rows.setdefault(name, row)
   return [rows.get(name, -1) for name in new_names]
 
 
@@ -101,7 +109,8 @@ def adapted(name: str, loaded: Any, fresh: Any, rows: Sequence[int]) -> Any:
   """Returns loaded parameters in the shapes of fresh ones.
 
   Weights that the loaded model lacks (adapters, embeddings of guidance and targets)
-  stay fresh, and a class table of another size is filled by `rows`.
+  stay fresh, and a class table of another size, or of other classes, is filled by
+  `rows`; where no class has a known name, rows of the same size stay as they are.
 
   Args:
     name: of the loaded model, for messages.
@@ -121,8 +130,9 @@ def adapted(name: str, loaded: Any, fresh: Any, rows: Sequence[int]) -> Any:
     value = old.get(key)
     if value is None and key.split("/")[0] in ADDED:
       continue
-    if value is not None and value.shape != leaf.shape and key == TABLE:
-      value = _resized_table(value, leaf, rows)
+    others = max(rows, default=-1) >= 0 and list(rows) != [*range(len(rows))]
+    if value is not None and key == TABLE and (value.shape != leaf.shape or others):
+      value = _filled_table(value, leaf, rows)
     if value is None or value.shape != leaf.shape:
       shape = "missing" if value is None else value.shape
       raise UserError(f"{name}: {key} is {shape}, this config expects {leaf.shape}")
@@ -130,10 +140,10 @@ def adapted(name: str, loaded: Any, fresh: Any, rows: Sequence[int]) -> Any:
   return flax.traverse_util.unflatten_dict(new, sep="/")
 
 
-def _resized_table(
+def _filled_table(
   table_CD: jax.Array, fresh_CD: jax.Array, rows: Sequence[int]
 ) -> jax.Array:
-  """Returns a class table of another size; its last row is "no class" and is kept."""
+  """Returns a class table by rows of another; its last one, "no class", is kept."""
   size = fresh_CD.shape[0] - 1
   rows_C = np.full(size, -1)
   rows_C[: len(rows)] = rows[:size]
@@ -143,9 +153,9 @@ def _resized_table(
   )  # fmt: skip
 
   @functools.partial(jax.jit, out_shardings=fresh_CD.sharding)
-  def resize(table_CD):
+  def fill(table_CD):
     mean_D = jnp.mean(table_CD[:-1], axis=0)
     new_CD = jnp.where(rows_C[:, None] < 0, mean_D, table_CD[rows_C])
     return jnp.concatenate([new_CD, table_CD[-1:]])
 
-  return resize(table_CD)
+  return fill(table_CD)

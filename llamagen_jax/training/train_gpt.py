@@ -279,13 +279,13 @@ def load_weights(
       f" data.texts has those of {encoder[:12]}"
     )
   names = codes.manifest["class_names"]
-  if 0 < len(names) < recipe.model.num_classes:
+  rows = table_rows(loaded.class_names, names)
+  if 0 < len(names) < recipe.model.num_classes and max(rows) < 0:
     logging.warning(
       "data.codes has %d classes, the model %d: a class starts from the row of its"
       " number; --config.model.num_classes=%d takes that of its name",
       len(names), recipe.model.num_classes, len(names),
     )  # fmt: skip
-  rows = table_rows(loaded.class_names, names)
   params = adapted(f"init_from={path}", loaded.params, state.params, rows)
   logging.info("starts from the weights of %s", path)
   copied = functools.partial(jax.tree.map, jnp.copy)

@@ -10,6 +10,7 @@ from PIL import Image
 import pytest
 
 from llamagen_jax import GPT, UserError
+from llamagen_jax.data.classes import imagenet_classes, imagenet_names
 from llamagen_jax.gpt.lora import LoRAConfig
 from llamagen_jax.gpt.model import init_gpt
 from llamagen_jax.gpt.sampling_config import SamplingConfig
@@ -18,7 +19,12 @@ from llamagen_jax.sampling.sample import sample
 from llamagen_jax.tokenizer.model import init_tokenizer
 from llamagen_jax.training import sample_scores, train_gpt
 from llamagen_jax.training.export import load_run
-from llamagen_jax.training.finetune import TrainableConfig, init_params, merged
+from llamagen_jax.training.finetune import (
+  TrainableConfig,
+  init_params,
+  merged,
+  table_rows,
+)
 from llamagen_jax.training.metrics_log import read_rows
 from llamagen_jax.vision.inception import Features
 from llamagen_jax.weights import bundle
@@ -125,12 +131,39 @@ def test_a_class_table_of_another_size(codes, published, tmp_path):
   np.testing.assert_array_equal(new["head"], old["head"])
 
 
+def test_rows_of_classes_by_name_or_wordnet_id():
+  assert table_rows(("cat", "dog"), ("dog", "horse")) == [1, -1]
+  names, ids = imagenet_names(), list(imagenet_classes())
+  assert table_rows(names, ids) == [*range(1000)]
+  assert table_rows(names, ("tench", ids[517], "my dog")) == [0, 517, -1]
+
+
+def test_other_classes_of_the_same_number(codes, published, tmp_path):
+  """The data has a, b, c, d; c was a row of the model, under another number."""
+  gpt = bundle.load_gpt(same_classes(published, tmp_path / "old"))
+  named = dataclasses.replace(gpt, class_names=("c", "x", "y", "d"))
+  bundle.save_gpt(tmp_path / "start", named)
+  config = tiny.gpt_config(codes, 1)
+  config.optimizer.update(lr=0.0, warmup_steps=0)
+  config.init_from = str(tmp_path / "start")
+  train_gpt.train(config, tmp_path / "run")
+  old = gpt.params["condition"]["table"]
+  mean = jnp.mean(old[:4], axis=0)
+  np.testing.assert_allclose(
+    bundle.load_gpt(tmp_path / "run/bundle").params["condition"]["table"],
+    jnp.stack([mean, mean, old[0], old[3], old[4]]), atol=1e-7,
+  )  # fmt: skip
+
+
 def test_fewer_classes_than_rows_are_told(codes, published, tmp_path, caplog):
   gpt = bundle.load_gpt(same_classes(published, tmp_path / "four"))
   six = dataclasses.replace(tiny.GPT, num_classes=6)
   table = jnp.zeros((7, 32)).at[:5].set(gpt.params["condition"]["table"])
   params = gpt.params | {"condition": {"table": table}}
-  bundle.save_gpt(tmp_path / "six", dataclasses.replace(gpt, config=six, params=params))
+  bundle.save_gpt(
+    tmp_path / "six",
+    dataclasses.replace(gpt, config=six, params=params, class_names=()),
+  )
   config = tiny.gpt_config(codes, 1)
   config.model.num_classes = 6
   config.optimizer.update(lr=0.0, warmup_steps=0)
