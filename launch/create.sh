@@ -48,10 +48,16 @@ if [[ -z $queued ]]; then
   exit
 fi
 [[ $valid_for ]] && flags+=("--valid-until-duration=$valid_for")
-tpu queued-resources create "$name" "--node-id=$name" "${flags[@]}" \
+state() { tpu queued-resources describe "$name" "--format=value(state.state)"; }
+known=
+[[ $dry_run ]] || known=$(state 2>/dev/null) || known=
+case $known in # a request that came to nothing stays in the queue
+  FAILED | SUSPENDED) tpu queued-resources delete "$name" --force --quiet && known= ;;
+esac
+[[ $known ]] || tpu queued-resources create "$name" "--node-id=$name" "${flags[@]}" \
   "--runtime-version=$version"
 while [[ -z $dry_run ]]; do
-  case $(tpu queued-resources describe "$name" "--format=value(state.state)") in
+  case $(state) in
     ACTIVE) exit 0 ;;
     FAILED | SUSPENDED) echo "create.sh: the queue gave $name up" >&2 && exit 1 ;;
     *) sleep "${POLL_SECONDS:-30}" ;;

@@ -18,9 +18,11 @@ import os
 import signal
 import threading
 
+import jax
 from ray import serve
 
 from llamagen_jax.commands.serve import Options, make_service
+from llamagen_jax.errors import UserError
 from llamagen_jax.serving.api import make_app
 from llamagen_jax.serving.auth import KEY
 from llamagen_jax.serving.store import DataURLs
@@ -36,6 +38,11 @@ class Replica:
   """One server, on chips of its own."""
 
   def __init__(self, options: Options, key: str):
+    if jax.process_count() > 1:
+      raise UserError(
+        f"this TPU is a slice of {jax.process_count()} hosts; expected replicas on"
+        " machines with chips of their own, such as v5litepod-8"
+      )
     self._service, self._key = make_service(options), key
 
   def __serve_build_asgi_app__(self):
@@ -57,6 +64,8 @@ def main() -> None:
     name=(args.name,) if args.name else (), slots=args.slots, tensor=args.tensor,
     dtype=args.dtype,
   )  # fmt: skip
+  resources = json.loads(args.resources)
+  actor = {"num_cpus": args.cpus, "num_gpus": resources.pop("GPU", 0)}
   serve.start(http_options={"host": args.address, "port": args.port})
   held = options.slots + (options.queue or options.slots)
   deployment = Replica.options(
@@ -68,7 +77,7 @@ def main() -> None:
     max_ongoing_requests=SPARE * held,
     health_check_period_s=HEALTH_SECONDS,
     graceful_shutdown_timeout_s=options.seconds,
-    ray_actor_options={"num_cpus": args.cpus, "resources": json.loads(args.resources)},
+    ray_actor_options=actor | {"resources": resources},
   )
   serve.run(deployment.bind(options, os.environ.get(KEY, "")), route_prefix=ROUTE)
   print(
@@ -95,7 +104,9 @@ def _parse() -> argparse.Namespace:
   add("--dtype", default="", choices=("float32", "bfloat16"))
   add("--replicas", type=int, default=1, help="at least")
   add("--most-replicas", type=int, default=1, help="when requests pile up")
-  add("--resources", default="{}", help='of a replica, as JSON: {"TPU": 4}')
+  add(
+    "--resources", default="{}", help='of a replica, as JSON: {"TPU": 4} or {"GPU": 1}'
+  )
   add("--cpus", type=float, default=1, help="of a replica")
   add("--address", default="127.0.0.1", help="address that Ray's proxies listen at")
   add("--port", type=int, default=8000)

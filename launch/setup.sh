@@ -59,4 +59,5 @@ echo "${0##*/}: $(git describe --always)${changed:+ with changes}, $size MB" >&2
 # The first ssh makes and spreads the key, which workers side by side would race for.
 on 0 true
 tpu tpu-vm scp "$archive" "$name:llamagen.tar.gz" --worker=all
-on all "mkdir -p $remote && tar -xzf llamagen.tar.gz -C $remote && bash $remote/launch/worker.sh setup $(printf %q "$extras")"
+on all "mkdir -p $remote && tar -xzf llamagen.tar.gz -C $remote && bash $remote/launch/worker.sh setup $(printf %q "$extras")" ||
+  exit 1 # not the worker's code: 2 means a mistake in the flags here

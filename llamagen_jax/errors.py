@@ -13,6 +13,10 @@ class RunFailed(Exception):
   """A run that went wrong by itself, such as a loss that is not finite. Exit code 1."""
 
 
+class StorageDown(OSError):
+  """A bucket that was out of order for minutes. Exit code 1."""
+
+
 class Stopped(Exception):
   """A run that was asked to stop and saved what it had. Exit code 75: run it again."""
 

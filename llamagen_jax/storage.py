@@ -20,7 +20,7 @@ from absl import logging
 from etils import epath
 import fsspec
 
-from llamagen_jax.errors import RunFailed, UserError, first_line
+from llamagen_jax.errors import RunFailed, StorageDown, UserError, first_line
 
 BUCKET = "gs://"
 RETRY_SECONDS = 600  # that a bucket may be out of order
@@ -156,10 +156,6 @@ def cache_folder() -> pathlib.Path:
   """Returns the folder for files that can be made again; LLAMAGEN_CACHE moves it."""
   named = os.environ.get("LLAMAGEN_CACHE", "~/.cache/llamagen_jax")
   return pathlib.Path(named).expanduser()
-
-
-class StorageDown(OSError):
-  """A bucket was out of order for RETRY_SECONDS."""
 
 
 def retry(operation: Callable[[], T]) -> T:

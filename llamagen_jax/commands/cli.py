@@ -7,7 +7,7 @@ import traceback
 
 import llamagen_jax
 from llamagen_jax import logs, runtime
-from llamagen_jax.errors import RunFailed, Stopped, UserError
+from llamagen_jax.errors import RunFailed, Stopped, StorageDown, UserError
 
 # verb: (module with a `main(argv)`, one line for the help), in groups
 GROUPS = {
@@ -109,7 +109,8 @@ def _expected(error: Exception) -> int | None:
   number = error.errno if isinstance(error, OSError) else None
   if number in NOT_ALLOWED:
     return USER_ERROR
-  return FAILED if number in DISK_FULL or isinstance(error, RunFailed) else None
+  failed = number in DISK_FULL or isinstance(error, (RunFailed, StorageDown))
+  return FAILED if failed else None
 
 
 def _end(verb: str, message: object, code: int) -> int:

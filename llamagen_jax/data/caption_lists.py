@@ -24,7 +24,7 @@ from llamagen_jax.data.sources import (
   open_lines,
 )
 from llamagen_jax.errors import UserError
-from llamagen_jax.storage import read_json, user_path
+from llamagen_jax.storage import fail_if_down, read_json, user_path
 
 MAX_TEXT_BYTES = 2**20  # of a caption's file
 
@@ -196,6 +196,7 @@ class PairedFiles:
         try:
           text = path.with_suffix(".txt").read_bytes()
         except OSError as error:
+          fail_if_down(path, error)
           raise Unusable(f"missing captions: no {path.stem}.txt") from error
         if len(text) > MAX_TEXT_BYTES:
           raise Unusable(f"broken texts: {len(text)} bytes of caption")

@@ -21,7 +21,7 @@ from llamagen_jax.data.sources import (
   open_lines,
 )
 from llamagen_jax.errors import UserError, first_line
-from llamagen_jax.storage import sizes, user_path
+from llamagen_jax.storage import fail_if_down, sizes, user_path
 
 CODES, LABELS = "_codes", "_labels"  # ends of the original's folder names
 FIRST = 100  # samples of which one must be readable to tell the layout of all
@@ -127,6 +127,7 @@ class NpyCodes:
           codes = codes[0]
         yield _record(name.removesuffix(".npy"), label.item(), codes)
       except (ValueError, OSError, EOFError) as error:
+        fail_if_down(self._codes / name, error)
         yield BadCodes(f"{self._codes.name}/{name}: {first_line(error)}")
 
 

@@ -46,6 +46,7 @@ def write_own_shards(
   todo = [index for index in mine if not writer.is_done(index)]
   _say_if_not_shared(writer)
   done = sum(sizes[i] for i in mine) - sum(sizes[i] for i in todo)
+  left = 0
   with StopRequest() as stop:
     with tqdm.tqdm(
       total=sum(sizes[i] for i in mine), initial=done, desc="shards", unit=unit,
@@ -53,10 +54,14 @@ def write_own_shards(
     ) as bar:  # fmt: skip
       for number, index in enumerate(todo):
         if stop.is_set():
-          _stop(len(todo) - number)
+          left = len(todo) - number
+          break
         write(index, bar)
-    if gather("written", stop=stop) is None:
-      _stop(0)
+    # The coordinator must not end while others write a shard.
+    if any(gather("written", "stopped" if left else "", stop)):
+      raise Stopped(
+        f"stopped with {left} shards of this host left; resume with the same command"
+      )
   manifest = finish() if jax.process_index() == 0 else None
   finished = gather("finished", "" if manifest is None else MANIFEST)[0] == MANIFEST
   if jax.process_index() and finished and (writer.folder / MANIFEST).exists():
@@ -69,13 +74,6 @@ def copy_hint(out: str) -> str:
   return (
     f"this host's shards are in {out}: copy those of all hosts into one folder,"
     " and run this command on it once more, on one host"
-  )
-
-
-def _stop(left: int) -> None:
-  gather("stopped")  # the coordinator must not end while others write a shard
-  raise Stopped(
-    f"stopped with {left} shards of this host left; resume with the same command"
   )
 
 

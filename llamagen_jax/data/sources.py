@@ -268,6 +268,7 @@ class ArrayRecordSource:
     try:
       return unpack_image(self._records[index])
     except Exception as error:  # of the reader or of the record; both are one image's
+      fail_if_down(self._name, error)
       problem = (
         f"no int32 label, uint16 length of the key, key, image ({first_line(error)})"
       )
@@ -336,6 +337,7 @@ class TfdsSource:
       key = os.fsdecode(name) if isinstance(name, bytes) else str(name)
       image, label = bytes(record["image"]), int(record.get("label", NO_LABEL))
     except Exception as error:  # of the reader or of the record; both are one image's
+      fail_if_down(key, error)
       return ImageRecord(key, b"", problem=first_line(error))
     return ImageRecord(key, image, label)
 

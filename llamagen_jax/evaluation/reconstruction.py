@@ -46,9 +46,12 @@ class Reconstruction:
 
 
 def psnr(original: jax.Array, reconstruction: jax.Array) -> jax.Array:
-  """Returns the peak signal-to-noise ratio in dB of images in [0, 1], [B]."""
+  """Returns the peak signal-to-noise ratio in dB of images in [0, 1], [B].
+
+  At most 100: a blank image may come back as it is, and would make a mean infinite.
+  """
   mse_B = jnp.mean((original - reconstruction) ** 2, axis=(1, 2, 3))
-  return -10 * jnp.log10(mse_B)
+  return -10 * jnp.log10(jnp.maximum(mse_B, 1e-10))
 
 
 def ssim(x_BHWC: jax.Array, y_BHWC: jax.Array, data_range: float) -> jax.Array:
@@ -169,7 +172,11 @@ def _compiled(config: TokenizerConfig) -> Callable[..., dict[str, jax.Array]]:
       code_counts = code_counts.at[codes.ravel()].add(
         weight_Bhw.ravel().astype(jnp.int32)
       )
-    sums = {name: jnp.sum(value_B * weight_B) for name, value_B in found.items()}
+    # What fills up a batch may have no finite value.
+    sums = {
+      name: jnp.sum(jnp.where(weight_B > 0, value_B * weight_B, 0))
+      for name, value_B in found.items()
+    }
     return sums | {"code_counts": code_counts, "images": rounded}
 
   return step

@@ -57,15 +57,16 @@ class StopRequest:
     print("stopping after this shard", file=sys.stderr, flush=True)
 
 
-def gather(
-  name: str, value: str = "", stop: StopRequest | None = None
-) -> list[str] | None:
+def gather(name: str, value: str = "", stop: StopRequest | None = None) -> list[str]:
   """Waits for all hosts and returns the value of each, in their order.
+
+  Nobody leaves before all have come: a host that did would be missed in the next
+  meeting by those that were found complete.
 
   Args:
     name: of the meeting; its next one has the same name.
     value: of this host.
-    stop: ends the waiting; None is returned then.
+    stop: while waiting, the others are told of one that comes to this host.
   """
   if jax.process_count() == 1:
     return [value]
@@ -73,7 +74,7 @@ def gather(
   folder = f"llamagen/{name}/{_meetings[name]}/"
   store().key_value_set(f"{folder}{jax.process_index():06d}", value)
   while len(found := store().key_value_dir_get(folder)) < jax.process_count():
-    if stop is not None and stop.is_set():
-      return None
+    if stop is not None:
+      stop.is_set()
     time.sleep(POLL_SECONDS)
   return [value for _, value in sorted(found)]

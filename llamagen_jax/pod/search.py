@@ -85,6 +85,12 @@ def search(
         tried[r] = _try(r, compile_one)
         bar.update()
         bar.write(tried[r].line(), file=errors)
+    if not tried:
+      least = chips // max(t for t in TENSORS if chips % t == 0)
+      raise UserError(
+        f"data.batch_size={recipe.data.batch_size}: no mesh of {chips} chips divides"
+        f" it; expected a multiple of {least}"
+      )
     return min(tried.values(), key=lambda trial: trial.chip_seconds).recipe
 
   with bar:

@@ -9,7 +9,7 @@ from etils import epath
 import jax
 from jax.experimental import multihost_utils
 
-from llamagen_jax.storage import is_transient, read_json, write_json
+from llamagen_jax.storage import in_bucket, is_transient, read_json, write_json
 
 T = TypeVar("T")
 
@@ -23,7 +23,10 @@ def saved_steps(folder: epath.Path) -> list[int]:
   """Returns the steps of finished checkpoints."""
   if not folder.exists():
     return []
-  return [int(path.name[5:]) for path in folder.glob("step_" + "[0-9]" * 9)]
+  found = folder.glob("step_" + "[0-9]" * 9)
+  # In a bucket Orbax writes under the last name, and this file at the end.
+  done = (p for p in found if not in_bucket(p) or (p / "commit_success.txt").exists())
+  return [int(path.name[5:]) for path in done]
 
 
 def checkpoint_folder(workdir: epath.Path) -> epath.Path:

@@ -1,7 +1,6 @@
 """What a run leaves to look at: metrics.jsonl, event files, a loss curve."""
 
 from collections.abc import Mapping, Sequence
-import hashlib
 import importlib
 import json
 import math
@@ -10,14 +9,16 @@ import pathlib
 import sys
 import tempfile
 import time
+import uuid
 
 from etils import epath
 from matplotlib import figure
 import numpy as np
 
 from llamagen_jax.errors import UserError
-from llamagen_jax.storage import atomic_write, in_bucket, retry, write_text
+from llamagen_jax.storage import atomic_write, in_bucket, read_text, retry, write_text
 
+TRACKED = "tracked_run.txt"  # the name of the run at its tracker
 BUCKET_SECONDS = 60  # between two uploads of the rows to a bucket, which cannot append
 
 
@@ -40,7 +41,7 @@ class MetricsLog:
       self._temporary = tempfile.TemporaryDirectory()
       self._events_folder = pathlib.Path(self._temporary.name)
     self._write_rows()
-    self._tracker = _start_tracker(tracker, self._workdir)
+    self._tracker = _start_tracker(tracker, self._workdir, resumed=start > 0)
     self._events = _tensorboard().SummaryWriter(
       os.fspath(self._events_folder), purge_step=start + 1
     )
@@ -126,10 +127,10 @@ def _tensorboard():
       del sys.modules["torch"]
 
 
-def _start_tracker(name: str, workdir: epath.Path):
+def _start_tracker(name: str, workdir: epath.Path, *, resumed: bool):
   """Returns the package that shows runs, begun or resumed; None for "none".
 
-  A run is known by its workdir, so that a resumed one is the same run.
+  A file in the workdir keeps the name of the run, so that a resumed one is the same.
   """
   if name == "none":
     return None
@@ -139,8 +140,10 @@ def _start_tracker(name: str, workdir: epath.Path):
     raise UserError(f"run.tracker={name!r} is not installed: pip install {name}") from (
       error
     )
-  place = os.fspath(workdir if in_bucket(workdir) else workdir.resolve())
-  run = f"{workdir.name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
+  path = workdir / TRACKED
+  if not (resumed and path.exists()):
+    write_text(path, f"{workdir.name}-{uuid.uuid4().hex[:8]}")
+  run = read_text(path)
   same = {"id": run} if name == "wandb" else {}  # trackio knows runs by their names
   tracker.init(project="llamagen_jax", name=run, resume="allow", **same)
   return tracker

@@ -1,3 +1,4 @@
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -25,3 +26,8 @@ def test_ssim_equals_scikit_image(pair, data_range):
 def test_dark_and_bright_images_do_not_cancel(pair):
   x, y = np.float32(pair)
   np.testing.assert_allclose(ssim(x * 0.01, y * 0.01, 0.01), ssim(x, y, 1.0), rtol=1e-4)
+
+
+def test_a_blank_image_does_not_make_the_mean_infinite():
+  blank = jnp.ones((2, 8, 8, 3))
+  np.testing.assert_allclose(psnr(blank, blank), 100, rtol=1e-5)

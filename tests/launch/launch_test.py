@@ -90,13 +90,28 @@ def test_a_spot_tpu_of_a_project(cloud):
 def test_a_queue_is_waited_in(cloud):
   (cloud / "queue").write_text("WAITING_FOR_RESOURCES\nPROVISIONING\nACTIVE")
   launch(cloud, "create", *TYPE, "--queued", "--valid-for", "6h")
-  first, *others = calls(cloud)
+  _, first, *others = calls(cloud)  # at first it asks for an older request
   assert first == (
     "compute tpus queued-resources create pod --node-id=pod"
     " --accelerator-type=v5litepod-16 --valid-until-duration=6h"
     " --runtime-version=v2-alpha-tpuv5-lite"
   )
   assert len(others) == 3
+
+
+def test_a_request_that_came_to_nothing_is_made_again(cloud):
+  (cloud / "queue").write_text("FAILED\nPROVISIONING\nACTIVE")
+  (cloud / "pod").mkdir()
+  launch(cloud, "create", *TYPE, "--queued")
+  verbs = [call.split()[3] for call in calls(cloud)]
+  assert verbs == ["describe", "delete", "create", "describe", "describe"]
+
+
+def test_a_request_that_is_in_the_queue_is_waited_for(cloud):
+  (cloud / "queue").write_text("PROVISIONING\nACTIVE")
+  (cloud / "pod").mkdir()
+  launch(cloud, "create", *TYPE, "--queued")
+  assert [call.split()[3] for call in calls(cloud)] == ["describe", "describe"]
 
 
 def test_a_queue_that_gives_up(cloud):

@@ -85,3 +85,8 @@ def test_the_verb(tmp_path, capfd):
   assert {t["remat"] for t in found} == {"none", "dots", "full"}
   assert {t["batch_size"] for t in found} == {4, 8, 16}
   assert len(capfd.readouterr().out.splitlines()) == len(found) + 1
+
+
+def test_a_batch_that_no_mesh_divides(recipe):
+  with pytest.raises(UserError, match="batch_size=16: no mesh of 256 chips .* of 32"):
+    search(recipe, 256, lambda r: report(1, 1.0), io.StringIO())
