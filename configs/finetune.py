@@ -13,9 +13,9 @@ llamagen train-gpt --config=configs/finetune.py:L --config.data.codes=codes \\
     --config.images.tokenizer=vq16 --init-from=L256 --workdir=run
 llamagen sample --gpt=run/bundle --tokenizer=vq16 --classes=0,1,2 --out=images
 
-A class starts with the row of the published class of
-the same name (the name of its folder), or else with the mean of all rows; the log
-says how many do. Look at run/samples.png: every evaluation writes it anew.
+A class starts with the row of the published class of the same name (that of its
+folder, or its WordNet id), or else with the mean of all rows; the log says how many
+do. Look at run/samples.png: every evaluation writes it anew.
 
 `:L,lora` trains adapters of rank 16 and the class table instead of all weights: a
 tenth of the memory for the optimizer. The bundle has them merged. `:L,only=table`

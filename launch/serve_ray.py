@@ -41,7 +41,7 @@ class Replica:
     if jax.process_count() > 1:
       raise UserError(
         f"this TPU is a slice of {jax.process_count()} hosts; expected replicas on"
-        " machines with chips of their own, such as v5litepod-8"
+        " machines with chips of their own, such as v5litepod-4"
       )
     self._service, self._key = make_service(options), key
 

@@ -187,7 +187,8 @@ def is_transient(error: BaseException) -> bool:
     return True
   if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
     return True
-  if any(status in str(error) for status in TRANSIENT):
+  # The text of an OSError has the name of a file, which may be any word.
+  if not isinstance(error, OSError) and any(s in str(error) for s in TRANSIENT):
     return True
   try:
     from gcsfs.retry import is_retriable

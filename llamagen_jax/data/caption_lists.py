@@ -24,7 +24,7 @@ from llamagen_jax.data.sources import (
   open_lines,
 )
 from llamagen_jax.errors import UserError
-from llamagen_jax.storage import fail_if_down, read_json, user_path
+from llamagen_jax.storage import fail_if_down, read_json, retry, user_path
 
 MAX_TEXT_BYTES = 2**20  # of a caption's file
 
@@ -194,7 +194,7 @@ class PairedFiles:
       path = root / file
       try:
         try:
-          text = path.with_suffix(".txt").read_bytes()
+          text = retry(path.with_suffix(".txt").read_bytes)
         except OSError as error:
           fail_if_down(path, error)
           raise Unusable(f"missing captions: no {path.stem}.txt") from error

@@ -66,8 +66,10 @@ class Parquets:
           for row in batch.to_pylist():
             key = str(row.get("key") or f"{name}:{next(row_number)}")
             yield from self._records(row, column, CaptionedImage(key, name), root)
-    except (ArrowException, OSError, ValueError, OverflowError) as error:
+    except Exception as error:
       fail_if_down(path, error)
+      if not isinstance(error, (ArrowException, OSError, ValueError, OverflowError)):
+        raise
       yield CaptionedImage(name, name, problem=f"broken files: {first_line(error)}")
 
   def _records(

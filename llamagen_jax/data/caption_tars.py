@@ -46,8 +46,10 @@ class Tars:
     try:
       with user_path(path).open("rb") as file, tarfile.open(fileobj=file) as tar:
         yield from self._read(tar, name)
-    except TAR_ERRORS as error:
+    except Exception as error:
       fail_if_down(path, error)
+      if not isinstance(error, TAR_ERRORS):
+        raise
       detail = str(error).partition("\n")[0]
       yield CaptionedImage(name, name, problem=f"broken files: {detail}")
 

@@ -126,8 +126,10 @@ class NpyCodes:
         if codes.ndim == 3 and len(codes) == 1:
           codes = codes[0]
         yield _record(name.removesuffix(".npy"), label.item(), codes)
-      except (ValueError, OSError, EOFError) as error:
+      except Exception as error:
         fail_if_down(self._codes / name, error)
+        if not isinstance(error, (ValueError, OSError, EOFError)):
+          raise
         yield BadCodes(f"{self._codes.name}/{name}: {first_line(error)}")
 
 

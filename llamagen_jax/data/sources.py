@@ -151,7 +151,7 @@ def read_image(path: epath.Path) -> tuple[bytes, str]:
         return b"", "not a file"
       if status.st_size > MAX_FILE_BYTES:
         return b"", f"{status.st_size} bytes, expected at most {MAX_FILE_BYTES}"
-    image = retry(path.read_bytes)
+    image = retry(path.read_bytes) if in_bucket(path) else path.read_bytes()
   except FileNotFoundError:
     return b"", "no such file"
   except ValueError:  # whose words differ between versions of Python

@@ -62,11 +62,11 @@ def compile_sampler(
   with jax.set_mesh(mesh):
     logging.info("tracing the sampler")
     params = abstract_params(config, mesh)
-    rows = jax.eval_shape(lambda: sampling.for_batch(batch))
+    settings = jax.eval_shape(lambda: sampling.for_batch(batch))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     condition, mask = _condition(config, batch, split)
     inputs = DecodeInputs(
-      params, abstract_tree(keys, split), mask, abstract_tree(rows, whole)
+      params, abstract_tree(keys, split), mask, abstract_tree(settings, whole)
     )
     order = None
     if sampling.order == "random":

@@ -76,7 +76,7 @@ class Prompts:
     return len(self.prompts)
 
   def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Encodes them: features [B, P, C] and mask [B, P], or [B, 2, ..] with a negative.
+    """Encodes prompts: features [B, P, C], mask [B, P]; with a negative [B, 2, ..].
 
     Warns of prompts that cleaning leaves nothing of: their images show anything.
     """

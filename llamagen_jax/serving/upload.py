@@ -119,6 +119,7 @@ def _hidden(name: str, file: bytes) -> np.ndarray | None:
 
 @contextlib.contextmanager
 def _opened(name: str, file: bytes) -> Iterator[tuple[ImageDecoder, io.BytesIO]]:
+  """Gives a decoder and the file; bounds its pixels, and refuses what is no image."""
   decoder, stream = ImageDecoder(), io.BytesIO(file)
   try:
     width, height = decoder.size(stream, name)

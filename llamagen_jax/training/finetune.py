@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llamagen_jax.data.classes import imagenet_classes, imagenet_names
+from llamagen_jax.data.classes import imagenet_classes
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.lora import LoRAConfig, add_adapters, init_adapters
@@ -95,14 +95,16 @@ def frozen_stopped(config: TrainableConfig, params: Any) -> Any:
 def table_rows(old_names: Sequence[str], new_names: Sequence[str]) -> list[int]:
   """Returns the old row of every new class, that of the same name; -1 = none.
 
-  ImageNet's names may also be WordNet's ids, which its folders have.
+  A WordNet id, which ImageNet's folders have, is the name of its class.
   """
-  imagenet = tuple(old_names) == imagenet_names()
+
+  def usual(name: str) -> str:
+    return imagenet_classes().get(name, (name,))[0]
+
   rows: dict[str, int] = {}
-  for names in (old_names, imagenet_classes() if imagenet else ()):
-    for row, name in enumerate(names):
-      rows.setdefault(name, row)
-  return [rows.get(name, -1) for name in new_names]
+  for row, name in enumerate(old_names):
+    rows.setdefault(usual(name), row)
+  return [rows.get(usual(name), -1) for name in new_names]
 
 
 def adapted(name: str, loaded: Any, fresh: Any, rows: Sequence[int]) -> Any:
@@ -126,11 +128,11 @@ def adapted(name: str, loaded: Any, fresh: Any, rows: Sequence[int]) -> Any:
   )
   if unknown := sorted(old.keys() - new.keys()):
     raise UserError(f"{name} has {unknown[0]}, which this config's model has not")
+  others = max(rows, default=-1) >= 0 and list(rows) != [*range(len(rows))]
   for key, leaf in new.items():
     value = old.get(key)
     if value is None and key.split("/")[0] in ADDED:
       continue
-    others = max(rows, default=-1) >= 0 and list(rows) != [*range(len(rows))]
     if value is not None and key == TABLE and (value.shape != leaf.shape or others):
       value = _filled_table(value, leaf, rows)
     if value is None or value.shape != leaf.shape:

@@ -24,7 +24,7 @@ class ImagesConfig:
   seed: int = 0
   scored: int = 0  # samples besides, of random classes, to log the IS of; 0 = none
   inception: str = ""  # weights for it, as of `evaluate --inception`
-  reference: str = ""  # npz or folder of real images, for their precision, too
+  reference: str = ""  # npz or folder of real images, to log the samples' precision
 
   def __post_init__(self):
     object.__setattr__(self, "prompts", tuple(self.prompts))

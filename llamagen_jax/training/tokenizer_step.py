@@ -198,7 +198,11 @@ def train_step(
       r.guard, discriminator, disc_grads, metrics["discriminator_loss"],
       _disc_optimizer(r), 0.0,
     )  # fmt: skip
-    metrics |= jax.tree.map(jnp.maximum, skipped, also)
+    if also:
+      metrics["discriminator_skipped"] = also["skipped"]
+      metrics["skipped_in_a_row"] = jnp.maximum(
+        skipped["skipped_in_a_row"], also["skipped_in_a_row"]
+      )
     lecam = _averaged_logits(r.loss, lecam, metrics)
 
   window = codebook.push(state.window, codes)

@@ -274,9 +274,10 @@ def load_weights(
     else captions.encoder_identity(source, state.step.sharding.mesh)
   )
   if loaded.text_encoder and encoder and loaded.text_encoder != encoder:
+    field = "data.t5" if recipe.data.t5 else "data.texts"
     raise UserError(
       f"init_from={path} knows the features of text encoder {loaded.text_encoder[:12]},"
-      f" data.texts has those of {encoder[:12]}"
+      f" {field} has those of {encoder[:12]}"
     )
   names = codes.manifest["class_names"]
   rows = table_rows(loaded.class_names, names)

@@ -10,6 +10,7 @@ from llamagen_jax.data.caption_records import FieldNames
 from llamagen_jax.data.codes import CodeSource
 from llamagen_jax.data.sources import open_source
 from llamagen_jax.errors import RunFailed
+from llamagen_jax.storage import is_transient
 from tests import tiny
 
 KEYS = FieldNames("", "caption")
@@ -31,17 +32,28 @@ class Down:
     raise self._error
 
 
+def unavailable() -> Exception:
+  """What gcsfs raises for HTTP 503, which is no OSError."""
+  retry = pytest.importorskip("gcsfs.retry")
+  return retry.HttpError({"code": 503, "message": "down"})
+
+
 @pytest.mark.parametrize(
-  "error", [ConnectionResetError("cut"), OSError(errno.EMFILE, "too many open files")]
+  "make",
+  [
+    lambda: ConnectionResetError("cut"),
+    lambda: OSError(errno.EMFILE, "too many open files"),
+    pytest.param(unavailable, marks=pytest.mark.extra),
+  ],
 )
-def test_files_are_not_called_broken(tmp_path, monkeypatch, error):
+def test_files_are_not_called_broken(tmp_path, monkeypatch, make):
   tiny.write_tar(tmp_path / "0.tar", 0, 2)
   (tmp_path / "0.parquet").touch()
   for module, shards in (
     (caption_tars, caption_tars.Tars((f"{tmp_path}/0.tar",), KEYS)),
     (caption_parquet, caption_parquet.Parquets((f"{tmp_path}/0.parquet",), KEYS, "")),
   ):
-    path = type("Path", (), {"open": lambda *_: Down(error)})()
+    path = type("Path", (), {"open": lambda *_: Down(make())})()
     monkeypatch.setattr(module, "user_path", lambda _, path=path: path)
     with pytest.raises(RunFailed, match=r"/0\.\w+: storage is down"):
       list(shards.read(0))
@@ -74,3 +86,10 @@ def test_shards_are_called_damaged_for_their_bytes_alone(tmp_path, status):
   else:
     with pytest.raises(RunFailed, match="codes: storage is down .UNAVAILABLE"):
       source[3]
+
+
+def test_a_file_may_have_any_name():
+  """Also one that is a status of storage."""
+  assert not is_transient(
+    FileNotFoundError(errno.ENOENT, "gone", "/data/ABORTED/1.jpg")
+  )

@@ -12,7 +12,7 @@ class Store(dict):
   key_value_set = dict.__setitem__
 
   def key_value_dir_get(self, folder):
-    return [(key, value) for key, value in self.items() if key.startswith(folder)]
+    return [(k, value) for k, value in list(self.items()) if k.startswith(folder)]
 
 
 class Once:
@@ -48,7 +48,9 @@ def test_nobody_leaves_a_meeting_before_all_have_come(host):
   stops[0]._caught = True
   first = threading.Thread(target=meet, args=(0, ""))
   first.start()
-  time.sleep(0.2)
+  deadline = time.monotonic() + 60
+  while not stops[0]._told and time.monotonic() < deadline:
+    time.sleep(0.01)
   assert not found
   host.number = 1
   assert stops[1].is_set()

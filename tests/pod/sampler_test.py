@@ -45,16 +45,16 @@ def test_a_decode_step_reads_weights_and_cache_once(capsys):
     cache = abstract(lambda: init_cache(c, 2 * images, c.length))
     keys = abstract(lambda: jax.random.split(jax.random.key(0), images))
     codes = abstract(lambda: jnp.zeros(images, jnp.int32))
-    rows = abstract(lambda: sampling.for_batch(images))
+    settings = abstract(lambda: sampling.for_batch(images))
     start = c.image_tokens - steps
 
     @functools.partial(jax.jit, donate_argnums=2)
-    def segment(params, codes, cache, keys, rows):
-      inputs = DecodeInputs(params, keys, None, rows)
+    def segment(params, codes, cache, keys, settings):
+      inputs = DecodeInputs(params, keys, None, settings)
       state = DecodeState(codes, jnp.int32(start), cache)
       return decode_segment(c, sampling.active_filters, inputs, state, steps)
 
-    found = analysed(segment.lower(params, codes, cache, keys, rows))
+    found = analysed(segment.lower(params, codes, cache, keys, settings))
   m = found.memory
   once = size(params) - size(params["code_embedding"]) + size(cache)
   ratio = found.bytes / steps / once

@@ -15,9 +15,9 @@ TOKENS = 16
 
 def scales(**fields):
   """The scale of each of TOKENS codes."""
-  rows = SamplingConfig(**fields).for_batch(1)
+  settings = SamplingConfig(**fields).for_batch(1)
   return np.array(
-    [float(scale_at(rows, jnp.int32(t), TOKENS)[0]) for t in range(TOKENS)]
+    [float(scale_at(settings, jnp.int32(t), TOKENS)[0]) for t in range(TOKENS)]
   )
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+from etils import epath
 import jax
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import llamagen_jax as lg
 from llamagen_jax import UserError
 from llamagen_jax.data.loader import Stream
 from llamagen_jax.errors import RunFailed
+from llamagen_jax.training import checkpoint_files
 from llamagen_jax.training import train_gpt as gpt_train
 from llamagen_jax.training import train_tokenizer as tokenizer_train
 from llamagen_jax.training.checkpoint import Checkpoints
@@ -154,6 +156,14 @@ def test_what_a_kill_left_of_a_save_is_removed(tmp_path):
   with Checkpoints(tmp_path, run, {}, tiny.recipe) as checkpoints:
     checkpoints.save(state, 7, {"next_step": 7}, force=True)
   assert [p.name for p in left.parent.iterdir()] == ["step_000000007"]
+
+
+def test_an_unfinished_checkpoint_in_a_bucket_is_none(tmp_path, monkeypatch):
+  monkeypatch.setattr(checkpoint_files, "in_bucket", lambda _: True)
+  for step in (3, 5):
+    (tmp_path / f"step_{step:09d}").mkdir()
+  (tmp_path / "step_000000003/commit_success.txt").touch()
+  assert checkpoint_files.saved_steps(epath.Path(tmp_path)) == [3]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "flipped"])

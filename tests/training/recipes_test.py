@@ -272,14 +272,20 @@ def test_scores_of_samples_at_every_evaluation(tmp_path, monkeypatch):
   monkeypatch.setattr(sample_scores, "load_inception", lambda path: {"head": head})
   monkeypatch.setattr(sample_scores, "BATCH_SIZE", 4)
   (tmp_path / "inception").touch()
-  # Of about the colour that samples of this model have, so that some are near them.
-  colours = np.random.default_rng(5).normal((109, 130, 107), 2, (9, 1, 1, 3))
-  real = np.broadcast_to(colours, (9, 6, 6, 3)).astype(np.uint8)
-  np.savez(tmp_path / "real.npz", arr_0=real)
   config = config_with_images(
-    tmp_path, scored=10, inception=str(tmp_path / "inception"), seed=3,
-    reference=str(tmp_path / "real.npz"),
-  )  # fmt: skip
+    tmp_path, scored=10, inception=str(tmp_path / "inception"), seed=3
+  )
+  # Of about the colour that samples of this tokenizer have, so that some are near them.
+  rng, tokenizer = (
+    np.random.default_rng(5),
+    bundle.load_tokenizer(tmp_path / "tokenizer"),
+  )
+  decoded = tokenizer.decode(rng.integers(0, 16, (50, 3, 3)))
+  colour = np.mean((decoded + 1) * 127.5, axis=(0, 1, 2))
+  real = np.broadcast_to(rng.normal(colour, 2, (9, 1, 1, 3)), (9, 6, 6, 3))
+  real = real.astype(np.uint8)
+  np.savez(tmp_path / "real.npz", arr_0=real)
+  config.images.reference = str(tmp_path / "real.npz")
   train_gpt.train(config, tmp_path / "run")
   rows = read_rows(tmp_path / "run/metrics.jsonl")
   scores = [row["eval/IS"] for row in rows if "eval/IS" in row]
