@@ -203,6 +203,16 @@ def fail_if_down(path: str | os.PathLike, error: BaseException) -> None:
     raise RunFailed(f"{path}: storage is down ({first_line(error)})") from error
 
 
+@contextlib.contextmanager
+def failing_if_down(path: str | os.PathLike) -> Iterator[None]:
+  """Ends as `fail_if_down` says where the body raises an error of storage."""
+  try:
+    yield
+  except Exception as error:
+    fail_if_down(path, error)
+    raise
+
+
 def _filesystem():
   return fsspec.filesystem("gcs")
 

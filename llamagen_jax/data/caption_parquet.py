@@ -18,7 +18,7 @@ from llamagen_jax.data.caption_records import (
 )
 from llamagen_jax.data.sources import PATH_KEYS
 from llamagen_jax.errors import UserError, first_line
-from llamagen_jax.storage import fail_if_down, user_path
+from llamagen_jax.storage import failing_if_down, user_path
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "image", "picture", "img", *PATH_KEYS)
 
@@ -59,17 +59,14 @@ class Parquets:
     name = os.path.basename(path)
     root = user_path(self.images or os.path.dirname(path) or ".")
     try:
-      with user_path(path).open("rb") as opened:
+      with failing_if_down(path), user_path(path).open("rb") as opened:
         file = parquet.ParquetFile(opened)
         column, wanted = _columns(file.schema_arrow.names, self.keys)
         for batch in file.iter_batches(batch_size=64, columns=wanted):
           for row in batch.to_pylist():
             key = str(row.get("key") or f"{name}:{next(row_number)}")
             yield from self._records(row, column, CaptionedImage(key, name), root)
-    except Exception as error:
-      fail_if_down(path, error)
-      if not isinstance(error, (ArrowException, OSError, ValueError, OverflowError)):
-        raise
+    except (ArrowException, OSError, ValueError, OverflowError) as error:
       yield CaptionedImage(name, name, problem=f"broken files: {first_line(error)}")
 
   def _records(

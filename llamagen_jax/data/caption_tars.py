@@ -18,7 +18,7 @@ from llamagen_jax.data.caption_records import (
 )
 from llamagen_jax.data.file_names import IMAGE_SUFFIXES, is_junk
 from llamagen_jax.data.sources import MAX_FILE_BYTES, json_object
-from llamagen_jax.storage import fail_if_down, user_path
+from llamagen_jax.storage import failing_if_down, user_path
 
 MAX_TEXT_BYTES = 2**20  # of a .txt or .json
 BLOCK = 512  # bytes of a header, and of the empty one at the end
@@ -44,12 +44,13 @@ class Tars:
     path = self.files[shard]
     name = os.path.basename(path)
     try:
-      with user_path(path).open("rb") as file, tarfile.open(fileobj=file) as tar:
+      with (
+        failing_if_down(path),
+        user_path(path).open("rb") as file,
+        tarfile.open(fileobj=file) as tar,
+      ):
         yield from self._read(tar, name)
-    except Exception as error:
-      fail_if_down(path, error)
-      if not isinstance(error, TAR_ERRORS):
-        raise
+    except TAR_ERRORS as error:
       detail = str(error).partition("\n")[0]
       yield CaptionedImage(name, name, problem=f"broken files: {detail}")
 

@@ -21,7 +21,7 @@ from llamagen_jax.data.sources import (
   open_lines,
 )
 from llamagen_jax.errors import UserError, first_line
-from llamagen_jax.storage import fail_if_down, sizes, user_path
+from llamagen_jax.storage import failing_if_down, sizes, user_path
 
 CODES, LABELS = "_codes", "_labels"  # ends of the original's folder names
 FIRST = 100  # samples of which one must be readable to tell the layout of all
@@ -126,15 +126,12 @@ class NpyCodes:
         if codes.ndim == 3 and len(codes) == 1:
           codes = codes[0]
         yield _record(name.removesuffix(".npy"), label.item(), codes)
-      except Exception as error:
-        fail_if_down(self._codes / name, error)
-        if not isinstance(error, (ValueError, OSError, EOFError)):
-          raise
+      except (ValueError, OSError, EOFError) as error:
         yield BadCodes(f"{self._codes.name}/{name}: {first_line(error)}")
 
 
 def _array(path: epath.Path) -> np.ndarray:
-  with path.open("rb") as file:
+  with failing_if_down(path), path.open("rb") as file:
     return np.load(file, allow_pickle=False)
 
 

@@ -67,10 +67,7 @@ def make_mesh(
       f"mesh {sizes} holds {math.prod(sizes.values())} devices, but"
       f" {len(devices)} are here"
     )
-  # Flax layers leave the placement of intermediates to the compiler.
-  kinds = (AxisType.Auto,) * len(AXES)
-  grid = _device_grid(tuple(sizes.values()), devices, slices)
-  return Mesh(grid, AXES, axis_types=kinds)
+  return _mesh(_device_grid(tuple(sizes.values()), devices, slices))
 
 
 def make_data_mesh() -> Mesh:
@@ -80,8 +77,12 @@ def make_data_mesh() -> Mesh:
   torus of a pod instead.
   """
   devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-  kinds = (AxisType.Auto,) * len(AXES)
-  return Mesh(np.asarray(devices).reshape(-1, 1, 1), AXES, axis_types=kinds)
+  return _mesh(np.asarray(devices).reshape(-1, 1, 1))
+
+
+def _mesh(grid: np.ndarray) -> Mesh:
+  # Flax layers leave the placement of intermediates to the compiler.
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _device_grid(

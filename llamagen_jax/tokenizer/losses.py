@@ -84,6 +84,21 @@ def discriminator_loss(kind: str, real: jax.Array, fake: jax.Array) -> jax.Array
   return (jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake))) / 2
 
 
+def averaged_logits(
+  means: dict[str, jax.Array], logits: dict[str, jax.Array], decay: float
+) -> dict[str, jax.Array]:
+  """Returns LeCAM's running means of logits by name, after the means of a batch.
+
+  Logits that are not finite change none.
+  """
+
+  def averaged(name: str) -> jax.Array:
+    mean, new = means[name], logits[name]
+    return jnp.where(jnp.isfinite(new), mean + (1 - decay) * (new - mean), mean)
+
+  return {name: averaged(name) for name in means}
+
+
 def lecam_loss(
   real: jax.Array, fake: jax.Array, real_mean: jax.Array, fake_mean: jax.Array
 ) -> jax.Array:

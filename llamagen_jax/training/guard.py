@@ -105,3 +105,17 @@ def guarded_update(
   ema = jax.tree.map(lambda o, n: jnp.where(in_a_row > 0, o, n), state.ema, new.ema)
   counts = {"skipped": new.opt_state.skipped, "skipped_in_a_row": in_a_row}
   return new.replace(ema=ema), norm, counts
+
+
+def counts_of_both(generator: Metrics, discriminator: Metrics) -> Metrics:
+  """Returns the counts of two guarded updates of a step; {} where the guard is off.
+
+  A step that either network skips counts in a row.
+  """
+  if not generator:
+    return {}
+  in_a_row = "skipped_in_a_row"
+  return generator | {
+    "discriminator_skipped": discriminator["skipped"],
+    in_a_row: jnp.maximum(generator[in_a_row], discriminator[in_a_row]),
+  }

@@ -229,33 +229,34 @@ class _Loop:
     position = self.task.stream.position(step)
     self.checkpoints.save(state, step, position, force)
 
-  def _evaluate(self, state: Any, step: int) -> Evaluation:
-    """Returns the evaluation; where it fails, saves before the run ends.
+  def _save_on_failure(self, state: Any, step: int) -> bool:
+    """Saves before the run ends, and returns whether it did.
 
-    With several hosts it does not save: the others are not told to.
+    With several hosts it does not: the others are not told to.
     """
+    if jax.process_count() > 1:
+      return False
+    self._save(state, step, force=True)
+    self.checkpoints.finish()
+    return True
+
+  def _evaluate(self, state: Any, step: int) -> Evaluation:
+    """Returns the evaluation; where it fails, saves before the run ends."""
     try:
       return self.task.evaluate(state, self.mesh)
     except Exception:
-      if jax.process_count() == 1:
-        self._save(state, step, force=True)
-        self.checkpoints.finish()
+      self._save_on_failure(state, step)
       raise
 
   def _next_batch(
     self, batches: Iterator[Batch], state: Any, step: int, *, save: bool
   ) -> Batch:
-    """Returns the next batch; where the data fails, may save before the run ends.
-
-    With several hosts it does not save: the others are not told to.
-    """
+    """Returns the next batch; where the data fails, may save before the run ends."""
     try:
       return next(batches)
     except Exception as error:
       saved = ""
-      if save and jax.process_count() == 1:
-        self._save(state, step, force=True)
-        self.checkpoints.finish()
+      if save and self._save_on_failure(state, step):
         saved = "; saved, resume with the same command"
       if isinstance(error, UserError):
         raise

@@ -30,6 +30,7 @@ from llamagen_jax.tokenizer.discriminator import (
 from llamagen_jax.tokenizer.losses import (
   LossConfig,
   adaptive_weight,
+  averaged_logits,
   discriminator_loss,
   generator_loss,
   lecam_loss,
@@ -37,7 +38,12 @@ from llamagen_jax.tokenizer.losses import (
 )
 from llamagen_jax.tokenizer.model import VQModel, init_tokenizer
 from llamagen_jax.tokenizer.quantizer import Quantized
-from llamagen_jax.training.guard import GuardConfig, guard, guarded_update
+from llamagen_jax.training.guard import (
+  GuardConfig,
+  counts_of_both,
+  guard,
+  guarded_update,
+)
 from llamagen_jax.training.optimizer import (
   OptimizerConfig,
   learning_rate,
@@ -194,16 +200,14 @@ def train_step(
   discriminator, lecam = state.discriminator, state.lecam
   if phase.discriminator:
     metrics["discriminator_grad_norm"] = optax.global_norm(disc_grads)
-    discriminator, metrics["discriminator_update_norm"], also = guarded_update(
+    discriminator, metrics["discriminator_update_norm"], counts = guarded_update(
       r.guard, discriminator, disc_grads, metrics["discriminator_loss"],
       _disc_optimizer(r), 0.0,
     )  # fmt: skip
-    if also:
-      metrics["discriminator_skipped"] = also["skipped"]
-      metrics["skipped_in_a_row"] = jnp.maximum(
-        skipped["skipped_in_a_row"], also["skipped_in_a_row"]
-      )
-    lecam = _averaged_logits(r.loss, lecam, metrics)
+    metrics |= counts_of_both(skipped, counts)
+    if lecam is not None:
+      logits = {name: metrics[f"logits_{name}"] for name in lecam}
+      lecam = averaged_logits(lecam, logits, r.loss.lecam_decay)
 
   window = codebook.push(state.window, codes)
   counts_K = codebook.counts(window, r.model.codebook_size)
@@ -214,19 +218,6 @@ def train_step(
     generator=generator, discriminator=discriminator, window=window, lecam=lecam
   )
   return new, metrics
-
-
-def _averaged_logits(loss: LossConfig, lecam: Any, metrics: Metrics) -> Any:
-  """Returns LeCAM's averages after a batch; logits that are not finite change none."""
-  if lecam is None:
-    return None
-
-  def averaged(name: str) -> jax.Array:
-    mean, new = lecam[name], metrics[f"logits_{name}"]
-    moved = mean + (1 - loss.lecam_decay) * (new - mean)
-    return jnp.where(jnp.isfinite(new), moved, mean)
-
-  return {name: averaged(name) for name in ("real", "fake")}
 
 
 def gradients(
