@@ -70,8 +70,10 @@ def main() -> None:
   gpt, render = _models(args)
   requests = _requests(gpt, args.requests, MIXED if args.settings == "mixed" else ())
   kinds = {
-    "one at a time": lambda: StaticBatches(gpt, 1, render),
-    f"static batches of {args.slots}": lambda: StaticBatches(gpt, args.slots, render),
+    "one at a time": lambda: StaticBatches(gpt, 1, render, requests),
+    f"static batches of {args.slots}": lambda: StaticBatches(
+      gpt, args.slots, render, requests
+    ),
     f"engine, {args.slots} slots": lambda: Worker(
       Engine(gpt, args.slots, args.chunk), render, args.requests
     ),
@@ -126,12 +128,13 @@ def _requests(gpt, count: int, mixed: tuple[SamplingConfig, ...]) -> list[Reques
 class StaticBatches:
   """Batches of one size, one after the other; as much of a `Worker` as is needed."""
 
-  def __init__(self, gpt, size: int, render):
+  def __init__(self, gpt, size: int, render, requests: list[Request]):
+    """Compiles for the settings of the requests to come, before the clock starts."""
     self._gpt, self._size, self._render = gpt, size, render
     self._waiting: collections.deque[RequestHandle] = collections.deque()
     self._state, self._stopping = threading.Condition(), False
     self._thread = threading.Thread(target=self._main)
-    for sampling in MIXED:  # compiled before the clock starts
+    for sampling in {request.sampling for request in requests}:
       generate_batch(gpt, size, [Request(0, KEY, sampling)])
 
   ready = True

@@ -21,7 +21,7 @@ from llamagen_jax.pod.compiler import analysed
 from llamagen_jax.pod.report import CompileReport
 from llamagen_jax.pod.sampler import abstract_params, bytes_of, read_bytes
 from llamagen_jax.sampling.slots import ChunkInputs, init_state, run_chunk
-from llamagen_jax.serving.engine import state_sharding
+from llamagen_jax.serving.bank import state_sharding
 
 
 def compile_engine(

@@ -12,7 +12,7 @@ from llamagen_jax.gpt.model import init_gpt
 from llamagen_jax.parallel.mesh import unbox
 from llamagen_jax.sampling.decode import DecodeInputs
 from llamagen_jax.sampling.known_codes import KnownCodes, complete_codes
-from llamagen_jax.serving.engine import Engine
+from llamagen_jax.serving.engine import Engine, num_banks
 from llamagen_jax.serving.request import Request
 from llamagen_jax.weights import bundle
 from tests.gpt.ragged_attention_test import interpreted
@@ -74,17 +74,17 @@ def generated_alone(gpt, r: Request) -> list[int]:
 
 
 @pytest.mark.parametrize(
-  "chunk, window, cache",
+  "chunk, window, cache, banks",
   [
-    (4, 1, "float"),
-    (5, 1, "float"),
-    (3, 4, "float"),
-    pytest.param(3, 4, "int8", marks=pytest.mark.slow),
+    (4, 1, "float", 1),
+    (5, 1, "float", 7),
+    (3, 4, "float", 1),
+    pytest.param(3, 4, "int8", 7, marks=pytest.mark.slow),
   ],
 )
-def test_a_full_mixed_batch_has_the_codes_of_sample(gpt, chunk, window, cache):
+def test_a_full_mixed_batch_has_the_codes_of_sample(gpt, chunk, window, cache, banks):
   gpt = with_cache(gpt, cache)
-  engine = Engine(gpt, slots=7, chunk=chunk, window=window)
+  engine = Engine(gpt, slots=7, chunk=chunk, window=window, banks=banks)
   requests = [request(gpt, number) for number in range(8)]
   assert all(engine.join(r) for r in requests)
   assert not engine.join(request(gpt, 9))  # the two without guidance share a slot
@@ -195,13 +195,14 @@ def test_edits_beside_slots_have_the_codes_of_complete_codes(gpt, cache):
 def test_requests_that_join_together_start_together(gpt, monkeypatch):
   """Four by four, filled up; not one that has left before."""
   engine, sizes = Engine(gpt, slots=7, chunk=4), []
-  prefill = engine._prefill
+  [bank] = engine._banks
+  prefill = bank._programs.prefill
 
   def counted(params, state, rows, conditions):
     sizes.append(len(rows) // 2)
     return prefill(params, state, rows, conditions)
 
-  monkeypatch.setattr(engine, "_prefill", counted)
+  monkeypatch.setattr(bank, "_programs", bank._programs._replace(prefill=counted))
   gone, *requests = [request(gpt, number) for number in range(7)]
   assert engine.join(gone) and all(engine.join(r) for r in requests[:-1])
   engine.leave(gone)
@@ -245,7 +246,7 @@ def test_slots_that_advance_at_their_own_pace_are_taken_again(gpt):
 
 def test_200_requests_that_come_and_go(gpt):
   """Who joins when, and who gives up, is random; results equal solo runs."""
-  engine, solo = Engine(gpt, slots=4, chunk=3), Engine(gpt, slots=4, chunk=3)
+  engine, solo = (Engine(gpt, slots=4, chunk=3, banks=banks) for banks in (2, 1))
   rng = np.random.default_rng(0)
   waiting = [request(gpt, number) for number in range(200)]
   expected, here, done = {}, [], []
@@ -271,8 +272,37 @@ def test_200_requests_that_come_and_go(gpt):
     assert engine.join(request(gpt, len(SETTINGS) * number + 1))
 
 
+def test_few_banks_are_busy(gpt):
+  engine = Engine(gpt, slots=6, chunk=4, banks=3)
+  plain, guided = (0, 4, 6, 10), (1, 2, 3)
+  requests = {number: request(gpt, number) for number in plain + guided}
+
+  def busy(*numbers: int) -> list[int]:
+    assert all(engine.join(requests[number]) for number in numbers)
+    return [bank.busy_rows for bank in engine._banks]
+
+  assert busy(0) == [1, 0, 0]
+  assert busy(1) == [3, 0, 0]
+  assert busy(2) == [3, 2, 0]
+  assert busy(4) == [4, 2, 0]  # beside the other without guidance
+  engine.leave(requests[0])
+  assert busy(3) == [3, 4, 0]
+  assert busy(6) == [4, 4, 0]
+  assert busy(10) == [4, 4, 1]
+  while not engine.idle:
+    engine.advance()
+  assert all(r.codes == generated_alone(gpt, r) for n, r in requests.items() if n)
+
+
+@pytest.mark.parametrize(
+  "slots, banks", [(1, 1), (7, 1), (8, 1), (12, 1), (16, 2), (20, 2), (23, 1), (64, 8)]
+)
+def test_slots_of_a_cpu_make_banks_of_one_size(slots, banks):
+  assert num_banks(slots) == banks
+
+
 def test_nothing_compiles_after_the_warm_up(gpt):
-  engine = Engine(gpt, slots=2, chunk=4)
+  engine = Engine(gpt, slots=2, chunk=4, banks=2)
   engine.warm_up()
   compiled = []
   requests = [request(gpt, number) for number in range(12)]
