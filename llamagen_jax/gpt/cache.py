@@ -72,18 +72,21 @@ def _scaled(empty: LayerCache, dtype: str) -> LayerCache:
   return empty._replace(key_scale=scale, value_scale=scale)
 
 
-def grow_cache(cache: Cache, length: int) -> Cache:
-  """Returns the same cache with room for `length` positions."""
+def resize_cache(cache: Cache, length: int) -> Cache:
+  """Returns the same cache with room for more or fewer positions, `length` of them."""
   more = length - cache_length(cache)
 
-  def grow(layer: LayerCache | SplitCache) -> LayerCache | SplitCache:
+  def resize(layer: LayerCache | SplitCache) -> LayerCache | SplitCache:
     if isinstance(layer, SplitCache):
-      return layer._replace(codes=grow(layer.codes))
-    return jax.tree.map(
-      lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)]), layer
-    )
+      return layer._replace(codes=resize(layer.codes))
 
-  return tuple(map(grow, cache))
+    def at_end(x):
+      widths = [(0, 0, 0)] * (x.ndim - 1) + [(0, more, 0)]
+      return jax.lax.pad(x, jnp.zeros((), x.dtype), widths)
+
+    return jax.tree.map(at_end, layer)
+
+  return tuple(map(resize, cache))
 
 
 def cache_length(cache: Cache) -> int:

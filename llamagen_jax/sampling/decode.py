@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llamagen_jax.gpt.cache import Cache, cache_length, grow_cache, init_cache
+from llamagen_jax.gpt.cache import Cache, cache_length, init_cache, resize_cache
 from llamagen_jax.gpt.cached import decoding_params, prefill_forward, step_forward
 from llamagen_jax.gpt.conditioning import attention_mask, embed_prefix
 from llamagen_jax.gpt.config import GPTConfig
@@ -180,7 +180,7 @@ def decode_codes(
   state, codes = DecodeState(code_B, index + 1, cache), [code_B[None]]
   for end in ends:
     length = config.prefix_tokens + end - 1
-    state = state._replace(cache=grow_cache(state.cache, length))
+    state = state._replace(cache=resize_cache(state.cache, length))
     steps = end - sum(len(segment) for segment in codes)
     state, codes_TB = decode_segment(config, filters, inputs, state, steps, order_RT)
     codes.append(codes_TB)

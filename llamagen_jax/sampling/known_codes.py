@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llamagen_jax.errors import UserError
-from llamagen_jax.gpt.cache import grow_cache
+from llamagen_jax.gpt.cache import resize_cache
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.sampling_config import ActiveFilters, SamplingConfig
 from llamagen_jax.sampling.decode import (
@@ -195,7 +195,7 @@ def next_row(
 def with_room(config: GPTConfig, rows: int, drawn: Candidates) -> Candidates:
   """Returns the candidates with a cache for so many rows of codes."""
   length = config.prefix_tokens + rows * config.grid_hw[1] - 1
-  cache = grow_cache(drawn.state.cache, length)
+  cache = resize_cache(drawn.state.cache, length)
   return drawn._replace(state=drawn.state._replace(cache=cache))
 
 

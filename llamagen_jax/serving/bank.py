@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
+from llamagen_jax.gpt.cache import resize_cache
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.parallel.mesh import batch_sharding, replicated, spec
@@ -27,6 +28,7 @@ from llamagen_jax.serving.request import Request
 # (XL, 120 tokens, v6e) four prefills read memory for 3.8 ms, and one of four images
 # computes for 1.5 ms, so that more of them would gain nothing.
 PREFILLS = (1, 4)
+SHORTEST_SEGMENT = 32  # codes; a program is compiled for every length of a cache
 
 
 class Programs(NamedTuple):
@@ -35,16 +37,35 @@ class Programs(NamedTuple):
   init: Callable  # () -> state
   prefill: Callable  # `prefill_rows` from its third argument on
   run: Callable  # `run_chunk` from its fourth argument on
+  resize: Callable  # (state, one of `ends`) -> state with room for so many codes
+  ends: list[int]  # codes that a cache has room for before a chunk, the shortest first
   forwards: int  # of a chunk
+  codes: int  # of a chunk at most
 
 
 def make_programs(
-  config: GPTConfig, slots: int, window: int, forwards: int, mesh: Mesh | None
+  config: GPTConfig,
+  slots: int,
+  window: int,
+  forwards: int,
+  segments: int,
+  mesh: Mesh | None,
 ) -> Programs:
-  """Returns the programs of banks of `slots`, which are compiled when first called."""
+  """Returns the programs of banks of `slots`, which are compiled when first called.
+
+  A cache has one of `segments` lengths, or of fewer for an image of few codes.
+  """
+  T, codes = config.image_tokens, window * forwards
+  segments = min(segments, max(1, T // SHORTEST_SEGMENT))
+  ends = [T * (i + 1) // segments for i in range(segments)]
   init = functools.partial(init_state, config, slots, window, forwards)
   sharding = None if mesh is None else state_sharding(mesh, jax.eval_shape(init))
   outputs = None if mesh is None else replicated(mesh)
+
+  def resize(state: WindowState, end: int) -> WindowState:
+    length = config.prefix_tokens - 1 + end + codes
+    return state._replace(cache=resize_cache(state.cache, length))
+
   return Programs(
     jax.jit(init, out_shardings=sharding),
     jax.jit(
@@ -55,7 +76,10 @@ def make_programs(
       donate_argnums=1,
       out_shardings=(sharding, outputs),
     ),
+    jax.jit(resize, static_argnums=1, out_shardings=sharding),
+    ends,
     forwards,
+    codes,
   )
 
 
@@ -74,6 +98,9 @@ class Bank:
   The device runs one chunk ahead of the codes that the host has read. A forward gives
   an image at least one code; with a window of 1 that is exact, so that the host knows
   without reading when an image is complete.
+
+  XLA reads the whole cache. So it is only as long, in a few steps, as the image with
+  the most codes needs it to be.
   """
 
   def __init__(
@@ -85,9 +112,11 @@ class Bank:
     )  # fmt: skip
     with on_mesh(self._mesh):
       self._state = programs.init()
+    self._segment = len(programs.ends) - 1  # of `ends`, the cache's
     rows = len(self._state.count)
     self._row_owner: list[Request | None] = [None] * rows
     self._least_R = np.zeros(rows, np.int32)  # codes that a row has at least
+    self._most_R = np.zeros(rows, np.int32)  # and at most, when its next chunk starts
     self._keys_R = np.zeros((rows, 2), np.uint32)
     self._settings = SamplingConfig().for_batch(rows)
     self._joined: dict[Request, list[int]] = {}  # rows that no prefill has started yet
@@ -115,7 +144,8 @@ class Bank:
       return False
     self._joined[request] = [rows[0], rows[-1]]
     for row in rows:
-      self._row_owner[row], self._least_R[row] = request, 0
+      self._row_owner[row] = request
+      self._least_R[row] = self._most_R[row] = 0
       self._keys_R[row] = request.key
     self._set(rows[0], request.sampling)  # of two, the second only guides
     return True
@@ -146,11 +176,39 @@ class Bank:
         self.leave(request)
       elif self._row_owner[row] is request:  # a chunk is under way
         self._least_R[row] = count_R[row] + self._programs.forwards
+        self._most_R[row] = count_R[row] + self._programs.codes
     return list(unread.rows)
+
+  def warm_up(self) -> None:
+    """Compiles the chunk for every length of the cache, and what changes the length."""
+    up = range(len(self._programs.ends))
+    for segment in (*reversed(up), *up[1:]):
+      self._resize(segment)
+      self._dispatch()
 
   def _start_chunk(self) -> _Chunk:
     """Dispatches a chunk for all rows, and frees those whose image it completes."""
     self._start_joined()
+    rows = {owner: row for row, owner in enumerate(self._row_owner) if owner}
+    most = min(max(self._most_R[list(rows.values())]), self._programs.ends[-1])
+    self._resize(int(np.searchsorted(self._programs.ends, most)))
+    outputs = self._dispatch()
+    self._least_R += self._programs.forwards
+    self._most_R += self._programs.codes
+    for request, row in rows.items():
+      if self._least_R[row] >= self._config.image_tokens:
+        self._free(request)
+    return _Chunk(outputs, rows)
+
+  def _resize(self, segment: int) -> None:
+    """Gives the cache another length, step by step, so that few programs do all."""
+    while self._segment != segment:
+      self._segment += 1 if self._segment < segment else -1
+      with on_mesh(self._mesh):
+        end = self._programs.ends[self._segment]
+        self._state = self._programs.resize(self._state, end)
+
+  def _dispatch(self) -> ChunkOutputs:
     shared_N = np.array([b is not None and a is not b for a, b in self._pairs()])
     # Copies: the device may read an argument after this function has changed it.
     inputs = jax.tree.map(np.copy, ChunkInputs(shared_N, self._keys_R, self._settings))
@@ -159,12 +217,7 @@ class Bank:
         inputs = jax.device_put(inputs, batch_sharding(self._mesh))
       self._state, outputs = self._programs.run(self._params, self._state, inputs)
     jax.tree.map(lambda x: x.copy_to_host_async(), outputs)
-    rows = {owner: row for row, owner in enumerate(self._row_owner) if owner}
-    self._least_R += self._programs.forwards
-    for request, row in rows.items():
-      if self._least_R[row] >= self._config.image_tokens:
-        self._free(request)
-    return _Chunk(outputs, rows)
+    return outputs
 
   def _start_joined(self) -> None:
     """Dispatches the prefills of what has joined, several images at a time."""

@@ -15,9 +15,10 @@ from llamagen_jax.serving.request import Request
 from llamagen_jax.weights import bundle
 
 CHUNK = 8  # forwards: short to wait for, long beside the host's work between chunks
-# Slots of a CPU's bank at least. A step of 64 slots of GPT-B took 382 ms in one bank,
-# 321 in two, 271 in four, 258 in eight and 353 in sixteen (XLA 0.10.2, two cores).
-BANK_SLOTS = 8
+# Of a CPU. A step of 64 slots of GPT-B took 382 ms in one bank, 321 in two, 271 in
+# four, 258 in eight and 353 in sixteen (XLA 0.10.2, two cores).
+MOST_BANKS, LEAST_SLOTS = 8, 4
+SEGMENTS = 4
 
 
 class Engine:
@@ -60,9 +61,10 @@ class Engine:
       )
     on_one_cpu = jax.default_backend() == "cpu" and (mesh is None or mesh.size == 1)
     banks = banks or (num_banks(slots) if on_one_cpu else 1)
+    segments = SEGMENTS if on_one_cpu else 1
     self.config, self.slots, self._mesh = c, slots, mesh
     params = decoding_params(c, gpt.params)
-    programs = make_programs(c, slots // banks, window, chunk, mesh)
+    programs = make_programs(c, slots // banks, window, chunk, segments, mesh)
     self._banks = [Bank(c, params, programs, mesh) for _ in range(banks)]
     self._threads = ThreadPoolExecutor(banks, thread_name_prefix="bank")
     self._edits = EditEngine(c, params, candidates) if candidates else None
@@ -91,6 +93,7 @@ class Engine:
       condition = np.zeros((c.caption_tokens, c.caption_dim), np.float32)
       mask = np.ones(c.caption_tokens, np.int32)
     key = np.zeros(2, np.uint32)
+    self._banks[0].warm_up()  # of one size, they share programs
     for count in (1, 2):  # of one slot; takes all of PREFILLS
       requests = [Request(condition, key, condition_mask=mask) for _ in range(count)]
       for request in requests:
@@ -154,5 +157,5 @@ class Engine:
 
 def num_banks(slots: int) -> int:
   """Returns how many banks of one size slots make on a CPU."""
-  most = max(1, slots // BANK_SLOTS)
+  most = max(1, min(MOST_BANKS, slots // LEAST_SLOTS))
   return max(banks for banks in range(1, most + 1) if slots % banks == 0)

@@ -15,9 +15,9 @@ from llamagen_jax.gpt.cache import (
   as_cache,
   as_code_cache,
   cache_length,
-  grow_cache,
   init_cache,
   init_chunk_cache,
+  resize_cache,
   write_cache,
   write_chunk,
   write_code,
@@ -89,9 +89,22 @@ def test_a_cache_of_8_bits_has_the_positions_of_one_in_floating_point():
   assert codes.keys.shape == (3, 2, c.head_dim, length - P + 1)
   assert codes.keys.dtype == codes.values.dtype == "int8"
   assert codes.key_scale.shape == codes.value_scale.shape == codes.keys[:, :, 0].shape
-  grown = grow_cache(cache, length + 5)
-  assert cache_length(grown) == length + 5
-  assert jax.tree.map(jnp.shape, grown[0].prefix) == jax.tree.map(jnp.shape, prefix)
+  for more in (5, -2):
+    resized = resize_cache(cache, length + more)
+    assert cache_length(resized) == length + more
+    assert jax.tree.map(jnp.shape, resized[0].prefix) == jax.tree.map(jnp.shape, prefix)
+
+
+@pytest.mark.parametrize("kv_cache", ["float", "int8"])
+def test_a_cache_that_grows_or_shrinks_keeps_what_it_has_room_for(kv_cache):
+  c = dataclasses.replace(INT8, kv_cache=kv_cache)
+  cache = jax.tree.map(lambda x: x + 1, init_cache(c, 2, c.length))
+  shorter = resize_cache(cache, c.length - 3)
+  again = resize_cache(shorter, c.length)
+  for x, y in zip(*map(jax.tree.leaves, (cache, again)), strict=True):
+    kept = (y != 0).sum(axis=-1)
+    assert x.shape == y.shape and (y[y != 0] == 1).all()
+    assert (kept == x.shape[-1] - (3 if x.shape[-1] > c.prefix_tokens else 0)).all()
 
 
 def written(parts) -> SplitCache:

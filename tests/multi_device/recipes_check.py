@@ -12,15 +12,19 @@ from tests.multi_device.training_check import (
   losses_on_one_device,
 )
 
+# Several in one run where they do not exclude each other: a run is mostly compilation.
 RECIPES = {
-  "npp": {"objective": {"patch_phases": ((3, 2),)}},
-  "rar": {"objective": {"random_order": (2, 4)}, "model": {"target_embedding": True}},
-  "gft": {
-    "objective": {"kind": "guidance-free"}, "model": {"guidance_embedding": True},
+  "npp-muon": {
+    "objective": {"patch_phases": ((3, 2),)}, "optimizer": {"kind": "muon"},
   },
-  "noise": {"objective": {"code_noise": 0.5}},
-  "muon": {"optimizer": {"kind": "muon"}},
-  "lora": {"train": {"only": "table", "lora": {"rank": 2}}},
+  "rar-lora": {
+    "objective": {"random_order": (2, 4)}, "model": {"target_embedding": True},
+    "train": {"only": "table", "lora": {"rank": 2}},
+  },
+  "gft-noise": {
+    "objective": {"kind": "guidance-free", "code_noise": 0.5},
+    "model": {"guidance_embedding": True},
+  },
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from llamagen_jax import GPTConfig, SamplingConfig, generate
+from llamagen_jax.gpt.cache import cache_length
 from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.gpt.model import init_gpt
 from llamagen_jax.parallel.mesh import unbox
@@ -272,6 +273,26 @@ def test_200_requests_that_come_and_go(gpt):
     assert engine.join(request(gpt, len(SETTINGS) * number + 1))
 
 
+@pytest.mark.parametrize("window", [1, 4])
+def test_a_cache_is_as_long_as_its_images_need(window):
+  gpt = transformer(dataclasses.replace(CLASSES, layers=1, grid=(4, 32)))
+  engine, lengths = Engine(gpt, slots=2, chunk=4, window=window), []
+  engine.warm_up()
+  requests = [request(gpt, number) for number in (1, 3)]
+  assert engine.join(requests[0])
+  while not engine.idle:
+    if len(requests[0].codes) >= 50 and not requests[1].codes:
+      engine.join(requests[1])  # refused the second time
+    engine.advance()
+    lengths.append(cache_length(engine._banks[0]._state.cache))
+  known = [32 + 4 * window, 64 + 4 * window, 96 + 4 * window, 128 + 4 * window]
+  assert lengths[0] == known[0] and max(lengths) == known[-1]
+  assert set(lengths) <= set(known)
+  ended = lengths.index(known[-1])
+  assert min(lengths[ended:]) < known[-1]  # the second one alone needs less
+  assert all(r.codes == generated_alone(gpt, r) for r in requests)
+
+
 def test_few_banks_are_busy(gpt):
   engine = Engine(gpt, slots=6, chunk=4, banks=3)
   plain, guided = (0, 4, 6, 10), (1, 2, 3)
@@ -295,7 +316,7 @@ def test_few_banks_are_busy(gpt):
 
 
 @pytest.mark.parametrize(
-  "slots, banks", [(1, 1), (7, 1), (8, 1), (12, 1), (16, 2), (20, 2), (23, 1), (64, 8)]
+  "slots, banks", [(1, 1), (7, 1), (8, 2), (12, 3), (16, 4), (21, 3), (23, 1), (64, 8)]
 )
 def test_slots_of_a_cpu_make_banks_of_one_size(slots, banks):
   assert num_banks(slots) == banks
