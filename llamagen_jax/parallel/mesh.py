@@ -6,6 +6,7 @@ this file alone says which mesh axis a named axis lies on.
 
 import collections
 from collections.abc import Callable, Sequence
+import contextlib
 import math
 from typing import Any
 
@@ -112,6 +113,11 @@ def _device_grid(
     return grid(split=False)
   except NotImplementedError:  # no axis of the torus has the size of one of the mesh
     return grid(split=True)
+
+
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+  """Returns a context in which programs of a mesh, if any, are compiled and called."""
+  return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def spec(mesh: Mesh, shape: tuple[int, ...], names: tuple) -> PartitionSpec:

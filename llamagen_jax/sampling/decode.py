@@ -208,9 +208,9 @@ def decode_segment(
   return jax.lax.scan(step, state, length=steps)
 
 
-def cache_segment_ends(config: GPTConfig) -> list[int]:
+def cache_segment_ends(config: GPTConfig, most: int = MOST_SEGMENTS) -> list[int]:
   """Returns the numbers of codes at which the cache is as long as what is written."""
-  count = min(MOST_SEGMENTS, max(1, config.image_tokens // SHORTEST_SEGMENT))
+  count = min(most, max(1, config.image_tokens // SHORTEST_SEGMENT))
   return [config.image_tokens * (i + 1) // count for i in range(count)]
 
 

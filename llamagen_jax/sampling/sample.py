@@ -8,7 +8,6 @@ Axes: N images of a job, B images of a batch, P condition tokens, C features, T 
 """
 
 from collections.abc import Iterator, Sequence
-import contextlib
 import dataclasses
 import functools
 import math
@@ -25,7 +24,7 @@ from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.images import resize_bicubic, to_uint8
-from llamagen_jax.parallel.mesh import RULES, batch_sharding, shard_tree
+from llamagen_jax.parallel.mesh import RULES, batch_sharding, on_mesh, shard_tree
 from llamagen_jax.sampling.decode import DecodeInputs, generate_codes
 from llamagen_jax.sampling.keys import as_keys, check_seed, image_keys
 from llamagen_jax.sampling.known_codes import KnownCodes, complete_codes
@@ -224,7 +223,7 @@ def _image_groups(
   """Yields batches that ran side by side, and their images [D B, H, W, 3]."""
   mesh, shape = mesh_of(gpt), (gpt.config.grid, job.image_size)
   for group, codes in _code_groups(gpt, tokenizer, job, batches, timings):
-    with _on(mesh), timings.clock("tokenizer"):
+    with on_mesh(mesh), timings.clock("tokenizer"):
       images = render(tokenizer.config, *shape, mesh, tokenizer.params, codes)
       jax.block_until_ready(images)
     yield group, images
@@ -250,7 +249,7 @@ def _code_groups(
     padded = [*group, *[group[-1]] * (shards - len(group))]
     indices = np.concatenate([_padded(job.indices(b), job.batch_size) for b in padded])
     condition, mask = job.conditions.take(indices)
-    with _on(mesh), timings.clock("decode"):
+    with on_mesh(mesh), timings.clock("decode"):
       keys = image_keys(job.seed, indices)
       if mesh is not None:
         by_batch = batch_sharding(mesh)
@@ -265,10 +264,6 @@ def _code_groups(
       jax.block_until_ready(codes)
       timings.forwards += _local(forwards).tolist()
     yield group, codes
-
-
-def _on(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-  return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def check_pair(gpt: bundle.Transformer, tokenizer: bundle.Tokenizer) -> None:

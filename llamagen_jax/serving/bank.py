@@ -1,7 +1,6 @@
 """A bank of slots: which request holds which rows, and a chunk of steps for all."""
 
 from collections.abc import Callable
-import contextlib
 import functools
 from typing import NamedTuple
 
@@ -12,7 +11,8 @@ import numpy as np
 from llamagen_jax.gpt.cache import resize_cache
 from llamagen_jax.gpt.config import GPTConfig
 from llamagen_jax.gpt.sampling_config import SamplingConfig
-from llamagen_jax.parallel.mesh import batch_sharding, replicated, spec
+from llamagen_jax.parallel.mesh import batch_sharding, on_mesh, replicated, spec
+from llamagen_jax.sampling.decode import cache_segment_ends
 from llamagen_jax.sampling.slots import (
   ChunkInputs,
   ChunkOutputs,
@@ -28,7 +28,6 @@ from llamagen_jax.serving.request import Request
 # (XL, 120 tokens, v6e) four prefills read memory for 3.8 ms, and one of four images
 # computes for 1.5 ms, so that more of them would gain nothing.
 PREFILLS = (1, 4)
-SHORTEST_SEGMENT = 32  # codes; a program is compiled for every length of a cache
 
 
 class Programs(NamedTuple):
@@ -55,9 +54,7 @@ def make_programs(
 
   A cache has one of `segments` lengths, or of fewer for an image of few codes.
   """
-  T, codes = config.image_tokens, window * forwards
-  segments = min(segments, max(1, T // SHORTEST_SEGMENT))
-  ends = [T * (i + 1) // segments for i in range(segments)]
+  codes = window * forwards
   init = functools.partial(init_state, config, slots, window, forwards)
   sharding = None if mesh is None else state_sharding(mesh, jax.eval_shape(init))
   outputs = None if mesh is None else replicated(mesh)
@@ -77,7 +74,7 @@ def make_programs(
       out_shardings=(sharding, outputs),
     ),
     jax.jit(resize, static_argnums=1, out_shardings=sharding),
-    ends,
+    cache_segment_ends(config, segments),
     forwards,
     codes,
   )
@@ -128,9 +125,9 @@ class Bank:
     return sum(owner is not None for owner in self._row_owner)
 
   @property
-  def half_slots(self) -> int:
-    """Slots with one free row, which a request without guidance can take."""
-    return sum((a is None) != (b is None) for a, b in self._pairs())
+  def half_slots(self) -> list[int]:
+    """Numbers of the slots with one free row, which takes an image without guidance."""
+    return [i for i, (a, b) in enumerate(self._pairs()) if (a is None) != (b is None)]
 
   @property
   def idle(self) -> bool:
@@ -180,9 +177,9 @@ class Bank:
     return list(unread.rows)
 
   def warm_up(self) -> None:
-    """Compiles the chunk for every length of the cache, and what changes the length."""
-    up = range(len(self._programs.ends))
-    for segment in (*reversed(up), *up[1:]):
+    """Compiles what an image's first chunk does not: longer caches, and the changes."""
+    self._resize(0)
+    for segment in range(1, len(self._programs.ends)):
       self._resize(segment)
       self._dispatch()
 
@@ -251,17 +248,11 @@ class Bank:
     """A slot's two rows, or the best single one: beside another, if there is one."""
     pairs = self._pairs()
     whole = [i for i, pair in enumerate(pairs) if pair == (None, None)]
-    half = [i for i, (a, b) in enumerate(pairs) if (a is None) != (b is None)]
     if guided:
       return [2 * whole[0], 2 * whole[0] + 1] if whole else []
-    if half:
+    if half := self.half_slots:
       return [2 * half[0] + (pairs[half[0]][0] is not None)]
     return [2 * whole[0]] if whole else []
-
-
-def on_mesh(mesh: Mesh | None):
-  """Returns a context in which programs of a mesh are compiled and called."""
-  return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def _row_conditions(request: Request) -> Conditions:

@@ -8,8 +8,9 @@ import numpy as np
 
 from llamagen_jax.errors import UserError
 from llamagen_jax.gpt.cached import decoding_params
+from llamagen_jax.parallel.mesh import on_mesh
 from llamagen_jax.sampling.sample import mesh_of, num_data_shards
-from llamagen_jax.serving.bank import Bank, make_programs, on_mesh
+from llamagen_jax.serving.bank import Bank, make_programs
 from llamagen_jax.serving.edit_engine import EditEngine
 from llamagen_jax.serving.request import Request
 from llamagen_jax.weights import bundle
@@ -18,7 +19,7 @@ CHUNK = 8  # forwards: short to wait for, long beside the host's work between ch
 # Of a CPU. A step of 64 slots of GPT-B took 382 ms in one bank, 321 in two, 271 in
 # four, 258 in eight and 353 in sixteen (XLA 0.10.2, two cores).
 MOST_BANKS, LEAST_SLOTS = 8, 4
-SEGMENTS = 4
+SEGMENTS = 4  # lengths of a cache; the chunk is compiled for each
 
 
 class Engine:
@@ -93,7 +94,7 @@ class Engine:
       condition = np.zeros((c.caption_tokens, c.caption_dim), np.float32)
       mask = np.ones(c.caption_tokens, np.int32)
     key = np.zeros(2, np.uint32)
-    self._banks[0].warm_up()  # of one size, they share programs
+    self._banks[0].warm_up()  # the others have the same programs
     for count in (1, 2):  # of one slot; takes all of PREFILLS
       requests = [Request(condition, key, condition_mask=mask) for _ in range(count)]
       for request in requests:
@@ -120,7 +121,7 @@ class Engine:
 
     def wish(bank: Bank) -> tuple[bool, int]:
       """Half of a slot that is in use first; then few banks, and these full."""
-      return not request.guided and bank.half_slots > 0, bank.busy_rows
+      return not request.guided and bool(bank.half_slots), bank.busy_rows
 
     return any(
       bank.join(request) for bank in sorted(self._banks, key=wish, reverse=True)
