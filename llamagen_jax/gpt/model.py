@@ -5,6 +5,7 @@ D model, V vocabulary, L layers.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -182,6 +183,7 @@ def _scanned(block, config: GPTConfig):
   )
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def init_gpt(config: GPTConfig, key: jax.Array) -> Any:
   """Fresh float32 parameters, boxed with the names of their axes."""
   codes = jnp.zeros((1, config.image_tokens), jnp.int32)

@@ -180,6 +180,7 @@ def _inputs(name: str) -> tuple[int, ...]:
   return (0, 1) if name == "out" else (0,)
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def init_t5(config: T5Config, key: jax.Array) -> Any:
   """Returns random parameters, boxed with the names of their axes."""
   tokens = jnp.zeros((1, 2), jnp.int32)

@@ -72,6 +72,7 @@ def discriminate(config: DiscriminatorConfig, params: Any, images: jax.Array):
   return make_discriminator(config).apply({"params": params}, images)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "side"))
 def init_discriminator(config: DiscriminatorConfig, side: int, key: jax.Array) -> Any:
   """Returns new float32 parameters for images of `side`, boxed with axis names."""
   key = jax.random.fold_in(key, PARAMETER_KEY)

@@ -367,6 +367,7 @@ def _apply(config, params, x, method):
   return apply(x)
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def init_tokenizer(config: TokenizerConfig, key: jax.Array) -> Any:
   """Returns new float32 parameters, boxed with the names of their axes."""
   side = config.downsample

@@ -15,9 +15,10 @@ from llamagen_jax.gpt.attention import (
   splash_attention,
 )
 from llamagen_jax.gpt.conditioning import attention_mask, visible_tokens
-from llamagen_jax.gpt.model import GPT, init_gpt
+from llamagen_jax.gpt.model import init_gpt
 from llamagen_jax.parallel.mesh import make_mesh, unbox
 from tests import tiny
+from tests.gpt.tiny_gpt import forward
 
 B, T, K, G, H = 2, 20, 2, 3, 16
 
@@ -86,11 +87,11 @@ def test_a_model_with_either():
   codes = jax.random.randint(jax.random.key(1), (2, config.image_tokens), 0, 50)
 
   def logits(attention):
-    model = GPT(dataclasses.replace(config, attention=attention))
-    return model.apply({"params": params}, codes, jnp.array([1, 3]))
+    model = dataclasses.replace(config, attention=attention)
+    return forward(model, params, codes, jnp.array([1, 3]))
 
   with jax.set_mesh(make_mesh(tensor=1)):
-    on_mesh = jax.jit(logits, static_argnums=0)("splash")
+    on_mesh = logits("splash")
   np.testing.assert_allclose(logits("xla"), logits("splash"), atol=1e-5)
   np.testing.assert_allclose(logits("xla"), on_mesh, atol=1e-5)
 

@@ -1,14 +1,13 @@
 """Caches of keys and values: 8 bits beside floating point."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamagen_jax import GPT, UserError
+from llamagen_jax import UserError
 from llamagen_jax.gpt.cache import (
   LayerCache,
   SplitCache,
@@ -23,7 +22,7 @@ from llamagen_jax.gpt.cache import (
   write_code,
   write_condition,
 )
-from llamagen_jax.gpt.cached import decoding_params, prefill_forward, step_forward
+from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.gpt.cached_attention import (
   attend_before_write,
   attend_parts,
@@ -31,7 +30,15 @@ from llamagen_jax.gpt.cached_attention import (
 )
 from llamagen_jax.gpt.conditioning import attention_mask, embed_prefix
 from llamagen_jax.gpt.model import embed_codes
-from tests.gpt.tiny_gpt import TINY, TINY_CAPTION, inputs, random_params
+from tests.gpt.tiny_gpt import (
+  TINY,
+  TINY_CAPTION,
+  forward,
+  inputs,
+  prefill,
+  random_params,
+  step,
+)
 
 INT8 = dataclasses.replace(TINY_CAPTION, kv_heads=2, kv_cache="int8")
 
@@ -185,19 +192,19 @@ def test_logits_are_near_those_of_the_whole_forward(config):
   params = random_params(config)
   codes, condition, condition_mask = inputs(config)
   drop = jnp.arange(len(codes)) == 1
-  full = GPT(config).apply({"params": params}, codes, condition, condition_mask, drop)
+  full = forward(config, params, codes, condition, condition_mask, drop)
   flat, P = decoding_params(config, params), config.prefix_tokens
   x = embed_prefix(config, params, condition, drop)
   mask = attention_mask(config, condition_mask, jnp.arange(P))
   cache = init_cache(config, len(codes), config.length)
-  logits, cache = prefill_forward(config, flat, x, cache, mask)
+  logits, cache = prefill(config, flat, x, cache, mask)
   np.testing.assert_allclose(logits, full[:, 0], atol=1e-5)  # no code is read yet
-  step, errors = jax.jit(functools.partial(step_forward, config)), []
+  errors = []
   for t in range(1, config.image_tokens):
     position = jnp.int32(P + t - 1)
     x = embed_codes(params["code_embedding"], codes[:, t - 1 : t], config.dtype)
     mask = attention_mask(config, condition_mask, position[None])
-    logits, cache = step(flat, x, cache, position, mask)
+    logits, cache = step(config, flat, x, cache, position, mask)
     errors.append(logits - full[:, t])
   assert 1e-4 < np.std(errors) / np.std(full) < 0.01
 

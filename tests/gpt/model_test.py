@@ -7,14 +7,22 @@ import pytest
 
 from llamagen_jax import GPT, GPTConfig, weights
 from llamagen_jax.gpt.cache import LayerCache, init_cache, write_cache
-from llamagen_jax.gpt.cached import decoding_params, prefill_forward, step_forward
+from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.gpt.cached_attention import attend_before_write, attend_parts
 from llamagen_jax.gpt.conditioning import attention_mask, embed_condition
 from llamagen_jax.gpt.model import embed_codes, init_gpt
 from llamagen_jax.gpt.objective import cross_entropy
 from llamagen_jax.parallel.mesh import unbox
 from tests import parity
-from tests.gpt.tiny_gpt import TINY, TINY_CAPTION, inputs, random_params
+from tests.gpt.tiny_gpt import (
+  TINY,
+  TINY_CAPTION,
+  forward,
+  inputs,
+  prefill,
+  random_params,
+  step,
+)
 
 
 @pytest.mark.parametrize("name, out", [("c2i", "c2i"), ("gqa", "gqa")])
@@ -23,9 +31,7 @@ def test_class_logits_equal_the_original(name, out):
   config, params = weights.gpt_from_torch(
     parity.state_dict(f"gpt_tiny_{name}"), num_heads=4, image_tokens=16
   )
-  logits = GPT(config).apply(
-    {"params": params}, golden["c2i_codes"], golden["c2i_labels"]
-  )
+  logits = forward(config, params, golden["c2i_codes"], golden["c2i_labels"])
   np.testing.assert_allclose(logits, golden[f"{out}_logits"], atol=2e-4)
   if name == "c2i":
     loss = jnp.mean(cross_entropy(logits, golden["c2i_codes"]))
@@ -37,8 +43,8 @@ def test_caption_logits_equal_the_original():
   config, params = weights.gpt_from_torch(
     parity.state_dict("gpt_tiny_t2i"), num_heads=4, image_tokens=16
   )
-  logits = GPT(config).apply(
-    {"params": params}, golden["c2i_codes"], golden["t2i_caption"], golden["t2i_mask"]
+  logits = forward(
+    config, params, golden["c2i_codes"], golden["t2i_caption"], golden["t2i_mask"]
   )
   np.testing.assert_allclose(logits, golden["t2i_logits"], atol=2e-4)
 
@@ -50,7 +56,7 @@ def test_base_model_equals_the_original():
   assert config == GPTConfig.preset("B", image_size=256)
   codes = parity.randint("gptb/codes", 16384, (1, 256))
   labels = parity.randint("gptb/labels", 1000, (1,))
-  logits = jax.jit(GPT(config).apply)({"params": params}, codes, labels)
+  logits = forward(config, params, codes, labels)
   np.testing.assert_allclose(
     logits[:, ::16, ::512], golden["gptb_logits_slice"], atol=2e-4
   )
@@ -68,12 +74,14 @@ def test_causality_by_gradient(config):
   own = jnp.arange(config.image_tokens)[None]
   rows = embed_codes(table, codes, "float32")[0]
 
-  def logits_at(rows, t):
+  @jax.jit
+  @jax.grad
+  def gradient(rows, t):
     changed = params | {"code_embedding": table.at[: len(rows)].set(rows)}
-    return GPT(config).apply({"params": changed}, own, condition, mask)[0, t].sum()
+    return forward(config, changed, own, condition, mask)[0, t].sum()
 
   for t in range(config.image_tokens):
-    influence = jnp.abs(jax.grad(logits_at)(rows, t)).sum(axis=1)
+    influence = jnp.abs(gradient(rows, t)).sum(axis=1)
     assert (influence[:t] > 0).all()
     assert (influence[t:] == 0).all()
 
@@ -97,7 +105,7 @@ def test_cached_decoding_equals_the_full_forward(config, kv_heads):
   batch = len(codes)
   # Conditional and unconditional rows, as guidance runs them.
   drop = jnp.arange(batch) == 1
-  full = GPT(config).apply({"params": params}, codes, condition, condition_mask, drop)
+  full = forward(config, params, codes, condition, condition_mask, drop)
 
   flat = decoding_params(config, params)
   prefix = embed_condition(config).apply(
@@ -105,13 +113,13 @@ def test_cached_decoding_equals_the_full_forward(config, kv_heads):
   )
   cache = init_cache(config, batch, config.length)
   mask = attention_mask(config, condition_mask, jnp.arange(config.prefix_tokens))
-  logits, cache = prefill_forward(config, flat, prefix, cache, mask)
+  logits, cache = prefill(config, flat, prefix, cache, mask)
   np.testing.assert_allclose(logits, full[:, 0], atol=1e-5)
   for t in range(1, config.image_tokens):
     position = config.prefix_tokens + t - 1
     x = embed_codes(params["code_embedding"], codes[:, t - 1 : t], config.dtype)
     mask = attention_mask(config, condition_mask, jnp.array([position]))
-    logits, cache = step_forward(config, flat, x, cache, position, mask)
+    logits, cache = step(config, flat, x, cache, position, mask)
     np.testing.assert_allclose(logits, full[:, t], atol=1e-5)
 
 
@@ -138,10 +146,9 @@ def test_attention_before_the_write_equals_attention_after_it():
 def test_padding_of_captions_changes_nothing():
   config, params = TINY_CAPTION, random_params(TINY_CAPTION)
   codes, features, mask = inputs(config)
-  model = GPT(config)
-  logits = model.apply({"params": params}, codes, features, mask)
+  logits = forward(config, params, codes, features, mask)
   noise = jnp.where(mask[..., None], features, 100.0)
-  noisy = model.apply({"params": params}, codes, noise, mask)
+  noisy = forward(config, params, codes, noise, mask)
   np.testing.assert_allclose(noisy, logits, atol=1e-5)
 
 
@@ -151,10 +158,10 @@ def test_unconditional_buffer_gets_no_gradient():
   drop = jnp.ones(len(codes), bool)
 
   def loss(params):
-    logits = GPT(TINY_CAPTION).apply({"params": params}, codes, features, mask, drop)
+    logits = forward(TINY_CAPTION, params, codes, features, mask, drop)
     return jnp.mean(cross_entropy(logits, codes))
 
-  grads = jax.grad(loss)(params)["condition"]
+  grads = jax.jit(jax.grad(loss))(params)["condition"]
   assert (grads["unconditional"] == 0).all()
   assert (grads["in"] != 0).any()
 
@@ -162,7 +169,7 @@ def test_unconditional_buffer_gets_no_gradient():
 def test_first_loss_is_the_entropy_of_the_vocabulary():
   params = unbox(init_gpt(TINY, jax.random.key(0)))
   codes, labels, _ = inputs(TINY)
-  logits = GPT(TINY).apply({"params": params}, codes, labels)
+  logits = forward(TINY, params, codes, labels)
   np.testing.assert_allclose(
     jnp.mean(cross_entropy(logits, codes)), np.log(50), rtol=1e-6
   )

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import llamagen_jax as lg
-from llamagen_jax import GPT, UserError
+from llamagen_jax import UserError
 from llamagen_jax.gpt.cache import init_cache
-from llamagen_jax.gpt.cached import decoding_params, prefill_forward, step_forward
+from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.gpt.conditioning import attention_mask, embed_prefix
 from llamagen_jax.gpt.model import embed_codes, init_gpt, patches
 from llamagen_jax.gpt.objective import (
@@ -26,6 +26,7 @@ from llamagen_jax.gpt.objective import (
 )
 from llamagen_jax.parallel.mesh import unbox
 from tests import parity, tiny
+from tests.gpt.tiny_gpt import forward, prefill, step
 
 CLOSE = functools.partial(np.testing.assert_allclose, atol=2e-4, rtol=0)
 
@@ -43,7 +44,7 @@ def golden(name, *fields):
 
 
 def log_likelihood(config, params, codes, labels, drop=None):
-  logits = GPT(config).apply({"params": params}, codes, labels, drop_B=drop)
+  logits = forward(config, params, codes, labels, drop=drop)
   return -jnp.sum(cross_entropy(logits, codes), axis=1)
 
 
@@ -58,8 +59,8 @@ def test_next_patch_prediction(patch):
   @jax.jit
   @jax.value_and_grad
   def found(table):
-    weights = {"params": params | {"code_embedding": table}}
-    logits = GPT(config).apply(weights, codes, labels, patch=patch)
+    weights = params | {"code_embedding": table}
+    logits = forward(config, weights, codes, labels, patch=patch)
     if patch == 1:
       return jnp.mean(cross_entropy(logits, codes))
     return jnp.mean(patch_cross_entropy(logits, patches(codes, config.grid, patch)))
@@ -85,7 +86,7 @@ def test_patches_of_a_wide_grid_are_predicted_from_those_before():
 
   def logits(codes_hw):
     codes, label = codes_hw.reshape(1, -1), jnp.array([1])
-    return GPT(config).apply({"params": params}, codes, label, patch=2)[0]
+    return forward(config, params, codes, label, patch=2)[0]
 
   codes = np.arange(8).reshape(2, 4)
   plain = logits(codes)
@@ -132,9 +133,7 @@ def test_guidance_free_training():
   )
 
   def logits(beta, drop=None):
-    return GPT(config).apply(
-      {"params": params}, codes, labels, drop_B=drop, guidance_beta=beta
-    )
+    return forward(config, params, codes, labels, drop=drop, guidance_beta=beta)
 
   found = logits(beta)
   CLOSE(found, with_beta)
@@ -172,7 +171,7 @@ def test_raster_order_is_the_plain_model(any_order):
   labels, raster = jnp.array([1, 3]), jnp.tile(jnp.arange(9), (2, 1))
 
   def logits(config, params, order=None):
-    return GPT(config).apply({"params": params}, codes, labels, order_BT=order)
+    return forward(config, params, codes, labels, order_BT=order)
 
   np.testing.assert_allclose(
     logits(config, params, raster), logits(config, params), atol=1e-6
@@ -189,16 +188,15 @@ def test_a_code_sees_those_before_it_in_its_order_alone(any_order):
   codes, label = jnp.arange(10, 19)[None], jnp.array([2])
 
   def loglik(table):
-    logits = GPT(config).apply(
-      {"params": params | {"code_embedding": table}}, codes, label, order_BT=order
-    )
+    weights = params | {"code_embedding": table}
+    logits = forward(config, weights, codes, label, order_BT=order)
     return jax.nn.log_softmax(logits)[0, :, 0]
 
   grads = jax.jit(jax.jacrev(loglik))(params["code_embedding"])  # [T, V, D]
   seen = np.abs(grads).max(-1)[:, 10:19] > 0  # by the codes' positions
-  for step in range(9):
-    before = set(np.asarray(order[0, :step]).tolist())
-    assert set(np.flatnonzero(seen[step]).tolist()) == before
+  for place in range(9):
+    before = set(np.asarray(order[0, :place]).tolist())
+    assert set(np.flatnonzero(seen[place]).tolist()) == before
 
 
 def test_cached_decoding_in_any_order_equals_the_full_forward(any_order):
@@ -208,20 +206,17 @@ def test_cached_decoding_in_any_order_equals_the_full_forward(any_order):
   codes = jnp.asarray(rng.integers(0, 50, (2, 9)))
   order = jnp.asarray([rng.permutation(9) for _ in range(2)])
   labels, drop = jnp.array([1, 3]), jnp.array([False, True])
-  full = GPT(config).apply(
-    {"params": params}, codes, labels, drop_B=drop, order_BT=order
-  )
+  full = forward(config, params, codes, labels, drop=drop, order_BT=order)
   flat, cache = decoding_params(config, params), init_cache(config, 2, config.length)
   prefix = embed_prefix(config, params, labels, drop)
   mask = attention_mask(config, None, jnp.arange(1))
-  logits, cache = prefill_forward(config, flat, prefix, cache, mask, order_BT=order)
+  logits, cache = prefill(config, flat, prefix, cache, mask, order_BT=order)
   np.testing.assert_allclose(logits, full[:, 0], atol=1e-5)
   permuted = jnp.take_along_axis(codes, order, axis=1)
-  step = jax.jit(functools.partial(step_forward, config))
   for t in range(1, 9):
     x = embed_codes(params["code_embedding"], permuted[:, t - 1 : t], config.dtype)
     mask = attention_mask(config, None, jnp.array([t]))
-    logits, cache = step(flat, x, cache, jnp.asarray(t), mask, order_BT=order)
+    logits, cache = step(config, flat, x, cache, t, mask, order_BT=order)
     np.testing.assert_allclose(logits, full[:, t], atol=1e-5)
 
 

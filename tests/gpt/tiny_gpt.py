@@ -1,11 +1,14 @@
 """Tiny transformers of classes and of captions, with inputs for them."""
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from llamagen_jax import GPTConfig
+from llamagen_jax import GPT, GPTConfig
+from llamagen_jax.gpt.cached import prefill_forward, step_forward
 from llamagen_jax.gpt.model import init_gpt
 from llamagen_jax.parallel.mesh import unbox
 from tests import parity
@@ -17,12 +20,26 @@ TINY_CAPTION = dataclasses.replace(
 
 
 def random_params(config: GPTConfig):
-  """Parameters with a head and norms that are not trivial."""
-  params = unbox(init_gpt(config, jax.random.key(0)))
-  keys = iter(jax.random.split(jax.random.key(1), 100))
-  return jax.tree.map(
-    lambda p: p + 0.2 * jax.random.normal(next(keys), p.shape), params
-  )
+  """Returns parameters none of which is trivial, head and norms included."""
+  shapes = unbox(jax.eval_shape(lambda: init_gpt(config, jax.random.key(0))))
+  rng = np.random.default_rng(0)
+
+  def normal(path, leaf):
+    noise = 0.2 * rng.standard_normal(leaf.shape, np.float32)
+    return jnp.asarray(noise + path[-1].key.endswith("norm"))
+
+  return jax.tree_util.tree_map_with_path(normal, shapes)
+
+
+# Compiled, because every operation of its own would be a program to compile.
+prefill = jax.jit(prefill_forward, static_argnums=0)
+step = jax.jit(step_forward, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="patch")
+def forward(config: GPTConfig, params, codes, condition, mask=None, drop=None, **other):
+  """Returns the logits of the model."""
+  return GPT(config).apply({"params": params}, codes, condition, mask, drop, **other)
 
 
 def inputs(config: GPTConfig, batch: int = 3):

@@ -16,7 +16,7 @@ import pytest
 from llamagen_jax.parallel import hosts as cluster
 from llamagen_jax.training.metrics_log import read_rows
 from tests import tiny
-from tests.conftest import QUICK
+from tests.conftest import COMPILER_FLAGS
 from tests.parallel.runs import (
   command,
   final_state,
@@ -101,7 +101,7 @@ def test_two_hosts_train_what_one_does(folder, one_device, name):
 def test_rows_of_hosts_make_the_whole_batch():
   """Where chips of a host are no neighbours, and where both hosts hold all rows."""
   port = free_port()
-  flags = f"{QUICK} --xla_force_host_platform_device_count=4"
+  flags = f"{COMPILER_FLAGS} --xla_force_host_platform_device_count=4"
   processes = [
     subprocess.Popen(
       [sys.executable, "-m", "tests.parallel.rows", f"127.0.0.1:{port}", str(host)],

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 
 from llamagen_jax.training.metrics_log import read_rows
 from tests import tiny
-from tests.conftest import QUICK
+from tests.conftest import COMPILER_FLAGS
 
 CHILD = pathlib.Path(__file__).with_name("child.py")
 
@@ -39,7 +39,7 @@ def start(
     [sys.executable, CHILD, json.dumps({"commands": commands, **spec})],
     env=os.environ
     | {
-      "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices}",
+      "XLA_FLAGS": f"{COMPILER_FLAGS} --xla_force_host_platform_device_count={devices}",
       "JAX_PLATFORMS": "cpu",
     }
     | (environment or {}),

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamagen_jax import GPT, SamplingConfig, generate, weights
+from llamagen_jax import SamplingConfig, generate, weights
 from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.sampling import decode
 from tests import parity
-from tests.gpt.tiny_gpt import TINY, TINY_CAPTION, inputs, random_params
+from tests.gpt.tiny_gpt import TINY, TINY_CAPTION, forward, inputs, random_params
 
 pytestmark = pytest.mark.exact
 
@@ -58,9 +58,8 @@ def test_greedy_codes_are_those_of_the_full_forward(config):
   sampling = SamplingConfig(guidance_scale=2.5, greedy=True)
   codes = generate(config, params, condition, jax.random.key(0), mask, sampling)
   drop = jnp.ones(len(codes), bool)
-  model = GPT(config)
-  cond = model.apply({"params": params}, codes, condition, mask)
-  uncond = model.apply({"params": params}, codes, condition, mask, drop)
+  cond = forward(config, params, codes, condition, mask)
+  uncond = forward(config, params, codes, condition, mask, drop)
   guided = uncond + 2.5 * (cond - uncond)
   np.testing.assert_array_equal(codes, jnp.argmax(guided, axis=-1))
 

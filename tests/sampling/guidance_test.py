@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamagen_jax import GPT, SamplingConfig, generate
+from llamagen_jax import SamplingConfig, generate
 from llamagen_jax.gpt.sampling_config import GUIDANCE_SCHEDULES
 from llamagen_jax.sampling.guidance import guide, scale_at
-from tests.gpt.tiny_gpt import TINY, inputs, random_params
+from tests.gpt.tiny_gpt import TINY, forward, inputs, random_params
 
 TOKENS = 16
 
@@ -63,6 +63,5 @@ def test_guidance_free_models_get_their_strength(window):
   sampling = SamplingConfig(guidance_beta=0.6, greedy=True, window=window)
   codes = generate(config, params, labels, jax.random.key(0), sampling=sampling)
   beta = jnp.full(len(labels), 0.6)
-  model = GPT(config)
-  logits = model.apply({"params": params}, codes, labels, guidance_beta=beta)
+  logits = forward(config, params, codes, labels, guidance_beta=beta)
   np.testing.assert_array_equal(codes, jnp.argmax(logits, axis=-1))

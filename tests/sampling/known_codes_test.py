@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamagen_jax import GPT, GPTConfig, SamplingConfig, UserError
+from llamagen_jax import GPTConfig, SamplingConfig, UserError
 from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.sampling import decode
 from llamagen_jax.sampling.decode import DecodeInputs, generate
 from llamagen_jax.sampling.known_codes import KnownCodes, complete_codes, systematic
 from llamagen_jax.sampling.order import decoding_order
-from tests.gpt.tiny_gpt import TINY, random_params
+from tests.gpt.tiny_gpt import TINY, forward, random_params
 
 pytestmark = pytest.mark.exact
 
@@ -89,9 +89,9 @@ def conditional(config, params, label, given, known, scale):
   """The probability of all codes [T], a code at a time from the full model's logits."""
   every = np.array(list(itertools.product(range(config.vocab_size), repeat=4)))
   labels = np.full(len(every), label)
-  logits = GPT(config).apply({"params": params}, every, labels)
+  logits = forward(config, params, every, labels)
   drop = jnp.ones(len(every), bool)
-  base = GPT(config).apply({"params": params}, every, labels, None, drop)
+  base = forward(config, params, every, labels, drop=drop)
   log_p = jax.nn.log_softmax(base + scale * (logits - base))
   p = np.exp(np.take_along_axis(np.asarray(log_p), every[..., None], 2)[..., 0].sum(1))
   p *= (every == given)[:, known].all(axis=1)
@@ -129,7 +129,7 @@ def test_any_order_models_draw_the_rest_given_all_known_codes(grid, name):
   np.testing.assert_array_equal(codes[given.known], given.codes[given.known])
   keys = jax.random.split(jax.random.key(7), len(LABELS))
   order = np.asarray(decoding_order(name, keys, config.image_tokens, given.known))
-  logits = GPT(config).apply({"params": params}, codes, LABELS, order_BT=order)
+  logits = forward(config, params, codes, LABELS, order_BT=order)
   best = np.asarray(jnp.argmax(logits, axis=-1))
   in_order = np.take_along_axis(codes, order, axis=1)
   unknown = ~np.take_along_axis(given.known, order, axis=1)

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamagen_jax import GPT, SamplingConfig, UserError, generate
+from llamagen_jax import SamplingConfig, UserError, generate
 from llamagen_jax.gpt.cached import decoding_params
 from llamagen_jax.sampling.decode import DecodeInputs, decode_codes, decode_windows
 from llamagen_jax.sampling.logits import sample_codes
 from llamagen_jax.sampling.order import decoding_order, to_raster
-from tests.gpt.tiny_gpt import TINY, TINY_CAPTION, inputs, random_params
+from tests.gpt.tiny_gpt import TINY, TINY_CAPTION, forward, inputs, random_params
 
 pytestmark = pytest.mark.exact
 
@@ -75,10 +75,9 @@ def test_random_orders_sample_what_full_forwards_do(caption):
   order = decoding_order("random", keys, count)
   rows, everyone = np.arange(len(keys)), jnp.ones(len(keys), bool)
   codes = np.zeros((len(keys), count), np.int32)
-  forward = jax.jit(GPT(config).apply)
   for t in range(count):
     logits, null = (
-      forward({"params": params}, codes, condition, mask, drop, order_BT=order)[:, t]
+      forward(config, params, codes, condition, mask, drop, order_BT=order)[:, t]
       for drop in (~everyone, everyone)
     )
     guided = null + 2.0 * (logits - null)

@@ -19,7 +19,7 @@ from llamagen_jax.data.captions import CaptionSource
 from llamagen_jax.data.codes import CodeRecord, CodeShardSpec, CodeSource, CodeWriter
 from llamagen_jax.data.features import FeatureSource
 from llamagen_jax.errors import UserError
-from llamagen_jax.gpt.model import GPT, init_gpt
+from llamagen_jax.gpt.model import init_gpt
 from llamagen_jax.gpt.objective import cross_entropy, sample_weights
 from llamagen_jax.gpt.sampling_config import SamplingConfig
 from llamagen_jax.parallel.mesh import unbox
@@ -32,6 +32,7 @@ from llamagen_jax.training.sample_grid import ImagesConfig, SampleGrid
 from llamagen_jax.weights import bundle
 from llamagen_jax.weights.t5 import load_t5
 from tests import tiny
+from tests.gpt.tiny_gpt import forward
 
 T5 = T5Config(60, 16, layers=2, heads=2, head_dim=8, ffn_dim=24)
 MODEL = dataclasses.replace(
@@ -97,9 +98,7 @@ def batch_of(source, transform, rows):
 
 
 def loss(params, batch):
-  logits = GPT(MODEL).apply(
-    {"params": params}, batch["codes"], batch["features"], batch["mask"]
-  )
+  logits = forward(MODEL, params, batch["codes"], batch["features"], batch["mask"])
   loss_B = jnp.mean(cross_entropy(logits, batch["codes"]), axis=1)
   return jnp.sum(loss_B * sample_weights(batch))
 
@@ -130,17 +129,15 @@ def test_a_caption_alone_equals_itself_among_longer_ones(data, params):
   source = PairSource(CodeSource(data / "codes"), FeatureSource(data / "float32"))
   transform = PairInput(20, None, 0.0)
   batch = batch_of(source, transform, [0, 1, 3])
-  apply = jax.jit(lambda b: GPT(MODEL).apply({"params": params}, *b))
   names = ("codes", "features", "mask")
-  together = apply([batch[n] for n in names])
+  together = forward(MODEL, params, *(batch[n] for n in names))
   for row in range(3):
-    alone = apply([batch[n][row : row + 1] for n in names])
+    alone = forward(MODEL, params, *(batch[n][row : row + 1] for n in names))
     np.testing.assert_allclose(together[row], alone[0], atol=1e-5)
   noise = jax.random.normal(jax.random.key(0), batch["features"].shape)
   noisy = jnp.where(batch["mask"][..., None] > 0, batch["features"], noise)
-  np.testing.assert_allclose(
-    apply([batch["codes"], noisy, batch["mask"]]), together, atol=1e-5
-  )
+  hidden = forward(MODEL, params, batch["codes"], noisy, batch["mask"])
+  np.testing.assert_allclose(hidden, together, atol=1e-5)
 
 
 def test_longer_padding_changes_nothing(data, params):
@@ -155,7 +152,7 @@ def test_longer_padding_changes_nothing(data, params):
     batch = batch_of(source, PairInput(tokens, None, 0.0), [0, 1, 3])
     model = dataclasses.replace(MODEL, caption_tokens=tokens)
     texts = batch["features"].astype(jnp.float32), batch["mask"]
-    logits.append(GPT(model).apply({"params": weights}, batch["codes"], *texts))
+    logits.append(forward(model, weights, batch["codes"], *texts))
     codes.append(generate(model, weights, texts[0], key, texts[1], greedy))
   np.testing.assert_allclose(*logits, atol=1e-5)
   np.testing.assert_array_equal(*codes)

@@ -92,7 +92,6 @@ def test_a_run_leaves_a_bundle_logs_and_a_curve(trainer, tmp_path):
   )
 
 
-@pytest.mark.exact
 def test_a_few_steps_are_traced(tmp_path):
   config = tiny.gpt_config(tiny.write_codes(tmp_path / "data"), 8)
   plain = gpt_train.train(config, tmp_path / "plain")

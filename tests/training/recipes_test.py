@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from llamagen_jax import GPT, UserError
+from llamagen_jax import UserError
 from llamagen_jax.data.classes import imagenet_classes, imagenet_names
 from llamagen_jax.gpt.lora import LoRAConfig
 from llamagen_jax.gpt.model import init_gpt
@@ -29,6 +29,7 @@ from llamagen_jax.training.metrics_log import read_rows
 from llamagen_jax.vision.inception import Features
 from llamagen_jax.weights import bundle
 from tests import tiny
+from tests.gpt.tiny_gpt import forward
 
 NAMES = tuple("abcd")
 
@@ -74,7 +75,6 @@ RECIPES = {
 }  # fmt: skip
 
 
-@pytest.mark.exact
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_resumes_bit_for_bit(codes, published, tmp_path, name):
@@ -114,7 +114,6 @@ def test_every_recipe_resumes_bit_for_bit(codes, published, tmp_path, name):
     assert rows[0][0] != rows[0][1]
 
 
-@pytest.mark.exact
 def test_a_class_table_of_another_size(codes, published, tmp_path):
   """Rows of the same names, the mean for the others, the row of no class kept."""
   config = tiny.gpt_config(codes, 1)
@@ -173,7 +172,6 @@ def test_fewer_classes_than_rows_are_told(codes, published, tmp_path, caplog):
   np.testing.assert_array_equal(state.params["condition"]["table"], table)
 
 
-@pytest.mark.exact
 @pytest.mark.parametrize("only", ["table", "head"])
 def test_the_rest_stays_as_it_was(codes, published, tmp_path, only):
   config = tiny.gpt_config(codes, 2)
@@ -194,7 +192,6 @@ def test_the_rest_stays_as_it_was(codes, published, tmp_path, only):
   assert kept == 2 * expected
 
 
-@pytest.mark.exact
 def test_adapters_begin_as_the_model_and_merge_into_it():
   config = TrainableConfig("none", LoRAConfig(2, 3.0))
   params = unbox(init_params(tiny.GPT, config, jax.random.key(0)))
@@ -203,7 +200,7 @@ def test_adapters_begin_as_the_model_and_merge_into_it():
   codes, labels = jnp.arange(9)[None], jnp.array([1])
 
   def logits(params):
-    return GPT(tiny.GPT).apply({"params": merged(config, params)}, codes, labels)
+    return forward(tiny.GPT, merged(config, params), codes, labels)
 
   plain = {name: leaf for name, leaf in params.items() if name != "lora"}
   np.testing.assert_array_equal(logits(params), logits(plain))

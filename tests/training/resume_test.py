@@ -182,7 +182,6 @@ def test_data_that_fails_leaves_a_checkpoint_and_one_line(codes, tmp_path, monke
   assert (tmp_path / "run/checkpoints/step_000000002").is_dir()
 
 
-@pytest.mark.exact
 def test_bundles_of_any_checkpoint(codes, tmp_path, capsys):
   """`ema` where one is kept, else the weights; a bundle of the end equals the run's."""
   workdir, config = tmp_path / "run", tiny.gpt_config(codes, 3)

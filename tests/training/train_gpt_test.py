@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamagen_jax import GPT, GPTConfig, UserError
+from llamagen_jax import GPTConfig, UserError
 from llamagen_jax.gpt.cache import init_cache
 from llamagen_jax.gpt.cached import decoding_params, step_forward
 from llamagen_jax.gpt.conditioning import attention_mask, embed_condition
@@ -21,6 +21,7 @@ from llamagen_jax.training.guard import GuardConfig, guard
 from llamagen_jax.training.optimizer import OptimizerConfig, make_optimizer
 from llamagen_jax.training.recipe import MeshConfig, RunConfig
 from tests import tiny
+from tests.gpt.tiny_gpt import forward
 
 STILL = {
   "embedding_dropout": 0.0, "residual_dropout": 0.0, "drop_path": 0.0,
@@ -121,7 +122,7 @@ def test_the_loss_starts_at_ln_16384(name):
   model = GPTConfig(1, heads, 4 * heads, grid=2, num_classes=4, qk_norm=name == "XL")
   params = unbox(init_gpt(model, jax.random.key(0)))
   data = batch(model, 2)
-  logits = GPT(model).apply({"params": params}, data["codes"], data["label"])
+  logits = forward(model, params, data["codes"], data["label"])
   loss = jnp.mean(cross_entropy(logits, data["codes"]))
   np.testing.assert_allclose(loss, 9.704, atol=1e-3)
 
@@ -146,7 +147,7 @@ def test_scanned_and_unrolled_layers_give_equal_gradients():
   codes, labels = data["codes"], data["label"]
 
   def scanned(params):
-    logits = GPT(config).apply({"params": params}, codes, labels)
+    logits = forward(config, params, codes, labels)
     return jnp.mean(cross_entropy(logits, codes))
 
   def unrolled(params):

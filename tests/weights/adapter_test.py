@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamagen_jax import GPT, UserError
+from llamagen_jax import UserError
 from llamagen_jax.commands import cli
 from llamagen_jax.gpt.model import init_gpt
 from llamagen_jax.gpt.sampling_config import SamplingConfig
@@ -18,6 +18,7 @@ from llamagen_jax.training import train_gpt
 from llamagen_jax.weights import bundle
 from llamagen_jax.weights.adapter import apply_adapter
 from tests import tiny
+from tests.gpt.tiny_gpt import forward
 
 GPT_CONFIG = dataclasses.replace(tiny.GPT, vocab_size=16)
 
@@ -52,7 +53,7 @@ def test_an_adapter_gives_the_model_of_the_run(run):
   assert (gpt.config, gpt.class_names) == (GPT_CONFIG, tuple("abcd"))
   codes, labels = jnp.arange(9)[None], jnp.array([3])
   logits, trained, before = (
-    GPT(GPT_CONFIG).apply({"params": params}, codes, labels)
+    forward(GPT_CONFIG, params, codes, labels)
     for params in (
       gpt.params, expected.params,
       bundle.load_gpt(run / "start").params | {"condition": gpt.params["condition"]},

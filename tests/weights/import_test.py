@@ -19,6 +19,7 @@ from llamagen_jax.weights import bundle
 from llamagen_jax.weights.files import read_weights, write_weights
 from llamagen_jax.weights.published import PUBLISHED
 from tests import parity, tiny
+from tests.gpt.tiny_gpt import forward
 
 TINY_GPT = "--num-heads=4 --image-size=8"  # 4x4 codes
 
@@ -71,9 +72,7 @@ def test_import_export_import_is_the_identity(
     "gpt_tiny_t2i": ("t2i_logits", golden["t2i_caption"], golden["t2i_mask"]),
   }
   expected, *condition = inputs[model]
-  logits = lg.GPT(gpt.config).apply(
-    {"params": gpt.params}, golden["c2i_codes"], *condition
-  )
+  logits = forward(gpt.config, gpt.params, golden["c2i_codes"], *condition)
   np.testing.assert_allclose(logits, golden[expected], atol=2e-4)
 
   code, text = llamagen(capsys, f"export-weights --bundle={out} --out={back}")
@@ -126,6 +125,7 @@ MEASURED = """
 import pathlib, re, sys
 from llamagen_jax.commands import cli
 from llamagen_jax.gpt.model import init_gpt
+from tests.gpt.tiny_gpt import forward
 assert cli.run(sys.argv[1:]) == 0
 status = pathlib.Path("/proc/self/status").read_text()
 print(int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) * 1024)
