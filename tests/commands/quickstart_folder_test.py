@@ -117,8 +117,10 @@ def test_flags_that_do_not_go_together(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_from_a_folder_to_samples_and_a_rerun_does_nothing(
-  images, tmp_path, caplog, request
+  images, tmp_path, caplog, request, monkeypatch
 ):
+  monkeypatch.setattr(budget, "FEWEST_STEPS", 2)
+  monkeypatch.setattr(budget, "TIMED_STEPS", 1)
   caplog.set_level("INFO")
   logger = logging.get_absl_logger()
   request.addfinalizer(functools.partial(logger.setLevel, logger.level))

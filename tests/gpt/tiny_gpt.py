@@ -19,10 +19,10 @@ TINY_CAPTION = dataclasses.replace(
 )
 
 
-def random_params(config: GPTConfig):
+def random_params(config: GPTConfig, seed: int = 0):
   """Returns parameters none of which is trivial, head and norms included."""
   shapes = unbox(jax.eval_shape(lambda: init_gpt(config, jax.random.key(0))))
-  rng = np.random.default_rng(0)
+  rng = np.random.default_rng(seed)
 
   def normal(path, leaf):
     noise = 0.2 * rng.standard_normal(leaf.shape, np.float32)

@@ -45,7 +45,11 @@ def with_cache(gpt: bundle.Transformer, cache: str) -> bundle.Transformer:
   return dataclasses.replace(gpt, config=config)
 
 
-@pytest.fixture(scope="module", params=[CLASSES, CAPTIONS], ids=["class", "caption"])
+@pytest.fixture(
+  scope="module",
+  params=[pytest.param(CLASSES, marks=pytest.mark.slow), CAPTIONS],
+  ids=["class", "caption"],
+)
 def gpt(request):
   return transformer(request.param)
 
@@ -99,11 +103,16 @@ def test_a_full_mixed_batch_has_the_codes_of_sample(gpt, chunk, window, cache, b
 @pytest.mark.parametrize(
   "config, window, cache",
   [
-    (CAPTIONS, 1, "float"),
-    (CAPTIONS, 3, "int8"),
-    (dataclasses.replace(CLASSES, layers=1, grid=(2, 68)), 4, "float"),
+    pytest.param(CAPTIONS, 1, "float", id="one-by-one"),
+    pytest.param(CAPTIONS, 3, "int8", id="windows-int8"),
+    pytest.param(
+      dataclasses.replace(CLASSES, layers=1, grid=(2, 68)),
+      4,
+      "float",
+      id="two-blocks",
+      marks=pytest.mark.slow,
+    ),
   ],
-  ids=["one-by-one", "windows-int8", "two-blocks"],
 )
 def test_the_kernel_of_a_tpu_gives_the_codes_of_sample(
   config, window, cache, monkeypatch
@@ -131,9 +140,8 @@ def test_the_kernel_of_a_tpu_gives_the_codes_of_sample(
   assert "by_xla" in passed_over
 
 
-def test_a_negative_prompt(gpt):
-  if gpt.config.condition != "caption":
-    pytest.skip("classes have no negative")
+def test_a_negative_prompt():
+  gpt = transformer(CAPTIONS)
   engine = Engine(gpt, slots=2, chunk=4)
   # Numbers 1 and 2 have guidance; 7 has, too, and no negative prompt.
   other = request(gpt, 20)
