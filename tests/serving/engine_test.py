@@ -24,6 +24,7 @@ CLASSES = GPTConfig(2, 4, 32, grid=4, vocab_size=50, num_classes=4, ffn_multiple
 CAPTIONS = dataclasses.replace(
   CLASSES, condition="caption", caption_tokens=5, caption_dim=8, kv_heads=2, grid=(2, 8)
 )
+MODELS = {"class": CLASSES, "caption": CAPTIONS}
 SETTINGS = (
   SamplingConfig(),
   SamplingConfig(guidance_scale=3.0),
@@ -46,12 +47,10 @@ def with_cache(gpt: bundle.Transformer, cache: str) -> bundle.Transformer:
 
 
 @pytest.fixture(
-  scope="module",
-  params=[pytest.param(CLASSES, marks=pytest.mark.slow), CAPTIONS],
-  ids=["class", "caption"],
+  scope="module", params=[pytest.param("class", marks=pytest.mark.slow), "caption"]
 )
 def gpt(request):
-  return transformer(request.param)
+  return transformer(MODELS[request.param])
 
 
 def request(gpt, number: int) -> Request:
@@ -79,16 +78,18 @@ def generated_alone(gpt, r: Request) -> list[int]:
 
 
 @pytest.mark.parametrize(
-  "chunk, window, cache, banks",
+  "condition, chunk, window, cache, banks",
   [
-    (4, 1, "float", 1),
-    (5, 1, "float", 7),
-    (3, 4, "float", 1),
-    pytest.param(3, 4, "int8", 7, marks=pytest.mark.slow),
+    ("caption", 4, 1, "float", 1),
+    ("caption", 3, 4, "float", 7),
+    pytest.param("class", 5, 1, "float", 7, marks=pytest.mark.slow),
+    pytest.param("class", 3, 4, "int8", 1, marks=pytest.mark.slow),
   ],
 )
-def test_a_full_mixed_batch_has_the_codes_of_sample(gpt, chunk, window, cache, banks):
-  gpt = with_cache(gpt, cache)
+def test_a_full_mixed_batch_has_the_codes_of_sample(
+  condition, chunk, window, cache, banks
+):
+  gpt = with_cache(transformer(MODELS[condition]), cache)
   engine = Engine(gpt, slots=7, chunk=chunk, window=window, banks=banks)
   requests = [request(gpt, number) for number in range(8)]
   assert all(engine.join(r) for r in requests)
@@ -162,11 +163,12 @@ def test_a_negative_prompt():
 
 
 @pytest.mark.parametrize(
-  "cache", ["float", pytest.param("int8", marks=pytest.mark.slow)]
+  "condition, cache",
+  [("caption", "float"), pytest.param("class", "int8", marks=pytest.mark.slow)],
 )
-def test_edits_beside_slots_have_the_codes_of_complete_codes(gpt, cache):
+def test_edits_beside_slots_have_the_codes_of_complete_codes(condition, cache):
   """One after the other, with guidance and without; the slots' codes stay theirs."""
-  gpt = with_cache(gpt, cache)
+  gpt = with_cache(transformer(MODELS[condition]), cache)
   c = gpt.config
   engine, known = Engine(gpt, slots=2, chunk=4, candidates=3), np.arange(c.image_tokens)
   edits = [
