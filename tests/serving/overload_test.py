@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 SLOTS = QUEUE = 4
 BUSY, WAITING = 'llamagen_slots_busy{model="gpt"}', 'llamagen_queue_length{model="gpt"}'
-OVERLOAD_SECONDS = 60
+OVERLOAD_SECONDS = 30
 # Slow enough that a client in Python can ask for ten times as much.
 CONFIG = GPTConfig(
   12, 6, 384, grid=8, vocab_size=tiny.TOKENIZER.codebook_size, num_classes=4
