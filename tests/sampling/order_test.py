@@ -74,6 +74,7 @@ def test_random_orders_sample_what_full_forwards_do(caption):
   found = generate(config, params, condition, keys, mask, SAMPLING)
   order = decoding_order("random", keys, count)
   rows, everyone = np.arange(len(keys)), jnp.ones(len(keys), bool)
+  draw = jax.jit(sample_codes, static_argnums=3)
   codes = np.zeros((len(keys), count), np.int32)
   for t in range(count):
     logits, null = (
@@ -83,9 +84,7 @@ def test_random_orders_sample_what_full_forwards_do(caption):
     guided = null + 2.0 * (logits - null)
     noise = jax.vmap(jax.random.fold_in, (0, None))(keys, t)
     settings = SAMPLING.for_batch(len(keys))
-    codes[rows, order[:, t]] = sample_codes(
-      guided, noise, settings, SAMPLING.active_filters
-    )
+    codes[rows, order[:, t]] = draw(guided, noise, settings, SAMPLING.active_filters)
   np.testing.assert_array_equal(found, codes)
   raster = dataclasses.replace(SAMPLING, order="raster")
   assert (generate(config, params, condition, keys, mask, raster) != codes).any()
