@@ -167,7 +167,7 @@ def test_accumulated_parts_equal_the_whole_batch():
     assert b_metrics[name] == pytest.approx(float(a_metrics[name]), rel=1e-5, abs=1e-7)
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6),
-    a.generator.opt_state, b.generator.opt_state,
+    a.generator.opt_state.inner, b.generator.opt_state.inner,
   )  # fmt: skip
   assert sorted(a.window[-256:].tolist()) == sorted(b.window[-256:].tolist())
 
