@@ -125,7 +125,6 @@ MEASURED = """
 import pathlib, re, sys
 from llamagen_jax.commands import cli
 from llamagen_jax.gpt.model import init_gpt
-from tests.gpt.tiny_gpt import forward
 assert cli.run(sys.argv[1:]) == 0
 status = pathlib.Path("/proc/self/status").read_text()
 print(int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) * 1024)
