@@ -205,8 +205,19 @@ def attend_part(q: jax.Array, cache: LayerCache, mask: jax.Array) -> SoftmaxPart
   if cache.value_scale is not None:
     weights = weights * _per_row(cache.value_scale, weights)
   weights = weights.astype(q.dtype)
-  numerator = jnp.einsum("BK...S,BKHS->BK...H", weights, values, **f32)
-  return SoftmaxPartial(highest, denominator, numerator)
+  return SoftmaxPartial(highest, denominator, _weighted_sum(weights, values))
+
+
+def _weighted_sum(weights: jax.Array, values_BKHS: jax.Array) -> jax.Array:
+  """Returns the values of a part, weighted by [B, K, .., S]: float32 [B, K, .., H]."""
+  f32 = {"preferred_element_type": jnp.float32}
+  if weights.ndim == 3:
+    return jnp.einsum("BKS,BKHS->BKH", weights, values_BKHS, **f32)
+  # A CPU reads the values faster as the first factor (16 images, windows of 4 codes:
+  # 10.5 -> 7.4 ms a forward, jaxlib 0.10.2). Without the barrier the compiler turns
+  # the product around.
+  sum_BKHR = jnp.einsum("BKHS,BKRS->BKHR", values_BKHS, weights, **f32)
+  return jax.lax.optimization_barrier(sum_BKHR).swapaxes(2, 3)
 
 
 def _per_row(scale_BKS: jax.Array, like: jax.Array) -> jax.Array:
