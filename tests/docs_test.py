@@ -31,7 +31,7 @@ SHORT = {
     "--config.model.norm_groups=4", "--config.model.latent_width=8",
     "--config.model.res_blocks=1", "--config.model.codebook_size=64",
     "--config.data.image_size=64", "--config.data.min_side=8",
-    "--config.data.batch_size=2", "--config.run.steps=2",
+    "--config.data.batch_size=2", "--config.data.workers=2", "--config.run.steps=2",
     "--config.optimizer.warmup_steps=0", "--config.discriminator.width=4",
     "--config.discriminator.layers=1",
   ],
@@ -40,7 +40,7 @@ SHORT = {
   "train-gpt": [
     "--config.model.layers=1", "--config.model.heads=2", "--config.model.dim=16",
     "--config.model.grid=4", "--config.model.num_classes=2",
-    "--config.data.batch_size=2",
+    "--config.data.batch_size=2", "--config.data.workers=2",
     "--config.model.dtype=float32", "--config.run.steps=2",
     "--config.optimizer.warmup_steps=0",
   ],

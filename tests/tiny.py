@@ -79,13 +79,15 @@ def gpt_config(codes: pathlib.Path, steps: int, batch_size: int = 8):
   })  # fmt: skip
 
 
-def tokenizer_config(images: pathlib.Path, steps: int, batch_size: int = 4):
-  """With a discriminator that learns from step 1 on and acts from step 2 on."""
+def tokenizer_config(
+  images: pathlib.Path, steps: int, batch_size: int = 4, disc_start: int = 0
+):
+  """With a discriminator that learns a step before it acts, if it does not at once."""
   return ml_collections.ConfigDict({
     "model": dataclasses.asdict(TOKENIZER),
     "loss": {
       "reconstruction": "l1", "adversarial_weight": 0.5, "adaptive_weight": True,
-      "disc_start": 2, "disc_warmup_steps": 1,
+      "disc_start": disc_start, "disc_warmup_steps": min(1, disc_start),
     },
     "discriminator": {"width": 4, "layers": 1},
     "discriminator_optimizer": {"lr": 1e-3},

@@ -125,7 +125,7 @@ def digits(tmp_path_factory):
   }
   config = configs["vq_digits"]
   config.model = dataclasses.asdict(TOKENIZER)
-  config.data.update(source=spec, eval_source=spec)
+  config.data.update(source=spec, eval_source=spec, batch_size=16)
   config.run.update(steps=120, eval_every=0, save_every=1000)
   train_tokenizer.train(config, folder / "tokenizer")
   extract(

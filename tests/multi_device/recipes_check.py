@@ -41,19 +41,13 @@ def test_recipes_beyond_the_published_one(codes, tmp_path, name):
   np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-  return tiny.write_images(tmp_path_factory.mktemp("images"))
+def test_tokenizer(tmp_path):
+  images = tiny.write_images(tmp_path / "images")
 
+  def config():
+    return tiny.tokenizer_config(images, 5, batch_size=8)
 
-@pytest.fixture(scope="module")
-def expected_of_tokenizer(images, tmp_path_factory):
-  config = tiny.tokenizer_config(images, 5, batch_size=8)
-  return losses_on_one_device(tokenizer_train, config, tmp_path_factory.mktemp("one"))
-
-
-@pytest.mark.parametrize("mesh", ["data", "fsdp"])
-def test_tokenizer(images, expected_of_tokenizer, tmp_path, mesh):
-  config = tiny.tokenizer_config(images, 5, batch_size=8)
-  found = losses(tokenizer_train, config, tmp_path, MESHES[mesh])
-  np.testing.assert_allclose(found, expected_of_tokenizer, atol=1e-4)
+  mesh = {"data": 2, "fsdp": 4, "tensor": 1}
+  found = losses(tokenizer_train, config(), tmp_path / "run", mesh)
+  expected = losses_on_one_device(tokenizer_train, config(), tmp_path / "one")
+  np.testing.assert_allclose(found, expected, atol=1e-4)

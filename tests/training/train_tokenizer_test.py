@@ -24,7 +24,7 @@ def run(tmp_path_factory):
   folder = tmp_path_factory.mktemp("tokenizer")
   images = tiny.write_images(folder / "images")
   return train_tokenizer.train(
-    tiny.tokenizer_config(images, 3), folder / "run"
+    tiny.tokenizer_config(images, 3, disc_start=2), folder / "run"
   ), folder / "run"
 
 
