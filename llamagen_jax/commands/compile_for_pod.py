@@ -12,6 +12,7 @@ llamagen compile-for-pod --config=configs/c2i_imagenet.py:XL --topology=v5e:8x8 
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import importlib.metadata
 import io
 import pathlib
@@ -62,6 +63,9 @@ class Options(config_flag.ConfigOptions):
     "steps of the engine between two moments at which requests join", CHUNK,
     unit="STEPS", at_least=1,
   )  # fmt: skip
+  window: int = option(
+    "codes that a forward of the engine reads", 1, unit="CODES", at_least=1
+  )
   kv_cache: str | None = option(
     "of the codes' keys and values in sampler or engine; default: the config's", None,
     choices=KV_CACHES,
@@ -122,7 +126,8 @@ def _compile(
     call = (compile_train_step, recipe, where, encoder, values.step, quick)
   elif values.program == "engine":
     shape = (values.batch_size, values.chunk, values.tensor)
-    call = (compile_engine, recipe.model, *shape, where, quick)
+    engine = functools.partial(compile_engine, window=values.window)
+    call = (engine, recipe.model, *shape, where, quick)
   else:
     shape = (values.batch_size, values.tensor)
     call = (compile_sampler, recipe.model, recipe.sampling, *shape, where, quick)

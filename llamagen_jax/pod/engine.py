@@ -31,33 +31,37 @@ def compile_engine(
   tensor: int,
   where: str,
   quick: bool = False,
+  *,
+  window: int = 1,
 ) -> CompileReport:
   """Compiles a chunk of `serve`, with a guided image in every slot.
 
   Args:
     config: shape of the model.
     slots: of a group of `tensor` chips.
-    steps: of the chunk.
+    steps: forwards of the chunk.
     tensor: chips that share a model.
     where: the topology, such as `v5e:1x1`.
     quick: stop before machine code is made.
+    window: codes that a forward reads; rates are for one of them that is final.
   """
   c, mesh = config, topology.mesh(where, -1, 1, tensor)
   total = slots * mesh.shape["data"]
   with jax.set_mesh(mesh):
     logging.info("tracing the engine's chunk")
     params = abstract_params(c, mesh)
-    state = jax.eval_shape(functools.partial(init_state, c, total, 1, steps))
+    state = jax.eval_shape(functools.partial(init_state, c, total, window, steps))
     sharding = state_sharding(mesh, state)
     state = abstract_tree(state, sharding)
     inputs = abstract_tree(jax.eval_shape(lambda: _inputs(total)), batch_sharding(mesh))
     program = jax.jit(
-      functools.partial(run_chunk, c, 1, steps),
+      functools.partial(run_chunk, c, window, steps),
       donate_argnums=1,
       out_shardings=(sharding, replicated(mesh)),
     )
     analysis = analysed(program.lower(params, state, inputs), quick)
-  flops = sampling_flops(c, total, guidance=True) * steps / c.image_tokens / mesh.size
+  codes = steps * window / c.image_tokens  # that are read, as a share of an image's
+  flops = sampling_flops(c, total, guidance=True) * codes / mesh.size
   report = CompileReport(
     topology.chip(mesh), mesh.size, topology.num_slices(mesh), flops, analysis
   )
@@ -65,7 +69,7 @@ def compile_engine(
   cache = steps * bytes_of(state.cache) / mesh.size
   written = cache * written_share(c.prefix_tokens - 1, cache_length(state.cache))
   images = total / mesh.size * steps / c.image_tokens
-  figures = {"slots": total, "steps": steps, "codes": c.image_tokens}
+  figures = {"slots": total, "steps": steps, "window": window, "codes": c.image_tokens}
   return _with_rates(report, figures, images, weights + written)
 
 
@@ -93,6 +97,7 @@ def _with_rates(
   rate = images / report.least_seconds
   bound = images / (least / report.chip.hbm_bandwidth)
   step = 1e3 * report.least_seconds / figures["steps"]
+  guesses = " without a right guess" if figures["window"] > 1 else ""
   rows = [
     ("temporaries", f"{memory.temporaries / memory.arguments:.1%} of the arguments"),
     (
@@ -102,8 +107,8 @@ def _with_rates(
     ),
     (
       "at best",
-      f"{step:.2f} ms a step, {rate:.2f} images/s a chip; {bound:.2f} if it read"
-      " no more than that",
+      f"{step:.2f} ms a step, {rate:.2f} images/s a chip{guesses}; {bound:.2f} if it"
+      " read no more than that",
     ),
   ]
   return report.with_more(rows, {

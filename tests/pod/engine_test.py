@@ -115,9 +115,11 @@ def test_what_four_chips_exchange(condition, tensor):
 def test_the_verb(tmp_path, capsys):
   pytest.importorskip("libtpu", reason="compiles for a TPU")
   flags = ["--topology=v5e:2x2", "--program=engine", "--batch-size=4", "--chunk=2",
-           "--kv-cache=int8"]  # fmt: skip
+           "--kv-cache=int8", "--window=3"]  # fmt: skip
   command = ["compile-for-pod", f"--config={CONFIG}", *flags]
   assert cli.run([*command, f"--json={tmp_path}/figures.json"]) == 0
-  assert "of the arguments" in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert "of the arguments" in said and "without a right guess" in said
   found = json.loads((tmp_path / "figures.json").read_text())
-  assert found["fits"] and found["slots"] == 16 and found["steps"] == 2
+  assert found["fits"] and found["slots"] == 16
+  assert (found["steps"], found["window"]) == (2, 3)
