@@ -192,10 +192,11 @@ def _attend_rows(
 
 def attend_part(q: jax.Array, cache: LayerCache, mask: jax.Array) -> SoftmaxPartial:
   """Attends from scaled queries [B, K, .., H]; the mask is [B or 1, 1, .., S]."""
-  f32 = {"preferred_element_type": jnp.float32}
   # A TPU reads 8 bits and converts them on the way into the product.
   keys, values = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)
-  scores = jnp.einsum("BK...H,BKHS->BK...S", q, keys, **f32)
+  scores = jnp.einsum(
+    "BK...H,BKHS->BK...S", q, keys, preferred_element_type=jnp.float32
+  )
   if cache.key_scale is not None:
     scores = scores * _per_row(cache.key_scale, scores)
   scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)

@@ -45,7 +45,7 @@ def test_tokenizer(tmp_path):
   images = tiny.write_images(tmp_path / "images")
 
   def config():
-    return tiny.tokenizer_config(images, 5, batch_size=8)
+    return tiny.tokenizer_config(images, 5, batch_size=8, disc_start=2)
 
   mesh = {"data": 2, "fsdp": 4, "tensor": 1}
   found = losses(tokenizer_train, config(), tmp_path / "run", mesh)

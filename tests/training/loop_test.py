@@ -1,5 +1,6 @@
 """Both trainers through the loop: resume, refusal, what is left in the folder."""
 
+import functools
 import json
 
 from etils import epath
@@ -21,7 +22,11 @@ from tests import tiny
 
 TRAINERS = {
   "gpt": (gpt_train, tiny.write_codes, tiny.gpt_config),
-  "tokenizer": (tokenizer_train, tiny.write_images, tiny.tokenizer_config),
+  "tokenizer": (
+    tokenizer_train,
+    tiny.write_images,
+    functools.partial(tiny.tokenizer_config, disc_start=2),  # through all phases
+  ),
 }
 
 
